@@ -1,0 +1,78 @@
+"""Every way a command can end badly, with its exit code on the class.
+
+    M3Error            1
+    |- UsageError      2   flags that cannot be meant
+    |- CorpusError     4   the corpus cannot be read as planned
+    |- ModelError      5   model missing, misshapen, or out of memory with one single chunk
+    |- OutputError     6   disk full, permission, not durable
+    |- ForeignFolder  10   the folder belongs to another run
+    |- FolderLocked   11   another run is in the folder
+    |- DamageFound    12   check found damage
+    '- Stopped        75   stopped with work left; the same command goes on
+
+Codes 0 (done), 3 (done, but rows were skipped) and 130 (Ctrl-C) are no errors. A message names the value and the
+remedy in one line; the command line prints it without a traceback. A bad row is data (`records.SkippedRow`), never
+an exception.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+EXIT_DONE = 0
+EXIT_ROWS_SKIPPED = 3
+EXIT_INTERRUPTED = 130
+
+
+class M3Error(Exception):
+    """Base of all errors that a user is meant to read."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(M3Error):
+    """Flags that cannot be meant."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class CorpusError(M3Error):
+    """The corpus cannot be read as planned."""
+
+    exit_code: ClassVar[int] = 4
+
+
+class ModelError(M3Error):
+    """The model is missing, misshapen, or does not fit one single chunk."""
+
+    exit_code: ClassVar[int] = 5
+
+
+class OutputError(M3Error):
+    """The output cannot be written: disk full, permission, not durable."""
+
+    exit_code: ClassVar[int] = 6
+
+
+class ForeignFolder(M3Error):
+    """The folder belongs to another run."""
+
+    exit_code: ClassVar[int] = 10
+
+
+class FolderLocked(M3Error):
+    """Another run is in the folder."""
+
+    exit_code: ClassVar[int] = 11
+
+
+class DamageFound(M3Error):
+    """Check found damage."""
+
+    exit_code: ClassVar[int] = 12
+
+
+class Stopped(M3Error):
+    """Stopped with work left: run the same command again."""
+
+    exit_code: ClassVar[int] = 75

@@ -1,0 +1,287 @@
+"""What passes between the rooms: frozen records, numpy inside, with shape and dtype under each field.
+
+A record travels source -> shard -> document -> chunks -> batch -> embeddings -> entry. Everything in here is plain
+data: no room's behaviour, no torch, no pyarrow. Arrays are shared, not copied; nobody writes into one it was given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Output = Literal["dense", "sparse", "colbert"]
+SourceFormat = Literal["jsonl", "tsv", "text", "parquet"]
+Compression = Literal["none", "gzip", "zstd"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One input file, or standard input."""
+
+    name: str
+    "path relative to the inputs' common folder with '/', a bare file name for one input, 'stdin' for standard input"
+    path: str
+    "absolute path; '-' for standard input"
+    format: SourceFormat
+    compression: Compression
+    size: int
+    "bytes on disk (compressed); -1 for standard input"
+    mtime_ns: int
+    "-1 for standard input"
+
+    @property
+    def sequential(self) -> bool:
+        """Whether rows can only be reached by reading all that comes before them."""
+        return self.compression != "none" or self.path == "-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fields:
+    """Which field of a row is what, resolved once for a folder."""
+
+    text: str
+    id: str | None
+    "None: no row carries an id, each gets `source-name:position`"
+    title: str | None
+    kept: tuple[str, ...]
+    tsv_columns: tuple[str, ...]
+    "names of the TSV columns in order, from the header or '1', '2', ...; empty unless a source is TSV"
+    tsv_header: bool
+    "whether the first line of each TSV source is a header and no row"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """A run of input rows, fixed before any work is done on it; never more than one source."""
+
+    index: int
+    "number in the folder, from 0"
+    source: int
+    "index into the run's sources"
+    start: int
+    "line formats: a row is the shard's if its first byte (decompressed) is in [start, stop); Parquet: row numbers"
+    stop: int
+    row_group: int = -1
+    "Parquet: the row group that `start` and `stop` count in; -1 otherwise"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One row of the corpus that can be encoded."""
+
+    id: str
+    text: str
+    "title + title separator + text, as it is encoded and as offsets count it; never empty, no lone surrogates"
+    text_hash: tuple[int, int]
+    "xxh3_128 of the UTF-8 text as (high, low) 64-bit halves"
+    has_own_id: bool
+    "False: the row carried no id and was given `source-name:position`"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedRow:
+    """One row of the corpus that is not encoded, and why."""
+
+    source: str
+    position: int
+    "byte offset in the decompressed stream for line formats, row number in the file for Parquet"
+    byte_offset: int | None
+    "the position again where it is a byte offset, None for Parquet"
+    id: str | None
+    reason: str
+    "a short fixed phrase, the same for all rows with this fault: 'invalid JSON', 'empty text', ..."
+    detail: str
+    "what is particular to this row; may be empty"
+    row: bytes
+    "first 64 KiB of the row as it was read"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardText:
+    """A shard as it was read."""
+
+    shard: Shard
+    documents: tuple[Document, ...]
+    "in corpus order; empty if the shard was only hashed"
+    kept: Any
+    "pyarrow.Table of the kept fields, one row a document, the same schema for every shard; None if nothing is kept"
+    skipped: tuple[SkippedRow, ...]
+    input_hash: str
+    "xxh3_128 (hex) of the shard's input: the raw bytes of its rows for line formats, its rows' values for Parquet"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunks:
+    """All rows of a shard as tokens: one row a chunk, in corpus order. R rows, N tokens."""
+
+    input_ids: NDArray[np.int32]
+    "[N], each row with its <s> and </s>"
+    cu_seqlens: NDArray[np.int64]
+    "[R + 1], where rows begin in input_ids"
+    document: NDArray[np.int64]
+    "[R], index into the shard's documents, ascending"
+    chunk_index: NDArray[np.int32]
+    "[R]"
+    num_chunks: NDArray[np.int32]
+    "[R]"
+    char_start: NDArray[np.int64]
+    "[R], Unicode code points of the document's text"
+    char_end: NDArray[np.int64]
+    "[R]"
+    truncated: NDArray[np.bool_]
+    "[R], whether the document's text after char_end is not encoded"
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return len(self.document)
+
+    @property
+    def num_tokens(self) -> NDArray[np.int64]:
+        """[R] tokens of each row, <s> and </s> included."""
+        return np.diff(self.cu_seqlens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Rows that go through the model together, packed one after the other. B rows, N tokens, no padding."""
+
+    rows: NDArray[np.int64]
+    "[B], the rows' places in the shard, longest row first"
+    input_ids: NDArray[np.int64]
+    "[N]"
+    cu_seqlens: NDArray[np.int32]
+    "[B + 1]"
+    max_seqlen: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LexicalWeights:
+    """Sparse rows as CSR. R rows, Z weights."""
+
+    indptr: NDArray[np.int64]
+    "[R + 1]"
+    indices: NDArray[np.uint32]
+    "[Z] token ids, ascending within a row, none twice"
+    values: NDArray[np.float32]
+    "[Z] weights > 0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenMatrices:
+    """ColBERT matrices of R rows, one after the other. V vectors of width D."""
+
+    indptr: NDArray[np.int64]
+    "[R + 1], where rows begin in vectors"
+    vectors: NDArray[Any]
+    "[V, D] float16 or float32, each of norm 1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embeddings:
+    """The outputs of some rows, in the order of `rows`; an output that was not asked for is None."""
+
+    rows: NDArray[np.int64]
+    "[R], places in the shard: a batch's rows as they came, or a window's rows ascending"
+    dense_vecs: NDArray[Any] | None
+    "[R, D] float16 or float32, norm 1"
+    lexical_weights: LexicalWeights | None
+    colbert_vecs: TokenMatrices | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """A file that a done entry answers for."""
+
+    name: str
+    "path below the folder, with '/'"
+    length: int
+    "bytes"
+    xxh3_128: str
+    "hex"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardCounts:
+    """What one shard, or by addition a whole folder, holds."""
+
+    documents: int = 0
+    chunks: int = 0
+    tokens: int = 0
+    "with <s> and </s>"
+    skipped: int = 0
+    truncated: int = 0
+    missing_ids: int = 0
+    "documents that carried no id"
+
+    def __add__(self, other: ShardCounts) -> ShardCounts:
+        """Add member by member."""
+        return ShardCounts(
+            documents=self.documents + other.documents,
+            chunks=self.chunks + other.chunks,
+            tokens=self.tokens + other.tokens,
+            skipped=self.skipped + other.skipped,
+            truncated=self.truncated + other.truncated,
+            missing_ids=self.missing_ids + other.missing_ids,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoneEntry:
+    """What `_m3/done/shard-*.json` says: the shard is whole, and these are its files."""
+
+    shard: Shard
+    source: str
+    "name of the source"
+    input_hash: str
+    counts: ShardCounts
+    files: tuple[FileRecord, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What is about to be done."""
+
+    out: str
+    model: str
+    dtype: str
+    device: str
+    max_length: int
+    outputs: tuple[str, ...]
+    format: str
+    fingerprint: str
+    documents: int | None
+    "estimated from a sample, exact for Parquet; None where only reading tells (compressed or piped input)"
+    tokens: int | None
+    input_bytes: int | None
+    num_shards: int | None
+    shards_done: int
+    bytes_on_disk: dict[str, int] | None
+    "estimated bytes per output of the whole folder"
+    resumed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """What was done, in this run."""
+
+    out: str
+    documents: int
+    chunks: int
+    tokens: int
+    skipped: int
+    truncated: int
+    missing_ids: int
+    num_files: int
+    bytes_written: int
+    seconds: dict[str, float]
+    tokens_per_second: float
+    peak_memory_bytes: int
+    shards_done: int
+    num_shards: int | None
+    total_skipped: int
+    "of the whole folder"
+    skipped_reasons: dict[str, int]
