@@ -1,0 +1,72 @@
+"""What `auto` means on this machine: device, dtype, batch budget, threads.
+
+float16 on CUDA; bfloat16 on a CPU that multiplies it in hardware (a float16 matmul there runs at a tenth of the rate);
+float32 elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from m3cli.config import Dtype
+from m3cli.errors import UsageError
+
+_CPU_BATCH_TOKENS = 8192
+_GPU_BATCH_TOKENS = ((40 << 30, 65536), (20 << 30, 32768), (0, 16384))
+"(bytes of GPU memory from, tokens)"
+
+
+def resolve_device(device: str | None) -> str:
+    """Return 'cpu' or 'cuda[:i]'; `auto` (None) takes a GPU if there is one.
+
+    Raises:
+        UsageError: a GPU is asked for that is not there.
+    """
+    if device in (None, "auto"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    assert device is not None
+    kind, _, number = device.partition(":")
+    if kind == "cpu" and not number:
+        return device
+    if kind != "cuda" or (number and not number.isdecimal()):
+        raise UsageError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: torch {torch.__version__} sees no CUDA device here; use --device cpu")
+    if number and int(number) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: there are only {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return device
+
+
+def auto_dtype(device: str) -> Dtype:
+    """Return the fastest dtype that keeps the model's quality on a device."""
+    if device.startswith("cuda"):
+        return "float16"
+    return "bfloat16" if _cpu_has_bfloat16() else "float32"
+
+
+def auto_batch_tokens(device: str) -> int:
+    """Return tokens of a batch that keep the device busy and leave room for the longest chunk."""
+    if not device.startswith("cuda"):
+        return _CPU_BATCH_TOKENS
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return next(tokens for least, tokens in _GPU_BATCH_TOKENS if memory >= least)
+
+
+def auto_threads() -> int:
+    """Return the threads torch would take for a matmul: the physical cores it may use."""
+    return torch.get_num_threads()
+
+
+def set_threads(threads: int) -> None:
+    """Use so many threads for matmuls on a CPU."""
+    torch.set_num_threads(threads)
+
+
+def peak_device_bytes(device: str) -> int:
+    """Return the most GPU memory that was allocated at once; 0 on a CPU."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.startswith("cuda") else 0
+
+
+def _cpu_has_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))

@@ -1,0 +1,101 @@
+"""Hidden states to the three outputs, as FlagEmbedding's `BGEM3FlagModel` means them (its `m3/modeling.py`).
+
+- dense: the pooled state (of `<s>` for BGE-M3), L2-normalised;
+- sparse: relu(sparse_linear(h)), for each token id of a row the maximum over its positions, specials and zeros dropped;
+- colbert: colbert_linear(h) of every token but `<s>`, L2-normalised: n tokens give n - 1 vectors.
+
+Norms and sums are float32 whatever the model's dtype. Everything is reduced on the device; what leaves it is numpy.
+
+Shapes: B rows, N tokens, C hidden width, D width of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812  torch's own convention
+
+from m3cli.config import VectorDtype
+from m3cli.encoder.attention import SequenceLayout
+from m3cli.encoder.checkpoint import Pooling
+from m3cli.encoder.model import Linear, Model
+from m3cli.records import Batch, Embeddings, LexicalWeights, Output, TokenMatrices
+
+
+@torch.inference_mode()
+def compute_embeddings(
+    model: Model,
+    batch: Batch,
+    last_hidden_state: torch.Tensor,
+    layout: SequenceLayout,
+    *,
+    outputs: Collection[Output],
+    special_ids: Collection[int],
+    dense_dtype: VectorDtype = "float16",
+    colbert_dtype: VectorDtype = "float16",
+) -> Embeddings:
+    """Compute the asked-for outputs of a batch from its hidden states [N, C]."""
+    dense = lexical = colbert = None
+    if "dense" in outputs:
+        dense = pool_rows(last_hidden_state, layout, pooling=model.checkpoint.pooling).to(getattr(torch, dense_dtype))
+    if "sparse" in outputs:
+        assert model.sparse_linear is not None
+        input_ids = torch.from_numpy(batch.input_ids).to(model.device)
+        lexical = weigh_tokens(last_hidden_state, input_ids, layout, model.sparse_linear, special_ids=special_ids)
+    if "colbert" in outputs:
+        assert model.colbert_linear is not None
+        colbert = project_tokens(last_hidden_state, layout, model.colbert_linear).to(getattr(torch, colbert_dtype))
+    indptr = batch.cu_seqlens.astype(np.int64) - np.arange(len(batch.rows) + 1)
+    return Embeddings(
+        rows=batch.rows,
+        dense_vecs=None if dense is None else dense.cpu().numpy(),
+        lexical_weights=lexical,
+        colbert_vecs=None if colbert is None else TokenMatrices(indptr=indptr, vectors=colbert.cpu().numpy()),
+    )
+
+
+def pool_rows(hidden: torch.Tensor, layout: SequenceLayout, *, pooling: Pooling) -> torch.Tensor:
+    """Return [B, C] float32 of norm 1: the state of `<s>`, of the last token, or the mean of all tokens."""
+    cu_seqlens = layout.cu_seqlens.long()
+    if pooling == "cls":
+        pooled = hidden[cu_seqlens[:-1]].float()
+    elif pooling == "lasttoken":
+        pooled = hidden[cu_seqlens[1:] - 1].float()
+    else:
+        pooled = torch.segment_reduce(hidden.float(), "mean", lengths=cu_seqlens.diff(), axis=0)
+    return F.normalize(pooled, dim=-1)
+
+
+def weigh_tokens(
+    hidden: torch.Tensor,
+    input_ids: torch.Tensor,
+    layout: SequenceLayout,
+    sparse_linear: Linear,
+    *,
+    special_ids: Collection[int],
+) -> LexicalWeights:
+    """Return the lexical weights of each row, one weight an id: the maximum over its positions in the row."""
+    weights = torch.relu(F.linear(hidden, *sparse_linear)).squeeze(-1).float()
+    keep = weights > 0
+    for special in special_ids:
+        keep &= input_ids != special
+    num_rows = len(layout.cu_seqlens) - 1
+    lengths = layout.cu_seqlens.long().diff()
+    rows = torch.repeat_interleave(torch.arange(num_rows, device=hidden.device), lengths, output_size=len(input_ids))
+    # One sorted key for (row, id): ids ascend within a row, rows ascend, and equal pairs fall together.
+    keys, inverse = torch.unique((rows[keep] << 32) | input_ids[keep], return_inverse=True)
+    values = torch.zeros(len(keys), device=hidden.device).scatter_reduce_(0, inverse, weights[keep], "amax")
+    counts = torch.bincount(keys >> 32, minlength=num_rows)
+    indptr = np.zeros(num_rows + 1, np.int64)
+    np.cumsum(counts.cpu().numpy(), out=indptr[1:])
+    indices = (keys & 0xFFFFFFFF).cpu().numpy().astype(np.uint32)
+    return LexicalWeights(indptr=indptr, indices=indices, values=values.cpu().numpy())
+
+
+def project_tokens(hidden: torch.Tensor, layout: SequenceLayout, colbert_linear: Linear) -> torch.Tensor:
+    """Return [N - B, D] float32 of norm 1: every token but `<s>`, `</s>` included, rows in order."""
+    keep = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+    keep[layout.cu_seqlens[:-1].long()] = False
+    return F.normalize(F.linear(hidden[keep], *colbert_linear).float(), dim=-1)

@@ -1,0 +1,225 @@
+"""The XLM-RoBERTa forward pass over packed batches: no padding anywhere, one fused qkv matmul a layer.
+
+Weights come from safetensors or from `pytorch_model.bin` read with `weights_only=True`; names may carry the prefix
+`roberta.`. The token-type row (XLM-R has one) is folded into the positions, which start at 2 for every sequence.
+
+Shapes: B sequences, N tokens, C hidden width, I intermediate width, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812  torch's own convention
+
+from m3cli.config import Dtype
+from m3cli.encoder.attention import SequenceLayout, attend, lay_out
+from m3cli.encoder.checkpoint import HEAD_FILES, POSITION_OFFSET, Checkpoint
+from m3cli.errors import ModelError
+from m3cli.records import Batch
+
+_PREFIXES = ("roberta.", "model.", "encoder_model.", "")
+
+Norm = tuple[torch.Tensor, torch.Tensor]
+Linear = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """Weights of one transformer layer."""
+
+    qkv: Linear
+    "[3C, C], [3C]"
+    attention_out: Linear
+    attention_norm: Norm
+    intermediate: Linear
+    "[I, C], [I]"
+    output: Linear
+    "[C, I], [C]"
+    output_norm: Norm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A checkpoint's weights on a device."""
+
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    word_embeddings: torch.Tensor
+    "[vocabulary, C]"
+    position_embeddings: torch.Tensor
+    "[positions, C], the token-type row added"
+    embedding_norm: Norm
+    layers: tuple[Layer, ...]
+    sparse_linear: Linear | None
+    "[1, C], [1]"
+    colbert_linear: Linear | None
+    "[D, C], [D]"
+
+    @property
+    def colbert_dim(self) -> int:
+        """D, width of a ColBERT vector; 0 without the head."""
+        return 0 if self.colbert_linear is None else int(self.colbert_linear[0].shape[0])
+
+
+def load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
+    """Read a checkpoint's weights onto a device.
+
+    Raises:
+        ModelError: a weight is missing or has another shape than config.json says, or a file carries code.
+    """
+    target, kind = torch.device(device), getattr(torch, dtype)
+    tensors = _Tensors(_read_weights(checkpoint), checkpoint)
+    width, inner = checkpoint.hidden_size, None
+
+    def put(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device=target, dtype=kind).contiguous()
+
+    def pair(name: str, *shape: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        return put(tensors.take(f"{name}.weight", *shape)), put(tensors.take(f"{name}.bias", shape[0]))
+
+    layers = []
+    for number in range(checkpoint.num_layers):
+        at = f"encoder.layer.{number}"
+        parts = [f"{at}.attention.self.{part}" for part in ("query", "key", "value")]
+        layers.append(
+            Layer(
+                qkv=(
+                    put(torch.cat([tensors.take(f"{part}.weight", width, width) for part in parts])),
+                    put(torch.cat([tensors.take(f"{part}.bias", width) for part in parts])),
+                ),
+                attention_out=pair(f"{at}.attention.output.dense", width, width),
+                attention_norm=pair(f"{at}.attention.output.LayerNorm", width),
+                intermediate=pair(f"{at}.intermediate.dense", inner, width),
+                output=pair(f"{at}.output.dense", width, inner),
+                output_norm=pair(f"{at}.output.LayerNorm", width),
+            )
+        )
+    positions = tensors.take("embeddings.position_embeddings.weight", checkpoint.num_positions, width)
+    token_type = tensors.take("embeddings.token_type_embeddings.weight", None, width)[0]
+    return Model(
+        checkpoint=checkpoint,
+        device=target,
+        dtype=kind,
+        word_embeddings=put(tensors.take("embeddings.word_embeddings.weight", checkpoint.vocab_size, width)),
+        position_embeddings=put(positions.float() + token_type.float()),
+        embedding_norm=pair("embeddings.LayerNorm", width),
+        layers=tuple(layers),
+        sparse_linear=_read_head(checkpoint, "sparse", put, rows=1),
+        colbert_linear=_read_head(checkpoint, "colbert", put, rows=None),
+    )
+
+
+class _Tensors:
+    """Named tensors of a checkpoint, taken by the name they have without a prefix."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
+        self._tensors = tensors
+        self._folder = checkpoint.folder
+        probe = "embeddings.word_embeddings.weight"
+        self._prefix = next((prefix for prefix in _PREFIXES if prefix + probe in tensors), "")
+
+    def take(self, name: str, *shape: int | None) -> torch.Tensor:
+        """Return a tensor after checking its shape; None stands for any size."""
+        tensor = self._tensors.get(self._prefix + name)
+        if tensor is None:
+            raise ModelError(f"{self._folder}: the weights hold no {name}; this is no whole XLM-RoBERTa checkpoint")
+        sizes = tuple(tensor.shape)
+        if len(sizes) != len(shape) or any(want not in (None, have) for have, want in zip(sizes, shape, strict=True)):
+            wanted = "x".join("any" if size is None else str(size) for size in shape)
+            raise ModelError(f"{self._folder}: {name} is {'x'.join(map(str, sizes))}, config.json says {wanted}")
+        return tensor
+
+
+def _read_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in checkpoint.weight_files:
+        if path.suffix == ".safetensors":
+            from safetensors import SafetensorError  # noqa: PLC0415
+            from safetensors.torch import load_file  # noqa: PLC0415
+
+            try:
+                tensors.update(load_file(path))
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path} cannot be read: {error}; download the checkpoint again") from error
+        else:
+            tensors.update(_read_pickled(path))
+    return tensors
+
+
+def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
+    """Read tensors from torch's own format; a file that carries code is refused, never run."""
+    from pickle import UnpicklingError  # noqa: PLC0415, TID251  only the name of what torch raises
+
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_map(path))
+    except UnpicklingError as error:
+        raise ModelError(f"{path} carries code and is refused; get the checkpoint from its publisher") from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{path} cannot be read: {reason}; download the checkpoint again") from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ModelError(f"{path} is not a dictionary of tensors; get the checkpoint from its publisher")
+    return content
+
+
+def _can_map(path: Path) -> bool:
+    """Whether torch can map the file: the zip form of torch 1.6 and later, not the older one."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _read_head(
+    checkpoint: Checkpoint, output: str, put: Callable[[torch.Tensor], torch.Tensor], *, rows: int | None
+) -> Linear | None:
+    if output not in checkpoint.outputs:
+        return None
+    head = _Tensors(_read_pickled(checkpoint.folder / HEAD_FILES[output]), checkpoint)
+    weight = head.take("weight", rows, checkpoint.hidden_size)
+    return put(weight), put(head.take("bias", weight.shape[0]))
+
+
+@torch.inference_mode()
+def run_model(model: Model, batch: Batch) -> tuple[torch.Tensor, SequenceLayout]:
+    """Run a packed batch through all layers.
+
+    Returns:
+        last_hidden_state [N, C] in the model's dtype on its device, and the batch's layout there.
+    """
+    layout = lay_out(batch.cu_seqlens, max_seqlen=batch.max_seqlen, device=model.device, dtype=model.dtype)
+    input_ids = torch.from_numpy(batch.input_ids).to(model.device, non_blocking=True)
+    eps = model.checkpoint.layer_norm_eps
+    hidden = F.embedding(input_ids, model.word_embeddings)
+    hidden += F.embedding(_positions(layout, len(input_ids)), model.position_embeddings)
+    hidden = _normalise(hidden, model.embedding_norm, eps)
+    for layer in model.layers:
+        hidden = _run_layer(hidden, layer, layout, num_heads=model.checkpoint.num_heads, eps=eps)
+    return hidden, layout
+
+
+def _positions(layout: SequenceLayout, num_tokens: int) -> torch.Tensor:
+    """[N] positions, from 2 in every sequence."""
+    starts = layout.cu_seqlens[:-1].long()
+    lengths = layout.cu_seqlens[1:].long() - starts
+    shift = torch.repeat_interleave(starts - POSITION_OFFSET, lengths, output_size=num_tokens)
+    return torch.arange(num_tokens, device=shift.device) - shift
+
+
+def _run_layer(
+    hidden: torch.Tensor, layer: Layer, layout: SequenceLayout, *, num_heads: int, eps: float
+) -> torch.Tensor:
+    num_tokens, width = hidden.shape
+    qkv = F.linear(hidden, *layer.qkv).view(num_tokens, 3, num_heads, width // num_heads)
+    attended = F.linear(attend(qkv, layout), *layer.attention_out)
+    hidden = _normalise(attended.add_(hidden), layer.attention_norm, eps)
+    inner = F.gelu(F.linear(hidden, *layer.intermediate))
+    return _normalise(F.linear(inner, *layer.output).add_(hidden), layer.output_norm, eps)
+
+
+def _normalise(hidden: torch.Tensor, norm: Norm, eps: float) -> torch.Tensor:
+    return F.layer_norm(hidden, (hidden.shape[-1],), norm[0], norm[1], eps)

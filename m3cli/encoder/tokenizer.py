@@ -1,0 +1,121 @@
+"""Text to token ids, as `AutoTokenizer` gives them, with the batches done by its Rust backend.
+
+transformers 5 rebuilds XLM-R's pipeline and ignores the one written in `tokenizer.json`; transformers 4 used it as it
+stood. "trailing  " differs by a token. So the hash of the backend's own serialisation is part of a folder's meaning.
+
+Importing transformers and building the tokenizer costs about 4 s, loading the saved backend 1 s: the backend is kept
+in a per-user cache keyed by the tokenizer files and the versions that built it. A cache file carries its own hash and
+is rebuilt if that does not agree, so a torn write does no harm.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from tokenizers import Encoding
+from tokenizers import Tokenizer as Backend
+
+from m3cli.encoder.checkpoint import TOKENIZER_FILES, Checkpoint
+from m3cli.errors import ModelError
+
+_HASH_LENGTH = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokenizer:
+    """A loaded tokenizer: no truncation, no padding, `<s> ... </s>` around each text."""
+
+    backend: Backend
+    serialisation_hash: str
+    "xxh3_128 (hex) of the backend's own serialisation"
+    special_ids: frozenset[int]
+    "ids of <s> </s> <pad> <unk>, which carry no lexical weight"
+    bos_id: int
+    eos_id: int
+
+    def encode(self, texts: list[str]) -> list[NDArray[np.int32]]:
+        """Return the token ids of each text with `<s>` and `</s>`, texts spread over the cores."""
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in self.backend.encode_batch_fast(texts)]
+
+    def encode_with_offsets(self, text: str) -> Encoding:
+        """Return the tokens of one text without `<s>` and `</s>`, with spans in code points."""
+        return self.backend.encode(text, add_special_tokens=False)
+
+    def token(self, token_id: int) -> str:
+        """Return the string of a token id."""
+        return str(self.backend.id_to_token(token_id))
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """Load a checkpoint's tokenizer, from the per-user cache where it has been built before.
+
+    Raises:
+        ModelError: the tokenizer cannot be built, or does not begin with `<s>` and end with `</s>`.
+    """
+    cached = _cache_path(checkpoint)
+    serialised = _read_cache(cached)
+    if serialised is None:
+        serialised = _build_backend(checkpoint)
+        _write_cache(cached, serialised)
+    backend = Backend.from_str(serialised)
+    found = {name: backend.token_to_id(name) for name in ("<s>", "</s>", "<pad>", "<unk>")}
+    specials = {name: token_id for name, token_id in found.items() if token_id is not None}
+    if len(specials) < len(found) or [specials["<s>"], specials["</s>"]] != backend.encode("").ids:
+        raise ModelError(f"{checkpoint.folder}: its tokenizer does not put <s> and </s> around a text as XLM-R's does")
+    return Tokenizer(
+        backend=backend,
+        serialisation_hash=xxhash.xxh3_128_hexdigest(serialised.encode()),
+        special_ids=frozenset(specials.values()),
+        bos_id=specials["<s>"],
+        eos_id=specials["</s>"],
+    )
+
+
+def _build_backend(checkpoint: Checkpoint) -> str:
+    from transformers import AutoTokenizer  # noqa: PLC0415  4 s, only where the cache has nothing
+
+    try:
+        # The folder is local by now; remote code is never run.
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
+        backend: Backend = tokenizer.backend_tokenizer
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{checkpoint.folder}: its tokenizer cannot be loaded: {reason}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    return str(backend.to_str())
+
+
+def _cache_path(checkpoint: Checkpoint) -> Path:
+    digest = xxhash.xxh3_128()
+    for name in (*TOKENIZER_FILES, "config.json"):
+        path = checkpoint.folder / name
+        digest.update(f"{name}\0{path.exists()}\0".encode())
+        if path.exists():
+            digest.update(path.read_bytes())
+    digest.update(f"{version('transformers')}\0{version('tokenizers')}".encode())
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "m3cli" / "tokenizers" / f"{digest.hexdigest()}.json"
+
+
+def _read_cache(path: Path) -> str | None:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    stated, serialised = content[:_HASH_LENGTH], content[_HASH_LENGTH:]
+    return serialised if stated == xxhash.xxh3_128_hexdigest(serialised.encode()) else None
+
+
+def _write_cache(path: Path, serialised: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(xxhash.xxh3_128_hexdigest(serialised.encode()) + serialised, encoding="utf-8")
+    except OSError:
+        pass  # a cache that cannot be written (read-only home) only costs time
