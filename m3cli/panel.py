@@ -1,0 +1,103 @@
+"""Tables and panels for people: the panel before a run, the summary after it, what is in a folder. Drawn by rich."""
+
+from __future__ import annotations
+
+from typing import TextIO
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from m3cli.records import RunPlan, RunSummary
+
+_PLAIN_WIDTH = 100
+"columns off a terminal, where a log must not depend on a window's size"
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def open_console(stream: TextIO) -> Console:
+    """Return a console on a stream; off a terminal without colours or escape codes."""
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else _PLAIN_WIDTH)
+
+
+def format_bytes(count: float) -> str:
+    """Return a byte count as '512 B', '1.5 MiB', '41.0 TiB'."""
+    for unit in _UNITS[:-1]:
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} {_UNITS[-1]}"
+
+
+def _about(count: int | None, suffix: str = "") -> str:
+    return "unknown before it is read" if count is None else f"about {count:,}{suffix}"
+
+
+def _rows() -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table
+
+
+def print_plan(plan: RunPlan, stream: TextIO) -> None:
+    """Print the panel that stands before a run."""
+    open_console(stream).print(plan_panel(plan))
+
+
+def plan_panel(plan: RunPlan) -> Panel:
+    """Draw the panel that stands before a run."""
+    rows = _rows()
+    rows.add_row(
+        "model", Text(f"{plan.model}, {plan.dtype} on {plan.device}, up to {plan.max_length:,} tokens a chunk")
+    )
+    rows.add_row("output", Text(f"{plan.out} ({plan.format}): {', '.join(plan.outputs)}"))
+    size = "" if plan.input_bytes is None else f" in {format_bytes(plan.input_bytes)}"
+    rows.add_row("documents", f"{_about(plan.documents)}{size}")
+    if plan.tokens is not None:
+        rows.add_row("tokens", _about(plan.tokens))
+    if plan.num_shards is None:
+        rows.add_row("shards", f"{plan.shards_done:,} done, the rest unknown before it is read")
+    else:
+        todo = plan.num_shards - plan.shards_done
+        rows.add_row("shards", f"{plan.num_shards:,}: {plan.shards_done:,} done, {todo:,} to do")
+    if plan.bytes_on_disk is not None:
+        parts = ", ".join(f"{output} {format_bytes(size)}" for output, size in plan.bytes_on_disk.items())
+        rows.add_row("disk", f"about {format_bytes(sum(plan.bytes_on_disk.values()))}: {parts}")
+    title = "m3 encode, going on" if plan.resumed else "m3 encode"
+    return Panel(rows, title=title, subtitle=f"fingerprint {plan.fingerprint[:7]}", box=box.ROUNDED, expand=False)
+
+
+def print_summary(summary: RunSummary, stream: TextIO) -> None:
+    """Print the table that stands after a run."""
+    console = open_console(stream)
+    console.print(summary_panel(summary))
+
+
+def summary_panel(summary: RunSummary) -> Panel:
+    """Draw the table that stands after a run."""
+    rows = _rows()
+    chunks = f" in {summary.chunks:,} chunks" if summary.chunks != summary.documents else ""
+    rows.add_row("documents", f"{summary.documents:,}{chunks}, {summary.tokens:,} tokens")
+    rows.add_row("skipped", _skipped_words(summary))
+    rows.add_row("truncated", f"{summary.truncated:,}")
+    if summary.missing_ids:
+        rows.add_row("without id", f"{summary.missing_ids:,}, named source:position")
+    seconds = summary.seconds
+    stages = ", ".join(f"{stage} {seconds[stage]:.1f}" for stage in ("loading", "reading", "encoding", "writing"))
+    rows.add_row("seconds", f"{seconds['total']:.1f}: {stages} (stages overlap)")
+    rows.add_row("speed", f"{summary.tokens_per_second:,.0f} tokens/s")
+    rows.add_row("memory", f"{format_bytes(summary.peak_memory_bytes)} at most")
+    rows.add_row("files", f"{summary.num_files:,} files, {format_bytes(summary.bytes_written)}")
+    whole = summary.num_shards is not None and summary.shards_done == summary.num_shards
+    rows.add_row("shards", f"{summary.shards_done:,} done" + (": complete" if whole else ""))
+    return Panel(rows, title=Text(summary.out), box=box.ROUNDED, expand=False)
+
+
+def _skipped_words(summary: RunSummary) -> str:
+    if not summary.skipped:
+        return "0"
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in summary.skipped_reasons.items())
+    return f"{summary.skipped:,} ({reasons}); see _m3/skipped/"

@@ -1,0 +1,210 @@
+"""What a user sees of a run: a panel before, a bar or log lines during, a summary after. All of it on stderr.
+
+`bar` is tqdm counting tokens, for a terminal; `log` one plain line every 30 s, for a cron mail; `json` one object a
+line, for a machine; `none` errors only. `auto` is bar on a terminal and log elsewhere. How much is left is known in
+shards, which hold about the same bytes each, so time left comes from the shards done and the tokens of the one at hand.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, TextIO
+
+import orjson
+
+from m3cli.records import RunPlan, RunSummary
+
+Mode = Literal["auto", "bar", "log", "json", "none"]
+Stage = Literal["loading", "reading", "encoding", "writing"]
+
+_LOG_SECONDS = 30.0
+
+
+class Stopwatch:
+    """Seconds spent in each stage; stages run in threads of their own, each counts its own."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[Stage, float] = {"loading": 0.0, "reading": 0.0, "encoding": 0.0, "writing": 0.0}
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def count(self, stage: Stage) -> Iterator[None]:
+        """Add the time spent inside to a stage."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - began
+
+    def total(self) -> float:
+        """Seconds since the stopwatch was made."""
+        return time.perf_counter() - self._started
+
+
+class Progress:
+    """Shows a run while it goes: fed by `advance`, quiet or loud as the mode says."""
+
+    def __init__(self, mode: Mode, *, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        terminal = self._stream.isatty()
+        self.mode: Mode = ("bar" if terminal else "log") if mode == "auto" else mode
+        self._bar: _Bar | None = None
+        self._pulse = _Pulse()
+
+    def show_plan(self, plan: RunPlan) -> None:
+        """Show what is about to be done."""
+        if self.mode in ("bar", "log"):
+            from m3cli.panel import print_plan  # noqa: PLC0415  rich is slow to import and not always needed
+
+            print_plan(plan, self._stream)
+        self._emit("plan", {name: getattr(plan, name) for name in RunPlan.__slots__})
+
+    def start(self, *, shards_todo: int | None) -> None:
+        """Begin to count."""
+        self._pulse = _Pulse(shards_todo=shards_todo)
+        if self.mode == "bar":
+            self._bar = _Bar(self._stream)
+
+    def advance(self, *, documents: int, tokens: int, shards: float) -> None:
+        """Count documents and tokens that are encoded, and the part of a shard that they are."""
+        self._pulse.add(documents=documents, tokens=tokens, shards=shards)
+        if self._bar is not None:
+            self._bar.update(self._pulse, tokens)
+        elif self.mode in ("log", "json") and self._pulse.due():
+            self._beat()
+
+    def _beat(self) -> None:
+        pulse = self._pulse
+        self._emit("progress", pulse.to_json())
+        if self.mode == "log":
+            self.say(
+                f"{pulse.documents:,} documents, {pulse.tokens:,} tokens, {pulse.rates()}, "
+                f"{format_left(pulse.seconds_left())} left"
+            )
+
+    def stop(self) -> None:
+        """End the counting; the bar's line stays."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def show_summary(self, summary: RunSummary) -> None:
+        """Show what was done."""
+        if self.mode in ("bar", "log"):
+            from m3cli.panel import print_summary  # noqa: PLC0415
+
+            print_summary(summary, self._stream)
+        self._emit("summary", {name: getattr(summary, name) for name in RunSummary.__slots__})
+
+    def say(self, text: str) -> None:
+        """Print one line of plain words, without breaking a bar."""
+        if self.mode in ("bar", "log"):
+            if self._bar is not None:
+                self._bar.clear()
+            print(f"m3: {text}", file=self._stream, flush=True)
+        self._emit("message", {"text": text})
+
+    def _emit(self, event: str, members: dict[str, object]) -> None:
+        if self.mode == "json":
+            print(orjson.dumps({"event": event, **members}).decode(), file=self._stream, flush=True)
+
+
+class _Pulse:
+    """How far a run is and how fast it goes."""
+
+    def __init__(self, *, shards_todo: int | None = None) -> None:
+        self.documents = 0
+        self.tokens = 0
+        self._shards = 0.0
+        self._shards_todo = shards_todo
+        self._started = self._last_beat = time.monotonic()
+
+    def add(self, *, documents: int, tokens: int, shards: float) -> None:
+        self.documents += documents
+        self.tokens += tokens
+        self._shards += shards
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self._started, 1e-9)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def documents_per_second(self) -> float:
+        return self.documents / self.seconds
+
+    def rates(self) -> str:
+        return f"{self.documents_per_second:,.1f} documents/s, {self.tokens_per_second:,.0f} tokens/s"
+
+    def share_done(self) -> float | None:
+        """Part of this run's work that is done; None where the amount of work is not known."""
+        if not self._shards_todo:
+            return None
+        return min(self._shards / self._shards_todo, 1.0)
+
+    def seconds_left(self) -> float | None:
+        share = self.share_done()
+        return None if not share else self.seconds * (1 - share) / share
+
+    def due(self) -> bool:
+        """Whether a log line is due; asking resets the clock."""
+        now = time.monotonic()
+        if now - self._last_beat < _LOG_SECONDS:
+            return False
+        self._last_beat = now
+        return True
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "documents_per_second": round(self.documents_per_second, 1),
+            "share_done": self.share_done(),
+            "seconds_left": self.seconds_left(),
+        }
+
+
+class _Bar:
+    """tqdm counting tokens; its total is what the tokens so far and the share done say."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from tqdm import tqdm  # noqa: PLC0415
+
+        self._tqdm = tqdm(
+            file=stream,
+            unit=" tokens",
+            unit_scale=True,
+            dynamic_ncols=True,
+            smoothing=0,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} tokens [{elapsed}<{remaining}{postfix}]",
+        )
+
+    def update(self, pulse: _Pulse, tokens: int) -> None:
+        share = pulse.share_done()
+        self._tqdm.total = int(pulse.tokens / share) if share else None
+        self._tqdm.set_postfix_str(pulse.rates(), refresh=False)
+        self._tqdm.update(tokens)
+
+    def clear(self) -> None:
+        self._tqdm.clear()
+
+    def close(self) -> None:
+        self._tqdm.close()
+
+
+def format_left(seconds: float | None) -> str:
+    """Return a time as people say it: '42 s', '5 min', '3 h 20 min', 'unknown time'."""
+    if seconds is None:
+        return "unknown time"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
