@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import XLMRobertaModel
+
+from m3cli.encoder.checkpoint import read_checkpoint
+from m3cli.encoder.heads import compute_embeddings, pool_rows
+from m3cli.encoder.model import load_model, run_model
+from m3cli.errors import ModelError
+from m3cli.records import Batch
+
+SPECIALS = frozenset({0, 1, 2, 3})
+
+
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('unpickled')",)
+
+
+def pack(*rows: list[int]) -> Batch:
+    lengths = [len(row) for row in rows]
+    return Batch(
+        rows=np.arange(len(rows)),
+        input_ids=np.concatenate([np.array(row, np.int64) for row in rows]),
+        cu_seqlens=np.concatenate(([0], np.cumsum(lengths))).astype(np.int32),
+        max_seqlen=max(lengths),
+    )
+
+
+def test_packed_rows_equal_transformers_one_by_one(tiny_m3: Path) -> None:
+    reference = XLMRobertaModel.from_pretrained(tiny_m3, add_pooling_layer=False).train(mode=False)
+    model = load_model(read_checkpoint(tiny_m3), device="cpu", dtype="float32")
+    rows = [[0, *range(100, 100 + length), 2] for length in (70, 31, 31, 5, 1)]
+    batch = pack(*rows)
+    hidden, _ = run_model(model, batch)
+    for place, row in enumerate(rows):
+        with torch.inference_mode():
+            expected = reference(torch.tensor([row])).last_hidden_state[0]
+        mine = hidden[batch.cu_seqlens[place] : batch.cu_seqlens[place + 1]]
+        assert torch.allclose(mine, expected, atol=1e-5)
+
+
+def test_heads_equal_a_naive_loop(tiny_m3: Path) -> None:
+    model = load_model(read_checkpoint(tiny_m3), device="cpu", dtype="float32")
+    rows = [[0, 9, 8, 9, 3, 7, 2], [0, 9, 9, 2], [0, 2]]
+    batch = pack(*rows)
+    hidden, layout = run_model(model, batch)
+    made = compute_embeddings(
+        model,
+        batch,
+        hidden,
+        layout,
+        outputs=("dense", "sparse", "colbert"),
+        special_ids=SPECIALS,
+        dense_dtype="float32",
+        colbert_dtype="float32",
+    )
+    assert made.dense_vecs is not None
+    assert made.lexical_weights is not None
+    assert made.colbert_vecs is not None
+    assert model.sparse_linear is not None
+    assert model.colbert_linear is not None
+    weight, bias = (tensor.numpy() for tensor in model.sparse_linear)
+    project, shift = (tensor.numpy() for tensor in model.colbert_linear)
+    for place, row in enumerate(rows):
+        states = hidden[batch.cu_seqlens[place] : batch.cu_seqlens[place + 1]].numpy()
+        assert np.allclose(made.dense_vecs[place], states[0] / np.linalg.norm(states[0]), atol=1e-6)
+        expected: dict[int, float] = {}
+        for token, state in zip(row, states, strict=True):
+            strength = float(weight[0] @ state + bias[0])
+            if strength > 0 and token not in SPECIALS:
+                expected[token] = max(expected.get(token, 0.0), strength)
+        first, last = made.lexical_weights.indptr[place : place + 2]
+        assert made.lexical_weights.indices[first:last].tolist() == sorted(expected)
+        wanted = [expected[token] for token in sorted(expected)]
+        assert np.allclose(made.lexical_weights.values[first:last], wanted, atol=1e-6)
+        vectors = states[1:] @ project.T + shift
+        first, last = made.colbert_vecs.indptr[place : place + 2]
+        assert np.allclose(
+            made.colbert_vecs.vectors[first:last], vectors / np.linalg.norm(vectors, axis=1, keepdims=True), atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "lasttoken"])
+def test_pooling_is_the_one_asked_for(tiny_m3: Path, pooling: str) -> None:
+    model = load_model(read_checkpoint(tiny_m3), device="cpu", dtype="float32")
+    batch = pack([0, 5, 6, 2], [0, 7, 2])
+    hidden, layout = run_model(model, batch)
+    pooled = pool_rows(hidden, layout, pooling=pooling)  # type: ignore[arg-type]
+    for place in range(2):
+        states = hidden[batch.cu_seqlens[place] : batch.cu_seqlens[place + 1]]
+        state = {"cls": states[0], "mean": states.mean(0), "lasttoken": states[-1]}[pooling]
+        assert torch.allclose(pooled[place], state / state.norm(), atol=1e-6)
+
+
+def test_bin_weights_equal_safetensors(tiny_m3: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bin"
+    shutil.copytree(tiny_m3, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = {f"roberta.{name}": tensor for name, tensor in load_file(tiny_m3 / "model.safetensors").items()}
+    torch.save(tensors, folder / "pytorch_model.bin")
+    batch = pack([0, 5, 6, 2])
+    first, second = (
+        run_model(load_model(read_checkpoint(path), device="cpu", dtype="float32"), batch)[0]
+        for path in (tiny_m3, folder)
+    )
+    assert torch.equal(first, second)
+
+
+def test_weights_that_carry_code_are_refused(tiny_m3: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "evil"
+    shutil.copytree(tiny_m3, folder)
+    torch.save({"weight": Bomb(), "bias": Bomb()}, folder / "sparse_linear.pt")
+    with pytest.raises(ModelError, match=r"sparse_linear\.pt carries code"):
+        load_model(read_checkpoint(folder), device="cpu", dtype="float32")
+
+
+def test_weights_of_another_shape_are_named(tiny_m3: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "misshapen"
+    shutil.copytree(tiny_m3, folder)
+    torch.save({"weight": torch.zeros(1, 32), "bias": torch.zeros(1)}, folder / "sparse_linear.pt")
+    with pytest.raises(ModelError, match=r"1x32, config\.json says 1x64"):
+        load_model(read_checkpoint(folder), device="cpu", dtype="float32")
+
+
+def test_cut_off_weights_are_named(tiny_m3: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(tiny_m3, folder)
+    (folder / "model.safetensors").write_bytes((tiny_m3 / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ModelError, match="download the checkpoint again"):
+        load_model(read_checkpoint(folder), device="cpu", dtype="float32")
