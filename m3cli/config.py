@@ -17,6 +17,9 @@ MAX_LENGTH_CEILING = 8192
 "tokens; what BGE-M3 was trained for, whatever more positions a checkpoint has"
 MAX_ROW_BYTES = 64 << 20
 
+AUTO_SHARD_SIZE = {"cpu": 512 << 10, "cuda with colbert": 8 << 20, "cuda": 32 << 20}
+"bytes of input text"
+
 Format = Literal["parquet", "npy"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 VectorDtype = Literal["float16", "float32"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TextIO
+from typing import Any, TextIO
 
+import orjson
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
@@ -14,6 +15,8 @@ from m3cli.records import RunPlan, RunSummary
 
 _PLAIN_WIDTH = 100
 "columns off a terminal, where a log must not depend on a window's size"
+_BAR_WIDTH = 30
+_NAMES_SHOWN = 4
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -42,12 +45,16 @@ def _rows() -> Table:
     return table
 
 
-def print_plan(plan: RunPlan, stream: TextIO) -> None:
-    """Print the panel that stands before a run."""
-    open_console(stream).print(plan_panel(plan))
+def print_panel(panel: Panel, stream: TextIO, *, document: dict[str, Any] | None = None) -> None:
+    """Print a panel, or in its place the JSON of what it shows."""
+    if document is None:
+        open_console(stream).print(panel)
+    else:
+        option = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS | orjson.OPT_APPEND_NEWLINE
+        stream.write(orjson.dumps(document, option=option).decode())
 
 
-def plan_panel(plan: RunPlan) -> Panel:
+def plan_panel(plan: RunPlan, *, title: str | None = None) -> Panel:
     """Draw the panel that stands before a run."""
     rows = _rows()
     rows.add_row(
@@ -66,14 +73,8 @@ def plan_panel(plan: RunPlan) -> Panel:
     if plan.bytes_on_disk is not None:
         parts = ", ".join(f"{output} {format_bytes(size)}" for output, size in plan.bytes_on_disk.items())
         rows.add_row("disk", f"about {format_bytes(sum(plan.bytes_on_disk.values()))}: {parts}")
-    title = "m3 encode, going on" if plan.resumed else "m3 encode"
+    title = title or ("m3 encode, going on" if plan.resumed else "m3 encode")
     return Panel(rows, title=title, subtitle=f"fingerprint {plan.fingerprint[:7]}", box=box.ROUNDED, expand=False)
-
-
-def print_summary(summary: RunSummary, stream: TextIO) -> None:
-    """Print the table that stands after a run."""
-    console = open_console(stream)
-    console.print(summary_panel(summary))
 
 
 def summary_panel(summary: RunSummary) -> Panel:
@@ -91,8 +92,8 @@ def summary_panel(summary: RunSummary) -> Panel:
     rows.add_row("speed", f"{summary.tokens_per_second:,.0f} tokens/s")
     rows.add_row("memory", f"{format_bytes(summary.peak_memory_bytes)} at most")
     rows.add_row("files", f"{summary.num_files:,} files, {format_bytes(summary.bytes_written)}")
-    whole = summary.num_shards is not None and summary.shards_done == summary.num_shards
-    rows.add_row("shards", f"{summary.shards_done:,} done" + (": complete" if whole else ""))
+    whole = ": complete" if summary.shards_done == summary.num_shards else ""
+    rows.add_row("shards", f"{summary.shards_done:,} of {summary.num_shards:,} done{whole}")
     return Panel(rows, title=Text(summary.out), box=box.ROUNDED, expand=False)
 
 
@@ -101,3 +102,38 @@ def _skipped_words(summary: RunSummary) -> str:
         return "0"
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in summary.skipped_reasons.items())
     return f"{summary.skipped:,} ({reasons}); see _m3/skipped/"
+
+
+def info_panel(folder: str, found: dict[str, Any]) -> Panel:
+    """Draw what `m3 info` shows; `found` is a `store.describe.FolderDescription` as a dictionary."""
+    rows = _rows()
+    run, counts = found["run"], found["counts"]
+    if run is not None:
+        meaning, checkpoint = run["meaning"], run["checkpoint"]
+        rows.add_row("model", Text(f"{checkpoint['name']}, {meaning['dtype']}, {checkpoint['dim']} wide"))
+        rows.add_row("settings", Text(_settings_words(meaning)))
+        rows.add_row("sources", Text(_name_some([source["name"] for source in run["sources"]])))
+    rows.add_row("documents", f"{counts['documents']:,} in {counts['chunks']:,} rows, {counts['tokens']:,} tokens")
+    rows.add_row("skipped", f"{counts['skipped']:,}, truncated {counts['truncated']:,}")
+    rows.add_row("shards", f"{found['num_shards']:,} done: {'complete' if found['complete'] else 'work is left'}")
+    sizes = found["bytes"]
+    parts = ", ".join(f"{output} {format_bytes(size)}" for output, size in sizes.items())
+    rows.add_row("disk", f"{format_bytes(sum(sizes.values()))}: {parts}")
+    histogram = found["token_histogram"]
+    most = max(histogram.values(), default=1)
+    for number, (tokens, count) in enumerate(histogram.items()):
+        bar = "█" * max(1, round(_BAR_WIDTH * count / most))
+        rows.add_row("" if number else "tokens", f"≤ {tokens:>5,}  {bar} {count:,}")
+    return Panel(rows, title=Text(folder), box=box.ROUNDED, expand=False)
+
+
+def _settings_words(meaning: dict[str, Any]) -> str:
+    fields = meaning["fields"]
+    named = [f"{part} from '{fields[part]}'" for part in ("id", "title", "text") if fields[part]]
+    return f"{meaning['format']}, up to {meaning['max_length']:,} tokens a row, {', '.join(named)}"
+
+
+def _name_some(names: list[str]) -> str:
+    return ", ".join(names[:_NAMES_SHOWN]) + (
+        f" and {len(names) - _NAMES_SHOWN:,} more" if len(names) > _NAMES_SHOWN else ""
+    )

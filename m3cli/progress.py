@@ -57,9 +57,9 @@ class Progress:
     def show_plan(self, plan: RunPlan) -> None:
         """Show what is about to be done."""
         if self.mode in ("bar", "log"):
-            from m3cli.panel import print_plan  # noqa: PLC0415  rich is slow to import and not always needed
+            from m3cli.panel import plan_panel, print_panel  # noqa: PLC0415  rich is slow, and not always needed
 
-            print_plan(plan, self._stream)
+            print_panel(plan_panel(plan), self._stream)
         self._emit("plan", {name: getattr(plan, name) for name in RunPlan.__slots__})
 
     def start(self, *, shards_todo: int | None) -> None:
@@ -94,9 +94,9 @@ class Progress:
     def show_summary(self, summary: RunSummary) -> None:
         """Show what was done."""
         if self.mode in ("bar", "log"):
-            from m3cli.panel import print_summary  # noqa: PLC0415
+            from m3cli.panel import print_panel, summary_panel  # noqa: PLC0415
 
-            print_summary(summary, self._stream)
+            print_panel(summary_panel(summary), self._stream)
         self._emit("summary", {name: getattr(summary, name) for name in RunSummary.__slots__})
 
     def say(self, text: str) -> None:

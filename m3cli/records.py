@@ -280,8 +280,10 @@ class RunSummary:
     seconds: dict[str, float]
     tokens_per_second: float
     peak_memory_bytes: int
+    peak_device_bytes: int
+    "of GPU memory; 0 on a CPU"
     shards_done: int
-    num_shards: int | None
-    total_skipped: int
+    "of the whole folder"
+    num_shards: int
     "of the whole folder"
     skipped_reasons: dict[str, int]

@@ -59,12 +59,7 @@ class Model:
     sparse_linear: Linear | None
     "[1, C], [1]"
     colbert_linear: Linear | None
-    "[D, C], [D]"
-
-    @property
-    def colbert_dim(self) -> int:
-        """D, width of a ColBERT vector; 0 without the head."""
-        return 0 if self.colbert_linear is None else int(self.colbert_linear[0].shape[0])
+    "[C, C], [C]; M3's vectors are as wide as its states"
 
 
 def load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
@@ -111,7 +106,7 @@ def load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
         embedding_norm=pair("embeddings.LayerNorm", width),
         layers=tuple(layers),
         sparse_linear=_read_head(checkpoint, "sparse", put, rows=1),
-        colbert_linear=_read_head(checkpoint, "colbert", put, rows=None),
+        colbert_linear=_read_head(checkpoint, "colbert", put, rows=width),
     )
 
 
@@ -175,7 +170,7 @@ def _can_map(path: Path) -> bool:
 
 
 def _read_head(
-    checkpoint: Checkpoint, output: str, put: Callable[[torch.Tensor], torch.Tensor], *, rows: int | None
+    checkpoint: Checkpoint, output: str, put: Callable[[torch.Tensor], torch.Tensor], *, rows: int
 ) -> Linear | None:
     if output not in checkpoint.outputs:
         return None

@@ -1,0 +1,16 @@
+"""The `m3` command."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    from m3cli.cli.app import run  # noqa: PLC0415  so that `python -m m3cli` and `m3` enter by one door
+
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The `m3` command line as a whole: its commands, and how each of them ends.
+
+Every error a user can cause is one line on stderr that names the value and the remedy, and an exit code of
+`m3cli.errors`; `--debug` shows the traceback. stdout carries results only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Annotated, Any, cast
+
+import typer
+
+import m3cli
+from m3cli.cli.encode import encode
+from m3cli.cli.info import info
+from m3cli.cli.plan import plan
+from m3cli.errors import EXIT_INTERRUPTED, M3Error, Stopped, UsageError
+
+app = typer.Typer(
+    name="m3",
+    help="Encode whole corpora with BGE-M3: dense vectors, lexical weights and ColBERT matrices in one pass.",
+    epilog="Exit codes: 0 done; 1 error; 2 usage; 3 done, rows skipped; 4 corpus; 5 model; 6 output; 10 folder of "
+    "another run; 11 locked; 12 damage; 75 stopped, run again; 130 Ctrl-C.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(encode)
+app.command()(plan)
+app.command()(info)
+
+# typer brings its own copy of click since 0.16; this is the base of its errors in every version.
+_TyperError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"m3 {m3cli.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    *,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
+    version: Annotated[  # noqa: ARG001  both are seen before any command is
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    logging.basicConfig(format="m3: %(message)s", level=logging.WARNING)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line.
+
+    Returns:
+        the exit code.
+    """
+    signal.signal(signal.SIGTERM, _stop)
+    debug = "--debug" in arguments
+    try:
+        # Taken out here, so that it may stand before or after the command.
+        code = app(
+            args=[argument for argument in arguments if argument != "--debug"], standalone_mode=False, prog_name="m3"
+        )
+    except KeyboardInterrupt:
+        return _say("interrupted; run the same command again to go on", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read stdout has seen enough; the interpreter must not try to flush it once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except M3Error as error:
+        if debug:
+            raise
+        return _say(str(error), error.exit_code)
+    except Exception as error:
+        if debug or not isinstance(error, _TyperError):
+            raise
+        return _say(f"{cast(Any, error).format_message()} See 'm3 --help'.", UsageError.exit_code)
+    return int(code or 0)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    raise Stopped("stopped by SIGTERM with work left; run the same command again to go on")
+
+
+def _say(message: str, code: int) -> int:
+    # A name from the input may carry line breaks or terminal escapes.
+    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in message)
+    sys.stderr.write(f"m3: {line}\n")
+    return code

@@ -1,0 +1,111 @@
+"""Flags that several commands take, each spelled once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+_CORPUS, _MODEL, _OUTPUT, _MEANING, _SPEED = "Corpus", "Model", "Output", "Long documents", "Speed"
+
+Inputs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="INPUT...",
+        help="JSONL, TSV or text lines (also .gz, .zst), Parquet, folders, globs, or '-' for standard input.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    str | None,
+    typer.Option("--out", "-o", help="Output folder; by default the input's name with .m3.", rich_help_panel=_OUTPUT),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(help="Checkpoint folder or hub id; by default $M3_MODEL or BAAI/bge-m3.", rich_help_panel=_MODEL),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", rich_help_panel=_MODEL)]
+Outputs = Annotated[
+    str | None,
+    typer.Option(help="Some of dense,sparse,colbert; by default all three.", rich_help_panel=_OUTPUT),
+]
+Format = Annotated[str | None, typer.Option(help="parquet (default) or npy.", rich_help_panel=_OUTPUT)]
+InputFormat = Annotated[
+    str,
+    typer.Option(help="auto, jsonl, tsv, text or parquet; auto goes by the ending.", rich_help_panel=_CORPUS),
+]
+IdField = Annotated[
+    str | None,
+    typer.Option(help="Field of the id; found by itself (_id, docid, id); '' for none.", rich_help_panel=_CORPUS),
+]
+TextField = Annotated[
+    str | None,
+    typer.Option(help="Field of the text; found by itself (text, contents).", rich_help_panel=_CORPUS),
+]
+TitleField = Annotated[
+    str | None,
+    typer.Option(help="Field of the title; found by itself (title); '' for none.", rich_help_panel=_CORPUS),
+]
+TitleSep = Annotated[
+    str | None,
+    typer.Option(help="Between title and text; by default a line break.", rich_help_panel=_CORPUS),
+]
+KeepFields = Annotated[
+    str | None,
+    typer.Option(help="Fields to copy into the output, with commas between them.", rich_help_panel=_CORPUS),
+]
+KeepText = Annotated[
+    bool | None,
+    typer.Option("--keep-text", help="Write each chunk's text as column 'text'.", rich_help_panel=_CORPUS),
+]
+Prefix = Annotated[
+    str | None, typer.Option(help="Words before every chunk, such as 'query: '.", rich_help_panel=_CORPUS)
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N rows of the input.", rich_help_panel=_CORPUS)]
+MaxRowBytes = Annotated[
+    str | None,
+    typer.Option(help="Skip rows longer than this; by default 64M.", rich_help_panel=_CORPUS),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(min=8, help="Tokens of a chunk; by default 8192 or what the model holds.", rich_help_panel=_MEANING),
+]
+LongDocs = Annotated[
+    str | None,
+    typer.Option(help="chunk (default): one row a chunk; truncate: the first chunk only.", rich_help_panel=_MEANING),
+]
+Overlap = Annotated[
+    int | None,
+    typer.Option(min=0, help="Tokens that a chunk repeats of the one before; by default 0.", rich_help_panel=_MEANING),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="auto, float32, bfloat16 or float16; auto: float16 on a GPU, bfloat16 on a CPU that has it.",
+        rich_help_panel=_SPEED,
+    ),
+]
+DenseDtype = Annotated[
+    str | None,
+    typer.Option(help="float16 (default) or float32, of the dense vectors on disk.", rich_help_panel=_OUTPUT),
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_SPEED)]
+MaxBatchTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Tokens that go through the model together; by default by device.", rich_help_panel=_SPEED
+    ),
+]
+ShardSize = Annotated[
+    str | None,
+    typer.Option(
+        help="Bytes of text of a shard, such as 8M; by default 512K on a CPU, 8M or 32M on a GPU.",
+        rich_help_panel=_SPEED,
+    ),
+]
+Worker = Annotated[
+    str | None,
+    typer.Option(metavar="I/N", help="Do only the I-th of N shares of the shards (I from 0).", rich_help_panel=_SPEED),
+]
+ProgressMode = Annotated[str, typer.Option("--progress", help="auto, bar, log, json or none.", rich_help_panel=_OUTPUT)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

@@ -1,0 +1,67 @@
+"""`m3 plan`: what an encode would do, without doing it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+
+from m3cli.cli import flags
+from m3cli.cli.encode import make_request, open_stdin
+from m3cli.cli.values import auto, parse_names, parse_outputs, parse_size
+
+
+def plan(
+    inputs: flags.Inputs,
+    *,
+    out: flags.Out = None,
+    model: flags.Model = None,
+    revision: flags.Revision = None,
+    outputs: flags.Outputs = None,
+    format: flags.Format = None,  # noqa: A002  the flag's name
+    input_format: flags.InputFormat = "auto",
+    id_field: flags.IdField = None,
+    text_field: flags.TextField = None,
+    title_field: flags.TitleField = None,
+    keep_fields: flags.KeepFields = None,
+    keep_text: flags.KeepText = None,
+    prefix: flags.Prefix = None,
+    limit: flags.Limit = None,
+    max_length: flags.MaxLength = None,
+    long_docs: flags.LongDocs = None,
+    overlap: flags.Overlap = None,
+    dtype: flags.Dtype = None,
+    device: flags.Device = None,
+    shard_size: flags.ShardSize = None,
+    as_json: flags.AsJson = False,
+) -> None:
+    """Show what an encode would do: shards, documents, tokens, bytes on disk, and what is done already.
+
+    Nothing is written. Documents and tokens are estimated from a sample of the input.
+    """
+    request = make_request(
+        inputs=tuple(inputs),
+        out=out,
+        model=model,
+        revision=revision,
+        outputs=parse_outputs(outputs),
+        format=format,
+        input_format=input_format,
+        id_field=id_field,
+        text_field=text_field,
+        title_field=title_field,
+        keep_fields=parse_names(keep_fields),
+        keep_text=keep_text,
+        prefix=prefix,
+        limit=limit,
+        max_length=max_length,
+        long_docs=long_docs,
+        overlap=overlap,
+        dtype=auto(dtype),
+        device=auto(device),
+        shard_size=parse_size("--shard-size", shard_size),
+    )
+    from m3cli.jobs.plan import plan_corpus  # noqa: PLC0415  pyarrow and torch, not for --help
+    from m3cli.panel import plan_panel, print_panel  # noqa: PLC0415
+
+    found = plan_corpus(request, stdin=open_stdin(inputs))
+    print_panel(plan_panel(found, title="m3 plan"), sys.stdout, document=asdict(found) if as_json else None)

@@ -1,0 +1,56 @@
+"""Values of flags: sizes, lists and shares, from the words a user types."""
+
+from __future__ import annotations
+
+import re
+
+from m3cli.config import ALL_OUTPUTS
+from m3cli.errors import UsageError
+from m3cli.records import Output
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_size(flag: str, text: str | None) -> int | None:
+    """Read '512K', '8 MiB', '1.5G' or plain bytes; None and 'auto' stay None."""
+    if text is None or text == "auto":
+        return None
+    match = _SIZE.fullmatch(text.strip())
+    size = int(float(match[1]) * _FACTORS[match[2].lower()]) if match else 0
+    if size < 1:
+        raise UsageError(f"{flag} {text!r}: expected a size such as 512K, 8M or 1G")
+    return size
+
+
+def parse_names(text: str | None) -> tuple[str, ...] | None:
+    """Read 'a,b'; None stays None."""
+    if text is None:
+        return None
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def parse_outputs(text: str | None) -> tuple[Output, ...] | None:
+    """Read 'sparse,dense' into the order dense, sparse, colbert; None stays None."""
+    names = parse_names(text)
+    if names is None:
+        return None
+    unknown = [name for name in names if name not in ALL_OUTPUTS]
+    if unknown or not names:
+        raise UsageError(f"--outputs {text!r}: expected some of {', '.join(ALL_OUTPUTS)}, with commas between them")
+    return tuple(output for output in ALL_OUTPUTS if output in names)
+
+
+def parse_worker(text: str | None) -> tuple[int, int]:
+    """Read 'I/N' with I from 0."""
+    if text is None:
+        return 0, 1
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UsageError(f"--worker {text!r}: expected I/N with I from 0 to N - 1, such as 0/3, 1/3 and 2/3")
+    return int(match[1]), int(match[2])
+
+
+def auto(text: str | None) -> str | None:
+    """Return None for 'auto', which is the same as not typing the flag."""
+    return None if text == "auto" else text

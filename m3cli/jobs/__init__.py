@@ -1,0 +1,1 @@
+"""One job a command: the only rooms that know the order of the others."""

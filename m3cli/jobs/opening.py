@@ -1,0 +1,152 @@
+"""A run's folder, opened: its settings settled or adopted, its shards planned, what is done in it known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from m3cli.config import EncodeRequest
+from m3cli.corpus.fields import kept_schema
+from m3cli.corpus.plan import Plan, plan_shards
+from m3cli.corpus.reader import read_shards
+from m3cli.corpus.streams import PeekableStream
+from m3cli.errors import ForeignFolder, UsageError
+from m3cli.jobs.run import (
+    Run,
+    adopt_run,
+    find_changed,
+    name_model,
+    open_checkpoint,
+    parse_run,
+    refuse_other_checkpoint,
+    settle_run,
+)
+from m3cli.jobs.share import Share
+from m3cli.records import DoneEntry, ShardText, Source
+from m3cli.store.folder import RunFolder
+from m3cli.store.layout import RowForm
+
+_ENDINGS = {".gz", ".zst", ".jsonl", ".ndjson", ".json", ".tsv", ".txt", ".text", ".parquet", ".pq"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A folder opened for this run, and what is known of it."""
+
+    folder: RunFolder
+    name: str
+    run: Run
+    form: RowForm
+    plan: Plan
+    done: dict[int, DoneEntry]
+    share: Share
+    resumed: bool
+
+    @property
+    def num_shards(self) -> int | None:
+        """Shards of the whole folder; None where only reading tells."""
+        if (manifest := self.folder.manifest()) is not None:
+            return int(manifest["num_shards"])
+        return len(self.plan.shards) if self.plan.complete else None
+
+    def read(self, stdin: PeekableStream | None) -> Iterator[ShardText]:
+        """Read the shards that are left to do, comparing finished ones whose input may have changed."""
+        meaning = self.run.meaning
+        texts = read_shards(
+            self.run.sources,
+            plan=self.plan,
+            fields=meaning.fields,
+            schema=self.form.kept,
+            title_sep=meaning.title_sep,
+            max_row_bytes=meaning.max_row_bytes,
+            ask=self.share.ask,
+            stdin=stdin,
+        )
+        return (text for text in texts if self.share.is_wanted(text))
+
+
+def choose_out(request: EncodeRequest, sources: tuple[Source, ...]) -> Path:
+    """Return the output folder: `--out`, or the one input's name with .m3 in the current folder."""
+    if request.out:
+        return Path(request.out)
+    if len(request.inputs) != 1 or request.inputs[0] == "-":
+        what = "standard input" if "-" in request.inputs else f"{len(request.inputs)} inputs"
+        raise UsageError(f"{what}: say where to write with --out DIR")
+    given = Path(request.inputs[0])
+    if given.is_dir():
+        return Path(f"{given.resolve().name}.m3")
+    if len(sources) != 1:
+        raise UsageError(f"{request.inputs[0]!r} names {len(sources)} files: say where to write with --out DIR")
+    name = Path(sources[0].path).name
+    while (stem := Path(name)).suffix in _ENDINGS and stem.stem:
+        name = stem.stem
+    return Path(f"{name}.m3")
+
+
+def settle(request: EncodeRequest, sources: tuple[Source, ...], stdin: PeekableStream | None) -> Run:
+    """Settle a new folder's run, with all that can be wrong with corpus and model."""
+    from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415  a second, only for a new folder
+
+    checkpoint = open_checkpoint(request)
+    tokenizer_hash = load_tokenizer(checkpoint).serialisation_hash
+    run = settle_run(request, sources=sources, checkpoint=checkpoint, tokenizer_hash=tokenizer_hash, stdin=stdin)
+    make_form(run)
+    return run
+
+
+def make_form(run: Run) -> RowForm:
+    """Say what every shard of a run's folder has in common."""
+    meaning = run.meaning
+    return RowForm(
+        format=meaning.format,
+        outputs=meaning.outputs,
+        dim=run.dim,
+        vocabulary=run.vocabulary,
+        dense_dtype=meaning.dense_dtype,
+        keep_text=meaning.keep_text,
+        kept=kept_schema(run.sources, meaning.fields) if meaning.fields.kept else None,
+    )
+
+
+def open_run(folder: RunFolder, fresh: Run | None, request: EncodeRequest, sources: tuple[Source, ...]) -> Opened:
+    """Write the folder's run.json, or adopt it; of workers that start together one writes."""
+    name = folder.path.name
+    with folder.lock.initialising():
+        document = folder.run()
+        if document is None:
+            if fresh is None:
+                raise ForeignFolder(f"{folder.path} lost its run.json while this run started; run the command again")
+            folder.write_run(fresh.to_json())
+    if document is None:
+        assert fresh is not None
+        run, changed = fresh, frozenset[int]()
+    else:
+        before = parse_run(document)
+        run = adopt_run(before, request, sources=sources, out=name)
+        changed = find_changed(before.sources, sources)
+        if name_model(request) is not None:
+            refuse_other_checkpoint(run, open_checkpoint(request), out=name)
+    done = folder.done()
+    return Opened(
+        folder=folder,
+        name=name,
+        run=run,
+        form=make_form(run),
+        plan=plan_run(run),
+        done=done,
+        share=Share(done, worker=request.worker, num_workers=request.num_workers, changed=changed, out=name),
+        resumed=document is not None,
+    )
+
+
+def plan_run(run: Run) -> Plan:
+    """Plan the shards of a run, as far as they are known before anything is read."""
+    meaning = run.meaning
+    return plan_shards(
+        run.sources,
+        fields=meaning.fields,
+        shard_size=meaning.shard_size,
+        limit=meaning.limit,
+        max_row_bytes=meaning.max_row_bytes,
+    )

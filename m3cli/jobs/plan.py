@@ -1,0 +1,70 @@
+"""`m3 plan`: what an encode would do. Nothing is written, nothing is locked."""
+
+from __future__ import annotations
+
+from m3cli.config import EncodeRequest
+from m3cli.corpus.sources import find_sources
+from m3cli.corpus.streams import PeekableStream
+from m3cli.encoder import device as machine
+from m3cli.encoder.tokenizer import load_tokenizer
+from m3cli.jobs.estimate import Estimate, estimate_corpus
+from m3cli.jobs.opening import choose_out, make_form, plan_run, settle
+from m3cli.jobs.run import Run, adopt_run, open_checkpoint, parse_run, refuse_other_checkpoint
+from m3cli.records import RunPlan
+from m3cli.store.entries import read_entries, read_run
+
+
+def plan_corpus(request: EncodeRequest, *, stdin: PeekableStream | None = None) -> RunPlan:
+    """Say what an encode with these settings would do, and what it would find done."""
+    sources = find_sources(request.inputs, input_format=request.input_format, stdin=stdin)
+    out = choose_out(request, sources)
+    document = read_run(out)
+    if document is None:
+        run, done = settle(request, sources, stdin), 0
+    else:
+        run = adopt_run(parse_run(document), request, sources=sources, out=out.name)
+        done = len(read_entries(out)[0])
+    checkpoint = open_checkpoint(request)
+    refuse_other_checkpoint(run, checkpoint, out=out.name)
+    plan = plan_run(run)
+    return describe_run(
+        run,
+        out=str(out),
+        device=machine.resolve_device(request.device),
+        estimate=estimate_corpus(run, make_form(run), load_tokenizer(checkpoint)),
+        num_shards=len(plan.shards) if plan.complete else None,
+        shards_done=done,
+        resumed=document is not None,
+    )
+
+
+def describe_run(
+    run: Run,
+    *,
+    out: str,
+    device: str,
+    estimate: Estimate | None,
+    num_shards: int | None,
+    shards_done: int,
+    resumed: bool,
+) -> RunPlan:
+    """Put together what the panel before a run shows."""
+    meaning = run.meaning
+    sizes = [source.size for source in run.sources]
+    return RunPlan(
+        out=out,
+        model=run.model,
+        dtype=meaning.dtype,
+        device=device,
+        max_length=meaning.max_length,
+        outputs=meaning.outputs,
+        format=meaning.format,
+        fingerprint=run.fingerprint,
+        documents=estimate.documents if estimate else None,
+        tokens=estimate.tokens if estimate else None,
+        input_bytes=sum(sizes) if min(sizes) >= 0 else None,
+        num_shards=num_shards,
+        shards_done=shards_done,
+        bytes_on_disk=estimate.bytes_on_disk if estimate else None,
+        resumed=resumed,
+    )
