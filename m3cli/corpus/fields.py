@@ -1,0 +1,205 @@
+"""Which field of a row is the text, the id and the title, found once from the first rows or the Parquet schema.
+
+What a user names must be there; what is not named is looked for among the names that corpora use, in the first source
+that has rows. Every format among the sources must have the text field, one of them the others that were named. A TSV's
+first line is a header only if it names the fields; plain text has nothing but its text.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from m3cli.corpus.parquet import check_columns, is_text, read_parquet_schema
+from m3cli.corpus.peek import Peek, TsvLayout, find_tsv_layout, peek_source, read_first_line
+from m3cli.corpus.rows import Fault
+from m3cli.corpus.streams import PeekableStream
+from m3cli.errors import CorpusError, UsageError
+from m3cli.records import Fields, Source, SourceFormat
+
+TEXT_NAMES = ("text", "contents", "content", "body", "passage", "document", "query")
+ID_NAMES = ("_id", "docid", "id", "doc_id", "query_id", "qid", "pid")
+TITLE_NAMES = ("title",)
+NAMES_SHOWN = 20
+
+
+def resolve_fields(
+    sources: Sequence[Source],
+    *,
+    id_field: str | None = None,
+    text_field: str | None = None,
+    title_field: str | None = None,
+    keep_fields: Sequence[str] = (),
+    reserved: frozenset[str] = frozenset(),
+    stdin: PeekableStream | None = None,
+) -> Fields:
+    """Resolve which field is what; None: find it, '' for id and title: there is none."""
+    _check_names(text_field, keep_fields, reserved)
+    ids = ID_NAMES if id_field is None else (id_field,)
+    layout = _find_layout(sources, text_field, (*ids, *TITLE_NAMES), stdin)
+    peeks = _peek_formats(sources, layout, stdin)
+    counted = len(layout.columns) if peeks[0].source.format == "tsv" and not layout.header else 0
+    text = text_field or (_count_text(peeks[0]) if counted else _find_text(peeks[0]))
+    for peek in peeks:
+        _check_named([peek], text, "--text-field")
+    for name in keep_fields:
+        _check_named(peeks, name, "--keep-fields")
+    candidates = [name for name in peeks[0].names if name != text]
+    fields = Fields(
+        text=text,
+        id=_resolve(id_field, "--id-field", peeks, ("1",) if counted > 1 else ID_NAMES, candidates),
+        title=_resolve(
+            title_field, "--title-field", peeks, ("2",) if counted == 3 and text == "3" else TITLE_NAMES, candidates
+        ),
+        kept=tuple(keep_fields),
+        tsv_columns=layout.columns,
+        tsv_header=layout.header,
+    )
+    _check_files(sources, fields, stdin)
+    return fields
+
+
+def kept_schema(sources: Sequence[Source], fields: Fields) -> Any:
+    """Return the `pyarrow.Schema` of the kept fields: a Parquet column's own type, string from anything else."""
+    columns: dict[str, tuple[Any, Source]] = {}
+    for source in sources:
+        schema = read_parquet_schema(source) if source.format == "parquet" and fields.kept else None
+        for name in fields.kept:
+            kind = _kept_type(schema, name)
+            if kind is None:
+                continue
+            known, first = columns.setdefault(name, (kind, source))
+            if known == kind:
+                continue
+            if not (is_text(known) and is_text(kind)):
+                raise CorpusError(
+                    f"kept field {name!r} is {known} in {first.name} and {kind} in {source.name}: "
+                    "convert one of them, leave the field out of --keep-fields, or encode the files apart"
+                )
+            columns[name] = (pa.string(), source)
+    return pa.schema([pa.field(name, columns[name][0]) for name in fields.kept])
+
+
+def _kept_type(schema: Any, name: str) -> Any:
+    if schema is None:
+        return pa.string()
+    return schema.field(name).type if name in schema.names else None
+
+
+def _check_names(text_field: str | None, keep_fields: Sequence[str], reserved: frozenset[str]) -> None:
+    if text_field == "":
+        raise UsageError("--text-field is empty: every row needs a text")
+    for i, name in enumerate(keep_fields):
+        if not name or name in keep_fields[:i]:
+            raise UsageError(f"--keep-fields: {name!r} is {'named twice' if name else 'no name'}")
+        if name in reserved:
+            raise UsageError(
+                f"--keep-fields: {name!r} clashes with a column that m3 writes: rename the field in the input"
+            )
+
+
+def _find_layout(
+    sources: Sequence[Source], text_field: str | None, others: tuple[str, ...], stdin: PeekableStream | None
+) -> TsvLayout:
+    for source in sources:
+        if source.format == "tsv":
+            texts = TEXT_NAMES if text_field is None else (text_field,)
+            layout = find_tsv_layout(source, required=text_field, texts=texts, others=others, stdin=stdin)
+            if layout is not None:
+                return layout
+    return TsvLayout()
+
+
+def _peek_formats(sources: Sequence[Source], layout: TsvLayout, stdin: PeekableStream | None) -> list[Peek]:
+    """Look at the first source of each format that has rows; at plain text only if there is nothing else."""
+    peeks: dict[SourceFormat, Peek] = {}
+    for source in sources:
+        if source.format not in peeks:
+            peek = peek_source(source, layout, stdin=stdin)
+            if peek is not None:
+                peeks[source.format] = peek
+    if not peeks:
+        raise CorpusError(f"{', '.join(source.name for source in sources[:5])}: nothing to encode, there are no rows")
+    return [peek for peek in peeks.values() if peek.source.format != "text"] or list(peeks.values())
+
+
+def _count_text(peek: Peek) -> str:
+    """Return the text column of a TSV without header: the last of at most three."""
+    if len(peek.names) > 3:
+        raise CorpusError(
+            f"{peek.source.name} has {len(peek.names)} columns and no header that names the text: "
+            "say which it is with --text-field N, the first being 1"
+        )
+    return peek.names[-1]
+
+
+def _find_text(peek: Peek) -> str:
+    found = _first_of(TEXT_NAMES, [name for name in peek.names if name in peek.texts]) or _first_of(
+        TEXT_NAMES, peek.names
+    )
+    if found is not None:
+        return found
+    if peek.fault is not None and not peek.names:
+        raise CorpusError(
+            f"{peek.source.name}: none of the first rows can be read, the first for this: {_tell(peek.fault)}; "
+            "mend it, say what it is with --input-format, or name its text with --text-field"
+        )
+    raise CorpusError(
+        f"{peek.source.name} has no field that is known for text; it has {_list_names(peek.names)}: "
+        f"name it with --text-field{_guess('text', peek.names)}"
+    )
+
+
+def _tell(fault: Fault) -> str:
+    return f"{fault.reason} ({fault.detail})" if fault.detail else fault.reason
+
+
+def _resolve(
+    given: str | None, flag: str, peeks: Sequence[Peek], names: Sequence[str], candidates: Sequence[str]
+) -> str | None:
+    if given is None:
+        return _first_of(names, candidates)
+    if given:
+        _check_named(peeks, given, flag)
+    return given or None
+
+
+def _first_of(names: Sequence[str], candidates: Sequence[str]) -> str | None:
+    return next((name for name in names if name in candidates), None)
+
+
+def _check_named(peeks: Sequence[Peek], name: str, flag: str) -> None:
+    """Refuse a field that is in none of the first rows, unless all those are malformed."""
+    names = tuple(dict.fromkeys(each for peek in peeks for each in peek.names))
+    if names and name not in names:
+        raise CorpusError(
+            f"{', '.join(peek.source.name for peek in peeks)}: no row has the field {name!r}; "
+            f"the first rows have {_list_names(names)}: correct {flag}{_guess(name, names)}"
+        )
+
+
+def _list_names(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMES_SHOWN]) + (" ..." if len(names) > NAMES_SHOWN else "") or "no fields"
+
+
+def _guess(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _check_files(sources: Sequence[Source], fields: Fields, stdin: PeekableStream | None) -> None:
+    """Refuse a Parquet file whose columns, or a TSV whose header, is another than what was found."""
+    for source in sources:
+        if source.format == "parquet":
+            check_columns(source, read_parquet_schema(source), fields)
+        elif source.format == "tsv" and fields.tsv_header and source.size:
+            header = read_first_line(source, stdin=stdin)
+            if header != fields.tsv_columns:
+                raise CorpusError(
+                    f"{source.name} does not begin with the header of the other TSV files, "
+                    f"{_list_names(fields.tsv_columns)}, but with {_list_names(header)}: "
+                    "give it that header, or encode it apart"
+                )

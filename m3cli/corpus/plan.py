@@ -1,0 +1,121 @@
+"""How the input is cut into shards, before any work is done on it; the same input always gives the same shards.
+
+A row of a line format is the k-th shard's of its source if its first byte (of the decompressed stream) lies in
+[k * size, (k + 1) * size): a plain file is planned from its size alone, a compressed or piped one only as it streams,
+and shard numbers of later sources follow on. A Parquet row group is cut into nearly equal runs of rows, by the bytes of
+text its footer tells. With a limit, the rows after the last one wanted do not exist, for anyone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from m3cli.config import MAX_ROW_BYTES
+from m3cli.corpus.lines import LineStream
+from m3cli.corpus.parquet import count_text_bytes, open_parquet
+from m3cli.corpus.streams import ByteStream
+from m3cli.records import Fields, Shard, Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The shards of a run, as far as they are known before sources that can only be streamed are read."""
+
+    shards: tuple[Shard, ...]
+    "of the first `num_sources` sources"
+    num_sources: int
+    complete: bool
+    "whether `shards` are all there are"
+    shard_size: int
+    limit: int | None
+    rows_left: int | None
+    "of the limit, after the first `num_sources` sources"
+
+
+def plan_shards(
+    sources: Sequence[Source],
+    *,
+    fields: Fields,
+    shard_size: int,
+    limit: int | None = None,
+    max_row_bytes: int = MAX_ROW_BYTES,
+) -> Plan:
+    """Plan the sources before the first one that is sequential, or all if the limit ends before it."""
+    shards: list[Shard] = []
+    rows_left = limit
+    number = 0
+    while number < len(sources) and rows_left != 0 and not sources[number].sequential:
+        found, rows_left = plan_source(
+            sources[number],
+            number=number,
+            first_index=len(shards),
+            fields=fields,
+            shard_size=shard_size,
+            rows_left=rows_left,
+            max_row_bytes=max_row_bytes,
+        )
+        shards.extend(found)
+        number += 1
+    return Plan(
+        shards=tuple(shards),
+        num_sources=number,
+        complete=number == len(sources) or rows_left == 0,
+        shard_size=shard_size,
+        limit=limit,
+        rows_left=rows_left,
+    )
+
+
+def plan_source(
+    source: Source,
+    *,
+    number: int,
+    first_index: int,
+    fields: Fields,
+    shard_size: int,
+    rows_left: int | None,
+    max_row_bytes: int,
+) -> tuple[tuple[Shard, ...], int | None]:
+    """Plan one source that is not sequential; return its shards, and the rows left of the limit after it."""
+    if source.format == "parquet":
+        pieces, rows_left = _cut_row_groups(source, fields=fields, shard_size=shard_size, rows_left=rows_left)
+    else:
+        header = source.format == "tsv" and fields.tsv_header
+        end, rows_left = _find_end(source, rows_left, header=header, max_row_bytes=max_row_bytes)
+        pieces = [(-1, start, min(start + shard_size, end)) for start in range(0, end, shard_size)]
+    shards = (
+        Shard(index=first_index + i, source=number, start=start, stop=stop, row_group=group)
+        for i, (group, start, stop) in enumerate(pieces)
+    )
+    return tuple(shards), rows_left
+
+
+def _find_end(source: Source, rows_left: int | None, *, header: bool, max_row_bytes: int) -> tuple[int, int | None]:
+    """Return where the last row that is wanted ends, and the rows left of the limit."""
+    if rows_left is None:
+        return source.size, None
+    with ByteStream(source) as stream:
+        lines = LineStream(stream, offset=0, max_row_bytes=max_row_bytes, rows_left=rows_left, header=header)
+        for _ in lines.take(source.size):
+            pass
+    return lines.offset, lines.rows_left
+
+
+def _cut_row_groups(
+    source: Source, *, fields: Fields, shard_size: int, rows_left: int | None
+) -> tuple[list[tuple[int, int, int]], int | None]:
+    """Return (row group, first row, row after the last) of each shard, and the rows left of the limit."""
+    pieces = []
+    with open_parquet(source) as file:
+        metadata = file.metadata
+        for group in range(metadata.num_row_groups):
+            rows = metadata.row_group(group).num_rows
+            wanted = rows if rows_left is None else min(rows, rows_left)
+            count = min(rows, max(1, -(-count_text_bytes(metadata, group, fields) // shard_size)))
+            for i in range(count):
+                start, stop = i * rows // count, min((i + 1) * rows // count, wanted)
+                if start < stop:
+                    pieces.append((group, start, stop))
+            rows_left = None if rows_left is None else rows_left - wanted
+    return pieces, rows_left

@@ -1,0 +1,204 @@
+"""The bytes of a source as they were before compression, opened or peeked at; every fault of reading names the source.
+
+Standard input can be looked at without being lost (`PeekableStream`) but read only once. Memory is bounded against
+compression bombs: no single read gives much more than was asked for.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Protocol, cast
+
+import zstandard
+
+from m3cli.errors import CorpusError
+from m3cli.records import Compression, Source
+
+BLOCK_BYTES = 1 << 20
+"what is read at once"
+# zstd makes at most 128 KiB of 4 bytes (a run-length block), so a bomb makes at most 128 MiB of one piece.
+ZSTD_PIECE_BYTES = 4096
+ZSTD_MAX_WINDOW = 1 << 31
+"`zstd --long=31`, as large public dumps use it"
+
+
+class Readable(Protocol):
+    """What bytes can be read from; fewer than asked for is no end, none is."""
+
+    def read(self, size: int, /) -> bytes:
+        """Read up to about `size` bytes."""
+
+
+class PeekableStream:
+    """Standard input, whose first bytes can be looked at before they are read. Make one, and pass it along."""
+
+    def __init__(self, stream: Readable) -> None:
+        self._stream = stream
+        self._head = b""
+
+    def peek(self, size: int) -> bytes:
+        """Return the next `size` bytes, fewer only if the stream ends before, and leave them there."""
+        self._head += self._pull(size - len(self._head))
+        return self._head[:size]
+
+    def read(self, size: int, /) -> bytes:
+        """Read `size` bytes, fewer only if the stream ends before."""
+        taken, self._head = self._head[:size], self._head[size:]
+        return taken + self._pull(size - len(taken))
+
+    def _pull(self, size: int) -> bytes:
+        parts = []
+        while size > 0 and (part := self._stream.read(size)):
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+
+class ByteStream:
+    """A source opened for reading from its start, decompressed."""
+
+    def __init__(self, source: Source, *, stdin: PeekableStream | None = None) -> None:
+        self._source = source
+        self._file: BinaryIO | None = None
+        raw: Readable
+        if source.path == "-":
+            assert stdin is not None, "a run that reads standard input passes it along"
+            raw = stdin
+        else:
+            with name_faults(source):
+                raw = self._file = Path(source.path).open("rb")  # noqa: SIM115 -- closed by close()
+        self._bytes = _decompress(raw, source.compression)
+
+    def __enter__(self) -> ByteStream:
+        """Give itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the file; standard input stays open."""
+        self.close()
+
+    def read(self, size: int, /) -> bytes:
+        """Read about `size` bytes; none at the end only."""
+        with name_faults(self._source):
+            return self._bytes.read(size)
+
+    def seek(self, offset: int) -> None:
+        """Go to `offset` of a plain file."""
+        assert self._file is not None
+        assert not self._source.sequential
+        with name_faults(self._source):
+            self._file.seek(offset)
+
+    def close(self) -> None:
+        """Close the file; standard input stays open."""
+        if self._file is not None:
+            self._file.close()
+
+
+def read_head(source: Source, size: int, *, stdin: PeekableStream | None = None) -> bytes:
+    """Return the first `size` bytes of a source, decompressed, fewer only if it ends before; consume nothing."""
+    if source.path != "-":
+        with ByteStream(source) as stream:
+            return PeekableStream(stream).peek(size)
+    assert stdin is not None, "a run that reads standard input passes it along"
+    looked_at = size if source.compression == "none" else max(size, BLOCK_BYTES)
+    raw = stdin.peek(looked_at)
+    decompressed = _decompress(io.BytesIO(raw), source.compression)
+    if len(raw) < looked_at:
+        with name_faults(source):
+            return PeekableStream(decompressed).peek(size)
+    head = b""
+    # What was peeked at is cut off somewhere; what can be decompressed of it is enough.
+    try:
+        while len(head) < size and (part := decompressed.read(min(8192, size - len(head)))):
+            head += part
+    except EOFError:
+        pass
+    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError):
+        with name_faults(source):
+            raise
+    return head[:size]
+
+
+def check_unchanged(source: Source) -> None:
+    """Refuse a file that is gone or has another size than when it was planned."""
+    if source.path == "-":
+        return
+    with name_faults(source):
+        size = Path(source.path).stat().st_size
+    if size != source.size:
+        raise CorpusError(
+            f"{source.name} changed while it was read: it had {source.size:,} bytes and has {size:,} now; "
+            "put it back as it was and run the same command again, or encode it as it is into a new folder"
+        )
+
+
+@contextmanager
+def name_faults(source: Source) -> Iterator[None]:
+    """Turn what can go wrong with a file's bytes into an error that names the source and the remedy."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CorpusError(f"{source.name} is gone: put it back and run the same command again") from error
+    except EOFError as error:
+        raise CorpusError(
+            f"{source.name} ends in the middle of its {source.compression} data: it was cut off; "
+            "copy or download it again and run the same command again"
+        ) from error
+    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise CorpusError(
+            f"{source.name} is damaged {source.compression} data ({error}): "
+            "copy or download it again and run the same command again"
+        ) from error
+    except OSError as error:
+        raise CorpusError(f"{source.name} cannot be read: {error.strerror or error}") from error
+
+
+class _ZstdReader:
+    """Frames of zstd, one after the other.
+
+    zstandard's own stream reader takes a stream that is cut off for one that has ended; this one raises EOFError.
+    """
+
+    def __init__(self, raw: Readable) -> None:
+        self._raw = raw
+        self._rest = b""
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+
+    def read(self, size: int, /) -> bytes:
+        parts: list[bytes] = []
+        length = 0
+        while length < size:
+            piece = self._rest or self._raw.read(ZSTD_PIECE_BYTES)
+            if not piece:
+                if self._frame is not None:
+                    raise EOFError("zstd frame is cut off")
+                break
+            part = self._decompress(piece)
+            parts.append(part)
+            length += len(part)
+        return b"".join(parts)
+
+    def _decompress(self, piece: bytes) -> bytes:
+        if self._frame is None:
+            self._frame = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW).decompressobj()
+        part = self._frame.decompress(piece)
+        self._rest = b""
+        if self._frame.eof:
+            self._rest = self._frame.unused_data
+            self._frame = None
+        return part
+
+
+def _decompress(raw: Readable, compression: Compression) -> Readable:
+    if compression == "gzip":
+        return gzip.GzipFile(fileobj=cast("BinaryIO", raw), mode="rb")
+    return _ZstdReader(raw) if compression == "zstd" else raw

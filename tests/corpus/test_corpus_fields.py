@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from m3cli.corpus.fields import kept_schema, resolve_fields
+from m3cli.corpus.sources import find_sources
+from m3cli.corpus.streams import PeekableStream
+from m3cli.errors import CorpusError, UsageError
+from m3cli.records import Fields
+
+
+def resolve(*paths: Path, **wanted: Any) -> Fields:
+    return resolve_fields(find_sources([str(path) for path in paths]), **wanted)
+
+
+def resolve_text(body: bytes | str, **wanted: Any) -> Fields:
+    data = body.encode() if isinstance(body, str) else body
+    stdin = PeekableStream(io.BytesIO(data))
+    input_format = "auto" if data.lstrip().startswith(b"{") else "tsv"
+    fields = resolve_fields(find_sources(["-"], input_format=input_format, stdin=stdin), stdin=stdin, **wanted)
+    assert stdin.read(1 << 24) == data, "nothing of standard input is lost"
+    return fields
+
+
+def triple(fields: Fields) -> tuple[str | None, str | None, str]:
+    return fields.id, fields.title, fields.text
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"_id": "1", "title": "t", "text": "x", "metadata": {}}, ("_id", "title", "text")),
+        ({"docid": "1", "title": "t", "text": "x"}, ("docid", "title", "text")),
+        ({"id": "1", "contents": "x"}, ("id", None, "contents")),
+        ({"query_id": "1", "query": "x", "positive_passages": []}, ("query_id", None, "query")),
+        ({"text": {"no": "string"}, "body": "x"}, (None, None, "body")),
+        ({"text": None}, (None, None, "text")),
+        ({"id": 1, "_id": "a", "content": "x", "text": "y"}, ("_id", None, "text")),
+    ],
+)
+def test_fields_of_known_corpora_are_found(row: dict[str, Any], expected: tuple[str | None, str | None, str]) -> None:
+    fields = resolve_text(orjson.dumps(row))
+    assert triple(fields) == expected
+    assert (fields.kept, fields.tsv_columns, fields.tsv_header) == ((), (), False)
+
+
+def test_named_fields_win_and_empty_means_none() -> None:
+    row = b'{"_id":"1","key":"k","title":"t","head":"h","text":"x","main":"m","u":1}'
+    named = resolve_text(row, id_field="key", title_field="head", text_field="main", keep_fields=["u"])
+    assert triple(named) == ("key", "head", "main")
+    assert named.kept == ("u",)
+    assert triple(resolve_text(row, id_field="", title_field="")) == (None, None, "text")
+    assert triple(resolve_text(row, text_field="title")) == ("_id", None, "title"), "the text is not its own title"
+
+
+def test_fields_may_be_in_any_of_the_first_rows_and_malformed_ones_are_passed_over() -> None:
+    body = b'{"text":"a"\n{"other":1}\n\n[1]\n{"docid":"1","text":"x"}\n'
+    assert triple(resolve_text(body)) == ("docid", None, "text")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"text_field": "txt"}, r"stdin: no row has the field 'txt'; the first rows have id, text, x: "
+         r"correct --text-field \(did you mean 'text'\?\)"),
+        ({"id_field": "zzzz"}, r"no row has the field 'zzzz'.*correct --id-field$"),
+        ({"title_field": "title"}, r"no row has the field 'title'.*correct --title-field"),
+        ({"keep_fields": ["x", "y"]}, r"no row has the field 'y'.*correct --keep-fields"),
+    ],
+)  # fmt: skip
+def test_named_field_that_is_not_there_is_refused(wanted: dict[str, Any], message: str) -> None:
+    with pytest.raises(CorpusError, match=message):
+        resolve_text(b'{"id":1,"text":"a","x":2}', **wanted)
+
+
+def test_no_text_field_is_refused_with_those_that_are_there() -> None:
+    body = orjson.dumps({"texte": "a", **{f"f{i}": i for i in range(30)}})
+    message = r"stdin has no field that is known for text; it has texte, f0, .*f18 \.\.\.: name it with --text-field"
+    with pytest.raises(CorpusError, match=message + r" \(did you mean 'texte'\?\)"):
+        resolve_text(body)
+
+
+def test_only_malformed_rows_keep_what_is_named_and_refuse_what_is_not() -> None:
+    body = b'{"text":\n{\n'
+    assert triple(resolve_text(body, text_field="t", id_field="i", title_field="")) == ("i", None, "t")
+    with pytest.raises(CorpusError, match=r"stdin: none of the first rows can be read.*invalid JSON \(.*--text-field"):
+        resolve_text(body)
+
+
+def test_first_row_longer_than_the_look_is_told() -> None:
+    body = b'{"a":"' + b"x" * (1 << 20) + b'","text":"b"}\n'
+    assert resolve_text(body, text_field="text").text == "text"
+    with pytest.raises(CorpusError, match=r"its first row is longer than 1,048,576 bytes.*--text-field"):
+        resolve_text(body)
+
+
+def test_no_rows_at_all_are_refused() -> None:
+    with pytest.raises(CorpusError, match="stdin: nothing to encode, there are no rows"):
+        resolve_text(b" \n\n")
+
+
+@pytest.mark.parametrize(
+    ("body", "expected", "columns", "header"),
+    [
+        ("one\n", (None, None, "1"), ("1",), False),
+        ("text\n", (None, None, "1"), ("1",), False),
+        ("1\tone\n", ("1", None, "2"), ("1", "2"), False),
+        ("1\tt\tone\r\n", ("1", "2", "3"), ("1", "2", "3"), False),
+        ("qid\tquery\n1\tone\n", ("qid", None, "query"), ("qid", "query"), True),
+        ("\ufeffid\ttitle\ttext\r\n1\tt\tone\n", ("id", "title", "text"), ("id", "title", "text"), True),
+        ("text\tlang\none\ten\n", ("1", None, "2"), ("1", "2"), False),
+        ("12\ttext\n", ("1", None, "2"), ("1", "2"), False),
+        ("id\ttext\ta sentence, not a name!\n", ("1", "2", "3"), ("1", "2", "3"), False),
+    ],
+)
+def test_tsv_first_line_is_a_header_only_if_it_names_the_fields(
+    body: str, expected: tuple[str | None, str | None, str], columns: tuple[str, ...], header: bool
+) -> None:
+    fields = resolve_text(body)
+    assert triple(fields) == expected
+    assert (fields.tsv_columns, fields.tsv_header) == (columns, header)
+
+
+def test_tsv_columns_can_be_named_or_counted() -> None:
+    wide = "7\thttp\tt\tone\n"
+    with pytest.raises(CorpusError, match=r"stdin has 4 columns and no header.*--text-field N"):
+        resolve_text(wide)
+    assert triple(resolve_text(wide, text_field="4")) == ("1", None, "4")
+    assert triple(resolve_text(wide, text_field="4", id_field="2", title_field="3")) == ("2", "3", "4")
+    assert triple(resolve_text("a\tb\n", text_field="1")) == (None, None, "1")
+    named = resolve_text("nr\tsatz\n1\tone\n", text_field="satz", id_field="nr")
+    assert (triple(named), named.tsv_header) == (("nr", None, "satz"), True)
+    with pytest.raises(CorpusError, match=r"no row has the field 'satz'; the first rows have 1, 2"):
+        resolve_text("1\tone\n", text_field="satz")
+
+
+def test_other_header_in_a_later_tsv_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_bytes(b"id\ttext\n1\tone\n")
+    (tmp_path / "b.tsv").write_bytes(b"2\ttwo\n")
+    with pytest.raises(CorpusError, match=r"b.tsv does not begin with the header of the other TSV files, id, text"):
+        resolve(tmp_path)
+
+
+def test_plain_text_has_nothing_but_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\n")
+    assert triple(resolve(tmp_path)) == (None, None, "text")
+    with pytest.raises(CorpusError, match=r"a.txt: no row has the field 'id'; the first rows have text"):
+        resolve(tmp_path, id_field="id")
+
+
+def write(path: Path, **columns: Any) -> None:
+    pq.write_table(pa.table(columns), path)
+
+
+def test_parquet_fields_come_from_the_schema(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", docid=[1], title=["t"], body=["x"], text=[3])
+    assert triple(resolve(tmp_path)) == ("docid", "title", "body")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": [b"x"]}, r"a.parquet: column 'text' is binary, and strings are needed.*--text-field"),
+        ({"text": ["x"], "title": [1]}, r"column 'title' is int64, and strings are needed.*--title-field"),
+        ({"text": ["x"], "id": [1.5]}, r"column 'id' is double, and strings or integers are needed.*--id-field"),
+    ],
+)
+def test_parquet_column_of_a_wrong_type_is_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    write(tmp_path / "a.parquet", **columns)
+    with pytest.raises(CorpusError, match=message):
+        resolve(tmp_path)
+
+
+def test_later_file_must_have_the_text_field_too(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", text=["x"])
+    write(tmp_path / "b.parquet", body=["x"])
+    with pytest.raises(CorpusError, match=r"b.parquet has no text column 'text'; it has body"):
+        resolve(tmp_path)
+    write(tmp_path / "b.parquet", text=[1])
+    with pytest.raises(CorpusError, match=r"b.parquet: column 'text' is int64"):
+        resolve(tmp_path)
+    (tmp_path / "b.parquet").unlink()
+    (tmp_path / "c.jsonl").write_bytes(b'{"body":"x"}\n')
+    with pytest.raises(CorpusError, match=r"c.jsonl: no row has the field 'text'"):
+        resolve(tmp_path)
+
+
+def test_kept_fields_must_not_clash_or_repeat() -> None:
+    row = b'{"text":"x","id":"1","a":1}'
+    with pytest.raises(UsageError, match=r"'id' clashes with a column that m3 writes"):
+        resolve_text(row, keep_fields=["a", "id"], reserved=frozenset({"id"}))
+    with pytest.raises(UsageError, match=r"'a' is named twice"):
+        resolve_text(row, keep_fields=["a", "a"])
+    with pytest.raises(UsageError, match=r"'' is no name"):
+        resolve_text(row, keep_fields=[""])
+    with pytest.raises(UsageError, match=r"--text-field is empty"):
+        resolve_text(row, text_field="")
+
+
+def kept(folder: Path, *names: str) -> pa.Schema:
+    sources = find_sources([str(folder)])
+    return kept_schema(sources, resolve_fields(sources, keep_fields=names))
+
+
+def test_kept_types_are_those_of_parquet_and_strings_elsewhere(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", text=["x"], n=pa.array([1], pa.int16()), s=["s"], only=[True])
+    write(tmp_path / "b.parquet", text=["x"], n=pa.array([1], pa.int16()), s=pa.array(["s"], pa.large_string()))
+    assert kept(tmp_path, "s", "n", "only") == pa.schema([("s", pa.string()), ("n", pa.int16()), ("only", pa.bool_())])
+    (tmp_path / "c.jsonl").write_bytes(b'{"text":"x","s":1}\n')
+    assert kept(tmp_path, "s") == pa.schema([("s", pa.string())])
+    with pytest.raises(
+        CorpusError, match=r"kept field 'n' is int16 in a.parquet and string in c.jsonl: convert one of them"
+    ):
+        kept(tmp_path, "n")
+    assert kept(tmp_path) == pa.schema([])
