@@ -1,0 +1,125 @@
+"""Publishes files: the only place that fsyncs, renames and deletes what may be believed.
+
+What may be believed, and in what order it comes to be:
+
+1. a file outside `_m3/tmp/` is complete and never modified;
+2. a file is written in `_m3/tmp/<worker>/` (same filesystem) and fsynced through the descriptor that wrote it, so that
+   no write error can slip between two opens; then renamed; then its folder is fsynced;
+3. a shard's data files come first, its done entry after all of them; the manifest comes after all done entries;
+4. a new folder's name is made durable before anything is published in it.
+
+Every durable step is one call of `sync_file`, `sync_folder`, `rename` or `remove`, looked up in this module, so that a
+test can count them and stop at each. Doing a shard again replaces its files by the same bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from m3cli.errors import OutputError
+from m3cli.records import DoneEntry
+from m3cli.store.entries import entry_document
+from m3cli.store.layout import done_name, skipped_name
+from m3cli.store.sealed import seal_json
+
+REMEDIES = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "raise the quota or free some space, and run the same command again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), and run the same command again",
+    errno.EACCES: "check who may write there, or choose another --out",
+    errno.EPERM: "check who may write there, or choose another --out",
+    errno.EROFS: "choose an --out on a filesystem that can be written",
+    errno.EIO: "the disk failed: nothing written since the last shard is believed; check the disk before going on",
+    errno.ENOLCK: "choose an --out on a filesystem with file locks",
+    errno.EOPNOTSUPP: "choose an --out on a filesystem with file locks",
+}
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors into an OutputError that names the path, the reason and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = REMEDIES.get(error.errno or 0, "run the same command again once that is mended")
+        reason = error.strerror or str(error)
+        raise OutputError(f"cannot write {error.filename or path}: {reason}; {remedy}") from error
+
+
+def sync_file(descriptor: int) -> None:
+    """Make a file's bytes durable."""
+    os.fsync(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename(temp: Path, final: Path) -> None:
+    """Give a complete file its name."""
+    os.replace(temp, final)  # noqa: TID251 - this is the one place
+
+
+def remove(path: Path) -> None:
+    """Take a file's name away."""
+    path.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder, if it is missing, and make its name durable whoever created it."""
+    with output_errors(folder):
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def publish_file(temp: Path, final: Path) -> None:
+    """Publish a staged file, which its writer has fsynced."""
+    with output_errors(final):
+        rename(temp, final)
+        sync_folder(final.parent)
+
+
+def publish_json(document: dict[str, Any], final: Path, *, staging: Path) -> None:
+    """Publish a document with its checksum."""
+    publish_bytes(seal_json(document), final, staging=staging)
+
+
+def publish_bytes(content: bytes, final: Path, *, staging: Path) -> None:
+    """Publish a small file."""
+    temp = staging / final.name
+    with output_errors(final):
+        with temp.open("wb") as file:
+            file.write(content)
+            file.flush()
+            sync_file(file.fileno())
+        publish_file(temp, final)
+
+
+def commit_shard(root: Path, entry: DoneEntry, *, staging: Path) -> None:
+    """Publish a shard's staged files, then its done entry. From then on the shard is never done again."""
+    index = entry.shard.index
+    names = [record.name for record in entry.files]
+    leftover = root / skipped_name(index)
+    # A try that died before its entry may have listed rows that fail no more (a device short of memory, say).
+    if skipped_name(index) not in names and leftover.exists():
+        with output_errors(leftover):
+            remove(leftover)
+            sync_folder(leftover.parent)
+    for name in names:
+        publish_file(staged_path(staging, name), root / name)
+    publish_json(entry_document(entry), root / done_name(index), staging=staging)
+
+
+def staged_path(staging: Path, name: str) -> Path:
+    """Where a file waits until it is published under `name`."""
+    return staging / name.replace("/", "--")

@@ -1,0 +1,148 @@
+"""An output folder that a run has opened for itself: what it says, what is done in it, and what it commits.
+
+The lock is taken before anything is read. A folder is ours if it is new, empty, or carries our `_m3`; any other is
+refused before a byte is written to it. Leaving by an exception publishes nothing: files under `_m3/tmp` are given up,
+by this run if it can, by the next one otherwise.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from m3cli.errors import DamageFound, ForeignFolder, OutputError
+from m3cli.records import Chunks, DoneEntry, ShardText
+from m3cli.store.commit import commit_shard, make_folder, output_errors, publish_bytes, publish_json
+from m3cli.store.entries import is_ours, manifest_document, read_entries, read_manifest, read_run
+from m3cli.store.layout import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    META,
+    METRICS_NAME,
+    RUN_NAME,
+    TMP_FOLDER,
+    RowForm,
+    done_name,
+    worker_name,
+)
+from m3cli.store.lock import RunLock, hold_lock
+from m3cli.store.sealed import hash_file
+from m3cli.store.shard import ShardWriter
+
+
+class RunFolder:
+    """A locked output folder."""
+
+    def __init__(self, root: Path, *, lock: RunLock, staging: Path) -> None:
+        self.path = root
+        self.lock = lock
+        self._staging = staging
+        self._durable_folders: set[Path] = set()
+
+    def run(self) -> dict[str, Any] | None:
+        """Read run.json as it was given to `write_run`; None before that."""
+        with _damage_stops(self.path):
+            return read_run(self.path)
+
+    def write_run(self, document: dict[str, Any]) -> None:
+        """Publish run.json. Workers do so inside `lock.initialising()`, if `run()` is still None there."""
+        publish_json({"format_version": FORMAT_VERSION, **document}, self.path / RUN_NAME, staging=self._staging)
+
+    def done(self) -> dict[int, DoneEntry]:
+        """Read all done entries, by shard number."""
+        entries, faults = read_entries(self.path)
+        if faults:
+            raise OutputError(f"{faults[0]}; 'm3 check {self.path}' lists all damage")
+        return entries
+
+    def manifest(self) -> dict[str, Any] | None:
+        """Read the manifest; None if work is left."""
+        with _damage_stops(self.path):
+            return read_manifest(self.path)
+
+    def open_shard(self, *, form: RowForm, text: ShardText, chunks: Chunks, source: str) -> ShardWriter:
+        """Open a shard for writing."""
+        return ShardWriter(self._staging, form=form, text=text, chunks=chunks, source=source)
+
+    def commit(self, entry: DoneEntry) -> None:
+        """Publish a finished shard: its data files, then its done entry."""
+        for name in [*(record.name for record in entry.files), done_name(entry.shard.index)]:
+            folder = (self.path / name).parent
+            if folder not in self._durable_folders:
+                make_folder(folder)
+                self._durable_folders.add(folder)
+        commit_shard(self.path, entry, staging=self._staging)
+
+    def write_manifest(self, num_shards: int) -> bool:
+        """Publish the manifest if every shard is done; say whether it is. Workers may do so at the same time."""
+        entries = self.done()
+        if any(index not in entries for index in range(num_shards)):
+            return False
+        hashes = [hash_file(self.path / done_name(index))[1] for index in range(num_shards)]
+        document = manifest_document(
+            [entries[index] for index in range(num_shards)],
+            run_hash=hash_file(self.path / RUN_NAME)[1],
+            done_hashes=hashes,
+        )
+        publish_json(document, self.path / MANIFEST_NAME, staging=self._staging)
+        return True
+
+    def write_metrics(self, document: dict[str, Any]) -> None:
+        """Replace `_m3/metrics.json`: this run's speed, no part of what the folder means, without checksum."""
+        content = orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+        publish_bytes(content, self.path / METRICS_NAME, staging=self._staging)
+
+
+@contextmanager
+def open_run_folder(path: Path, *, worker: int = 0, num_workers: int = 1) -> Iterator[RunFolder]:
+    """Create the folder if need be, lock it, and clear what a dead run left in its tmp folder."""
+    root = path.absolute()
+    _refuse_foreign(root)
+    if not (root / RUN_NAME).exists():
+        _create(root)
+    with hold_lock(root, worker=worker, num_workers=num_workers) as lock:
+        tmp = root / TMP_FOLDER
+        staging = tmp / worker_name(worker, num_workers)
+        with output_errors(tmp):
+            _clear(tmp if lock.exclusive else staging)
+            staging.mkdir(parents=True, exist_ok=True)
+        try:
+            yield RunFolder(root, lock=lock, staging=staging)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _refuse_foreign(root: Path) -> None:
+    with output_errors(root):
+        if not root.exists():
+            return
+        if not root.is_dir():
+            raise OutputError(f"{root} is a file: choose another --out")
+        if any(root.iterdir()) and not is_ours(root):
+            raise ForeignFolder(f"{root} is not empty and not an m3 folder: choose another --out")
+
+
+def _create(root: Path) -> None:
+    """Create the folder and those missing above it; their names are durable before run.json is."""
+    with output_errors(root):
+        missing = [folder for folder in root.parents if not folder.exists()]
+    for folder in (*reversed(missing), root, root / META):
+        make_folder(folder)
+
+
+def _clear(folder: Path) -> None:
+    if folder.is_dir():
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _damage_stops(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except DamageFound as damage:
+        raise OutputError(f"{damage}; 'm3 check {root}' lists all damage") from damage

@@ -1,0 +1,162 @@
+"""Where everything lies below an output folder, and which columns a row has: names, schema, sizes, nothing opened.
+
+    rows/shard-0000000.parquet            one row a chunk; with the parquet format the vectors are columns here
+    dense_vecs/shard-0000000.npy          npy format
+    lexical_weights/shard-0000000.npz     npy format
+    colbert_vecs/shard-0000000.npy        npy format, with shard-0000000.indptr.npy beside it
+    _m3/run.json _m3/done/ _m3/skipped/ _m3/hashes/ _m3/manifest.json _m3/lock* _m3/metrics.json _m3/tmp/<worker>/
+
+A name is a path below the folder with '/', as done entries spell it. `text` is reserved even when no text is kept, so
+that a column of that name means the chunk's text in every folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from m3cli.config import Format, VectorDtype
+from m3cli.records import Output
+
+FORMAT_VERSION = 1
+META = "_m3"
+RUN_NAME = "_m3/run.json"
+MANIFEST_NAME = "_m3/manifest.json"
+METRICS_NAME = "_m3/metrics.json"
+LOCK_NAME = "_m3/lock"
+DONE_FOLDER = "_m3/done"
+TMP_FOLDER = "_m3/tmp"
+
+MAX_MATRIX_BYTES = 2**31 - 1
+"the longest value Parquet can hold; a longer ColBERT matrix cannot be a row of the parquet format"
+
+ROW_COLUMNS: tuple[tuple[str, Any], ...] = (
+    ("id", pa.string()),
+    ("chunk_index", pa.int32()),
+    ("num_chunks", pa.int32()),
+    ("char_start", pa.int64()),
+    ("char_end", pa.int64()),
+    ("num_tokens", pa.int32()),
+    ("truncated", pa.bool_()),
+)
+TEXT_COLUMN = "text"
+VECTOR_COLUMNS: dict[Output, str] = {"dense": "dense_vecs", "sparse": "lexical_weights", "colbert": "colbert_vecs"}
+RESERVED_COLUMNS = frozenset([*(name for name, _ in ROW_COLUMNS), TEXT_COLUMN, *VECTOR_COLUMNS.values()])
+
+# Assumed, on the high side. Measured on 8,927 English docstrings and licences cut at 1,500 characters: rows with ids of
+# one pattern take 5 bytes, text shrinks to 0.30 under zstd; but ids may be random, and other text repeats itself less.
+ROW_BYTES = 48
+TEXT_RATIO = 0.55
+# Assumed: tokens of positive weight are at most the distinct ones, of which the same passages have 0.44 a token (220
+# tokens on average), shorter ones more. 4 bytes of id and 4 of weight each.
+WEIGHTS_PER_TOKEN = 0.6
+WEIGHT_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowForm:
+    """What every shard of a folder has in common: its columns and their types."""
+
+    format: Format
+    outputs: tuple[Output, ...]
+    dim: int
+    "D, width of dense and ColBERT vectors"
+    vocabulary: int
+    "token ids are below this"
+    dense_dtype: VectorDtype = "float16"
+    keep_text: bool = False
+    kept: Any = None
+    "pyarrow.Schema of the kept fields, None if nothing is kept"
+
+
+def shard_stem(index: int) -> str:
+    """Name the shard as files do, without an ending."""
+    return f"shard-{index:07d}"
+
+
+def rows_name(index: int) -> str:
+    """Name the shard's rows."""
+    return f"rows/{shard_stem(index)}.parquet"
+
+
+def dense_name(index: int) -> str:
+    """Name the shard's dense vectors in the npy format."""
+    return f"dense_vecs/{shard_stem(index)}.npy"
+
+
+def lexical_name(index: int) -> str:
+    """Name the shard's lexical weights in the npy format."""
+    return f"lexical_weights/{shard_stem(index)}.npz"
+
+
+def colbert_name(index: int) -> str:
+    """Name the shard's ColBERT vectors in the npy format."""
+    return f"colbert_vecs/{shard_stem(index)}.npy"
+
+
+def indptr_name(index: int) -> str:
+    """Name the places where rows begin in the shard's ColBERT vectors, in the npy format."""
+    return f"colbert_vecs/{shard_stem(index)}.indptr.npy"
+
+
+def done_name(index: int) -> str:
+    """Name the shard's done entry."""
+    return f"{DONE_FOLDER}/{shard_stem(index)}.json"
+
+
+def skipped_name(index: int) -> str:
+    """Name the list of the shard's skipped rows; only there if it has some."""
+    return f"_m3/skipped/{shard_stem(index)}.jsonl"
+
+
+def hashes_name(index: int) -> str:
+    """Name the shard's content hashes."""
+    return f"_m3/hashes/{shard_stem(index)}.npy"
+
+
+def worker_name(worker: int, num_workers: int) -> str:
+    """Name a worker as its lock and its tmp folder do."""
+    return f"{worker}-of-{num_workers}"
+
+
+def row_schema(form: RowForm) -> pa.Schema:
+    """Build the schema of `rows/*.parquet`: our columns, kept fields, kept text, then vectors (parquet format)."""
+    fields = [pa.field(name, kind) for name, kind in ROW_COLUMNS]
+    # A source's own schema metadata (pandas' index, field ids) says nothing about our file.
+    fields += [field.remove_metadata() for field in (form.kept or ())]
+    if form.keep_text:
+        fields.append(pa.field(TEXT_COLUMN, pa.string()))
+    if form.format == "parquet":
+        fields += _vector_fields(form)
+    return pa.schema(fields)
+
+
+def _vector_fields(form: RowForm) -> list[pa.Field]:
+    kinds = {
+        "dense": pa.field("dense_vecs", pa.list_(getattr(pa, form.dense_dtype)(), form.dim)),
+        "sparse": pa.field(
+            "lexical_weights", pa.struct([("indices", pa.list_(pa.uint32())), ("values", pa.list_(pa.float32()))])
+        ),
+        "colbert": pa.field("colbert_vecs", pa.large_binary(), metadata={"dtype": "float16", "dim": str(form.dim)}),
+    }
+    return [kinds[output] for output in VECTOR_COLUMNS if output in form.outputs]
+
+
+def clashing_fields(kept: Iterable[str]) -> list[str]:
+    """List the kept fields whose name is one of ours, in their order."""
+    return [name for name in kept if name in RESERVED_COLUMNS]
+
+
+def estimate_bytes(form: RowForm, *, rows: int, tokens: int, text_bytes: int = 0) -> dict[str, int]:
+    """Estimate the bytes on disk of "rows" and of each output; kept text counts with `text_bytes`, other fields not."""
+    sizes = {"rows": rows * ROW_BYTES + (int(text_bytes * TEXT_RATIO) if form.keep_text else 0)}
+    if "dense" in form.outputs:
+        sizes["dense"] = rows * form.dim * (4 if form.dense_dtype == "float32" else 2)
+    if "sparse" in form.outputs:
+        sizes["sparse"] = int(tokens * WEIGHTS_PER_TOKEN) * WEIGHT_BYTES + rows * 4
+    if "colbert" in form.outputs:
+        sizes["colbert"] = (tokens - rows) * form.dim * 2 + rows * 8
+    return sizes

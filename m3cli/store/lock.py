@@ -1,0 +1,149 @@
+"""Keeps two runs out of one folder: `flock`, which the kernel lets go of when its holder dies, however it dies.
+
+A plain run holds `_m3/lock` exclusively. A worker holds it shared, and `_m3/lock.I-of-N` exclusively. What is written
+inside (pid, host, start time) is for the message of who is refused; a lock file is never unlinked, because a second
+run could then lock a file that has no name any more. `_m3/lock.init` is held only while run.json is being written.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from m3cli.errors import FolderLocked
+from m3cli.store.commit import output_errors
+from m3cli.store.layout import LOCK_NAME, worker_name
+
+INIT_PATIENCE = 30.0
+"seconds; inside, run.json is compared or written, which is quick"
+INIT_PAUSE = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunLock:
+    """What a run holds while it is in a folder."""
+
+    root: Path
+    exclusive: bool
+
+    @contextmanager
+    def initialising(self, *, patience: float = INIT_PATIENCE) -> Iterator[None]:
+        """Be the only worker inside for a moment: who comes first writes run.json, the others find it written."""
+        path = self.root / f"{LOCK_NAME}.init"
+        with _open_lock(path) as descriptor:
+            deadline = time.monotonic() + patience
+            # flock has no waiting time, and an alarm signal would belong to the main thread.
+            while not _take(descriptor, fcntl.LOCK_EX, path=path):
+                if time.monotonic() > deadline:
+                    raise FolderLocked(
+                        f"{self.root} is being set up by another worker for more than {patience:g} s; "
+                        "stop it, or wait and run the same command again"
+                    )
+                time.sleep(INIT_PAUSE)
+            yield
+
+
+@contextmanager
+def hold_lock(root: Path, *, worker: int, num_workers: int) -> Iterator[RunLock]:
+    """Hold the folder: a plain run alone, a worker with other workers. Refusal raises FolderLocked."""
+    exclusive = num_workers == 1
+    path = root / LOCK_NAME
+    with ExitStack() as stack:
+        shared = stack.enter_context(_open_lock(path))
+        if not _take(shared, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH, path=path):
+            raise _refusal(root, path)
+        if exclusive:
+            stack.enter_context(_signed(shared, path=path))
+        else:
+            os.ftruncate(shared, 0)  # nobody holds it alone now: a name inside is a dead run's
+            own_path = root / f"{LOCK_NAME}.{worker_name(worker, num_workers)}"
+            own = stack.enter_context(_open_lock(own_path))
+            if not _take(own, fcntl.LOCK_EX, path=own_path):
+                raise _refusal(root, own_path)
+            stack.enter_context(_signed(own, path=own_path))
+        yield RunLock(root=root, exclusive=exclusive)
+
+
+@contextmanager
+def _open_lock(path: Path) -> Iterator[int]:
+    with output_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int, kind: int, *, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EWOULDBLOCK:
+            return False
+        with output_errors(path):
+            raise
+    return True
+
+
+@contextmanager
+def _signed(descriptor: int, *, path: Path) -> Iterator[None]:
+    """Write into a lock file who holds it, and wipe it clean when the lock is let go."""
+    started = datetime.now(tz=timezone.utc).isoformat(timespec="seconds")
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+    with output_errors(path):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, orjson.dumps(holder, option=orjson.OPT_APPEND_NEWLINE), 0)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # only the message suffers
+            os.ftruncate(descriptor, 0)
+
+
+def _refusal(root: Path, path: Path) -> FolderLocked:
+    # Workers sign their own locks, not the one they share.
+    signed = [path, *_worker_locks(root)] if path.name == "lock" else [path]
+    holders = [holder for holder in map(_read_holder, signed) if _may_live(holder)]
+    who = "another run"
+    if holders:
+        who = "pid {pid} on {host}, since {started}".format_map(holders[0])
+    worker = path.name.removeprefix("lock").removeprefix(".")
+    what = f"{root} is in use" if not worker else f"worker {worker.replace('-of-', '/')} of {root} is already running"
+    return FolderLocked(f"{what}: {who}; wait for it, or stop it and run the same command again")
+
+
+def _worker_locks(root: Path) -> list[Path]:
+    return sorted((root / LOCK_NAME).parent.glob("lock.*-of-*"))
+
+
+def _read_holder(path: Path) -> dict[str, Any]:
+    try:
+        holder = orjson.loads(path.read_bytes())
+    except (OSError, orjson.JSONDecodeError):  # empty: between two runs, or not signed yet
+        return {}
+    return holder if isinstance(holder, dict) and {"pid", "host", "started"} <= holder.keys() else {}
+
+
+def _may_live(holder: dict[str, Any]) -> bool:
+    if not holder:
+        return False
+    if holder["host"] != socket.gethostname():
+        return True
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:  # killed before it could wipe its name
+        return False
+    except OSError:
+        return True
+    return True

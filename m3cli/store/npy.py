@@ -1,0 +1,133 @@
+"""Writes the npy format's arrays, and the content hashes: headers first, with the shape the arrays will have.
+
+NumPy's own format with nothing added, so that `np.load(mmap_mode="r")` and `scipy.sparse.load_npz` open them. The
+lexical weights of a shard wait in memory, as the zip needs each array whole: 8 bytes a weight, so about what the
+shard's token ids take, and twice that while they are joined. A zip member carries the date 1980-01-01, so that equal
+weights are equal bytes.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from typing import IO, Any, cast
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from m3cli.records import Document, Embeddings, LexicalWeights
+from m3cli.store.commit import output_errors
+from m3cli.store.staging import StagedFile
+
+
+class ArrayFile:
+    """An open .npy of a known shape, written front to back."""
+
+    def __init__(self, staged: StagedFile, *, shape: tuple[int, ...], dtype: str) -> None:
+        self._staged = staged
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._missing = int(np.prod(shape)) * self._dtype.itemsize
+        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(cast(IO[bytes], staged), header)
+
+    def write(self, values: NDArray[Any]) -> None:
+        """Append values along the first axis."""
+        plain = values.astype(self._dtype, order="C", copy=False)
+        self._missing -= plain.nbytes
+        self._staged.write(plain.data)
+
+    def finish(self) -> None:
+        """Hold the header to its word."""
+        if self._missing:
+            raise ValueError(f"{self._staged.name}: {self._missing} bytes missing of what its header says")
+
+
+class DenseFile:
+    """An open `dense_vecs/*.npy`."""
+
+    def __init__(self, staged: StagedFile, *, rows: int, dim: int, dtype: str) -> None:
+        self._array = ArrayFile(staged, shape=(rows, dim), dtype=dtype)
+
+    def append(self, _rows: pa.Table, embeddings: Embeddings) -> None:
+        """Append a window."""
+        assert embeddings.dense_vecs is not None
+        self._array.write(embeddings.dense_vecs)
+
+    def finish(self) -> None:
+        """Check that all is there."""
+        self._array.finish()
+
+    def discard(self) -> None:
+        """Nothing waits."""
+
+
+class ColbertFiles:
+    """An open `colbert_vecs/*.npy` and the places where rows begin in it."""
+
+    def __init__(self, vectors: StagedFile, indptr: StagedFile, *, rows: int, num_vectors: int, dim: int) -> None:
+        self._vectors = ArrayFile(vectors, shape=(num_vectors, dim), dtype="float16")
+        self._indptr = ArrayFile(indptr, shape=(rows + 1,), dtype="int64")
+        self._indptr.write(np.zeros(1, dtype=np.int64))
+        self._end = 0
+
+    def append(self, _rows: pa.Table, embeddings: Embeddings) -> None:
+        """Append a window."""
+        assert embeddings.colbert_vecs is not None
+        indptr = embeddings.colbert_vecs.indptr
+        self._vectors.write(embeddings.colbert_vecs.vectors[indptr[0] : indptr[-1]])
+        self._indptr.write(indptr[1:] - indptr[0] + self._end)
+        self._end += int(indptr[-1] - indptr[0])
+
+    def finish(self) -> None:
+        """Check that all is there."""
+        self._vectors.finish()
+        self._indptr.finish()
+
+    def discard(self) -> None:
+        """Nothing waits."""
+
+
+class LexicalFile:
+    """An open `lexical_weights/*.npz`."""
+
+    def __init__(self, staged: StagedFile, *, vocabulary: int) -> None:
+        self._staged = staged
+        self._vocabulary = vocabulary
+        self._parts: list[LexicalWeights] = []
+
+    def append(self, _rows: pa.Table, embeddings: Embeddings) -> None:
+        """Append a window."""
+        assert embeddings.lexical_weights is not None
+        self._parts.append(embeddings.lexical_weights)
+
+    def finish(self) -> None:
+        """Write all weights as `scipy.sparse.save_npz(..., compressed=False)` would name them."""
+        counts = np.concatenate([np.zeros(1, dtype=np.int64), *(np.diff(part.indptr) for part in self._parts)])
+        indptr = np.cumsum(counts)
+        kind = np.int32 if indptr[-1] < 2**31 else np.int64  # SciPy wants one type for both, the smaller if it will do
+        members = {
+            "indices": _join([part.indices[part.indptr[0] : part.indptr[-1]] for part in self._parts], kind),
+            "indptr": indptr.astype(kind),
+            "format": np.array(b"csr"),
+            "shape": np.array([len(counts) - 1, self._vocabulary], dtype=np.int64),
+            "data": _join([part.values[part.indptr[0] : part.indptr[-1]] for part in self._parts], np.float32),
+        }
+        with output_errors(self._staged.path), zipfile.ZipFile(cast(IO[bytes], self._staged), "w") as archive:
+            for name, array in members.items():
+                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+
+    def discard(self) -> None:
+        """Forget what waits."""
+        self._parts = []
+
+
+def _join(parts: list[NDArray[Any]], kind: type[Any]) -> NDArray[Any]:
+    return np.concatenate([np.empty(0, dtype=kind), *parts], dtype=kind, casting="unsafe")
+
+
+def write_hashes(staged: StagedFile, documents: tuple[Document, ...]) -> None:
+    """Write `_m3/hashes/*.npy`: [documents, 2] uint64, high and low half of each text's xxh3_128."""
+    array = ArrayFile(staged, shape=(len(documents), 2), dtype="uint64")
+    array.write(np.array([document.text_hash for document in documents], dtype=np.uint64).reshape(-1, 2))
+    array.finish()

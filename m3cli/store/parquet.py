@@ -1,0 +1,153 @@
+"""Writes `rows/*.parquet`: row groups of about 64 MiB of vectors, the same whatever windows the rows came in.
+
+A row group ends before the row that would take its vectors over ROW_GROUP_BYTES, so the end of a window waits, copied,
+for the beginning of the next: what is held is at most one row group. Vectors are neither compressed nor dictionary
+coded nor given statistics, for they do not repeat. All else is zstd: kept text at 390 MB/s of one core to 0.30 of its
+size, snappy 430 MB/s to 0.44 (English docstrings). Values reach the pages without a Python loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from m3cli.records import Embeddings, LexicalWeights, TokenMatrices
+from m3cli.store.commit import output_errors
+from m3cli.store.layout import MAX_MATRIX_BYTES, TEXT_COLUMN, VECTOR_COLUMNS, RowForm, row_schema
+from m3cli.store.staging import StagedFile
+
+ROW_GROUP_BYTES = 64 << 20
+ROW_OVERHEAD = 64
+"bytes; what a row counts for beside its vectors, so that rows without vectors end a row group too (a million rows)"
+ROWS_PER_BATCH = 4
+"a page is looked at for its size (1 MiB) only so often: by default every 1,024 rows, which are a GiB of ColBERT"
+
+
+class RowsFile:
+    """An open `rows/*.parquet`."""
+
+    def __init__(self, staged: StagedFile, form: RowForm) -> None:
+        self._staged = staged
+        self._form = form
+        self._schema = row_schema(form)
+        self._waiting: list[pa.Table] = []
+        self._waiting_bytes = 0
+        self._writer = pq.ParquetWriter(staged, self._schema, **_column_options(self._schema))
+
+    def append(self, rows: pa.Table, embeddings: Embeddings) -> None:
+        """Append a window."""
+        sizes = np.concatenate([[0], np.cumsum(_row_bytes(embeddings, form=self._form))])
+        first, num_rows = 0, rows.num_rows
+        while first < num_rows:
+            room = ROW_GROUP_BYTES - self._waiting_bytes
+            last = int(np.searchsorted(sizes, sizes[first] + room, side="right")) - 1
+            last = max(last, first if self._waiting else first + 1)  # a row larger than a row group is one by itself
+            piece = self._piece(rows, embeddings, first, last)
+            if last == num_rows:
+                self._wait(piece, int(sizes[last] - sizes[first]))
+            else:
+                self._write_group(piece)
+            first = last
+
+    def _piece(self, rows: pa.Table, embeddings: Embeddings, first: int, last: int) -> pa.Table:
+        table = rows.slice(first, last - first)
+        if self._form.format == "parquet":
+            for name, column in _vector_columns(embeddings, self._form, first, last).items():
+                table = table.append_column(name, column)
+        return table.cast(self._schema)
+
+    def _wait(self, piece: pa.Table, size: int) -> None:
+        # Copied, because a slice would keep its whole window in memory.
+        buffer = pa.BufferOutputStream()
+        with pa.ipc.new_stream(buffer, piece.schema) as stream:
+            stream.write_table(piece)
+        self._waiting.append(pa.ipc.open_stream(buffer.getvalue()).read_all())
+        self._waiting_bytes += size
+
+    def _write_group(self, piece: pa.Table) -> None:
+        group = pa.concat_tables([*self._waiting, piece])
+        self._waiting, self._waiting_bytes = [], 0
+        # In one piece, because pages end where arrays end: their places would tell the windows.
+        group = group.combine_chunks()
+        if group.num_rows:
+            with output_errors(self._staged.path):
+                self._writer.write_table(group, row_group_size=group.num_rows)
+
+    def finish(self) -> None:
+        """Write what waits, and the footer."""
+        self._write_group(self._schema.empty_table())
+        with output_errors(self._staged.path):
+            self._writer.close()
+
+    def discard(self) -> None:
+        """Give the file up."""
+        self._staged.mute()
+        self._writer.close()
+
+
+def _row_bytes(embeddings: Embeddings, *, form: RowForm) -> NDArray[np.int64]:
+    sizes = np.full(len(embeddings.rows), ROW_OVERHEAD, dtype=np.int64)
+    if form.format != "parquet":
+        return sizes
+    if embeddings.dense_vecs is not None:
+        sizes += form.dim * (4 if form.dense_dtype == "float32" else 2)
+    if embeddings.lexical_weights is not None:
+        sizes += np.diff(embeddings.lexical_weights.indptr) * 8
+    if embeddings.colbert_vecs is not None:
+        sizes += np.diff(embeddings.colbert_vecs.indptr) * (form.dim * 2)
+    return sizes
+
+
+def _vector_columns(embeddings: Embeddings, form: RowForm, first: int, last: int) -> dict[str, pa.Array]:
+    columns = {}
+    if embeddings.dense_vecs is not None:
+        flat = embeddings.dense_vecs[first:last].astype(form.dense_dtype, order="C", copy=False).reshape(-1)
+        columns["dense_vecs"] = pa.FixedSizeListArray.from_arrays(pa.array(flat), form.dim)
+    if embeddings.lexical_weights is not None:
+        columns["lexical_weights"] = _lexical_column(embeddings.lexical_weights, first, last)
+    if embeddings.colbert_vecs is not None:
+        columns["colbert_vecs"] = _colbert_column(embeddings.colbert_vecs, first, last)
+    return columns
+
+
+def _lexical_column(weights: LexicalWeights, first: int, last: int) -> pa.Array:
+    begin, end = int(weights.indptr[first]), int(weights.indptr[last])
+    # int32 is enough: a row group ends long before 2^31 weights.
+    offsets = pa.array((weights.indptr[first : last + 1] - begin).astype(np.int32))
+    lists = [
+        pa.ListArray.from_arrays(offsets, pa.array(weights.indices[begin:end], pa.uint32())),
+        pa.ListArray.from_arrays(offsets, pa.array(weights.values[begin:end], pa.float32())),
+    ]
+    return pa.StructArray.from_arrays(lists, names=["indices", "values"])
+
+
+def _colbert_column(matrices: TokenMatrices, first: int, last: int) -> pa.Array:
+    begin, end = int(matrices.indptr[first]), int(matrices.indptr[last])
+    vectors = matrices.vectors[begin:end].astype("<f2", order="C", copy=False)
+    offsets = (matrices.indptr[first : last + 1] - begin) * (vectors.shape[1] * vectors.itemsize)
+    if len(offsets) > 1 and int(np.diff(offsets).max()) > MAX_MATRIX_BYTES:
+        raise ValueError("a ColBERT matrix of 2^31 bytes or more cannot be a Parquet value; skip the row")
+    buffers = [None, pa.py_buffer(offsets.astype(np.int64)), pa.py_buffer(vectors)]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), last - first, buffers)
+
+
+def _column_options(schema: pa.Schema) -> dict[str, Any]:
+    """Set compression, dictionary and statistics column by column, by the leaf names that Parquet knows."""
+    empty = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), empty)
+    leaves = pq.ParquetFile(pa.BufferReader(empty.getvalue())).schema
+    paths = [leaves.column(place).path for place in range(len(leaves))]
+    vectors = tuple(VECTOR_COLUMNS.values())
+    scalars = [path for path in paths if path.split(".")[0] not in vectors]
+    repeating = [path for path in scalars if path not in ("id", TEXT_COLUMN)]
+    return {
+        "compression": dict.fromkeys(scalars, "zstd"),
+        "use_dictionary": repeating,
+        "write_statistics": [path for path in scalars if path != TEXT_COLUMN],
+        "write_batch_size": ROWS_PER_BATCH if "colbert_vecs" in schema.names else None,
+        "store_schema": True,
+    }

@@ -1,0 +1,192 @@
+"""Reads an output folder back, finished or not, both formats through one door; it neither locks nor clears.
+
+Only shards with a done entry are read: their files are complete. The npy format's vectors are memory-mapped; the
+parquet format is read a row group (64 MiB of vectors) at a time by `iter_parts`, or whole by `read_shard`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from m3cli.config import ALL_OUTPUTS
+from m3cli.errors import DamageFound, UsageError
+from m3cli.records import DoneEntry, Embeddings, LexicalWeights, Output, ShardCounts, TokenMatrices
+from m3cli.store.entries import is_ours, read_entries, read_manifest, read_run
+from m3cli.store.layout import (
+    VECTOR_COLUMNS,
+    colbert_name,
+    dense_name,
+    indptr_name,
+    lexical_name,
+    rows_name,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFolder:
+    """An output folder as it was when it was opened."""
+
+    path: Path
+    run: dict[str, Any] | None
+    "run.json as the job wrote it; None if the run died before"
+    entries: dict[int, DoneEntry]
+    "by shard number, ascending"
+    manifest: dict[str, Any] | None
+    "None: work is left"
+
+    @property
+    def counts(self) -> ShardCounts:
+        """What the done shards hold together."""
+        return sum((entry.counts for entry in self.entries.values()), ShardCounts())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardArrays:
+    """Some consecutive rows of a shard."""
+
+    shard: int
+    rows: Any
+    "pyarrow.Table of the columns that are not vectors, R rows"
+    embeddings: Embeddings
+    "of the same rows; outputs that were not asked for, or are not there, are None"
+
+
+def open_folder(path: Path) -> OutputFolder:
+    """Read what the folder says of itself; no such folder raises UsageError, damage DamageFound."""
+    root = path.absolute()
+    if not root.is_dir():
+        raise UsageError(f"{path}: no such folder")
+    if not is_ours(root):
+        raise UsageError(f"{path} is not an m3 folder: it has no _m3/run.json")
+    entries, faults = read_entries(root)
+    if faults:
+        raise DamageFound(f"{faults[0]}; 'm3 check {path}' lists all damage")
+    return OutputFolder(path=root, run=read_run(root), entries=entries, manifest=read_manifest(root))
+
+
+def iter_parts(
+    folder: OutputFolder, *, outputs: Sequence[Output] = ALL_OUTPUTS, columns: Sequence[str] | None = None
+) -> Iterator[ShardArrays]:
+    """Read all done shards in order, each in parts small enough to hold; a shard without rows gives none."""
+    for index in folder.entries:
+        yield from _iter_shard(folder.path, index, outputs=outputs, columns=columns)
+
+
+def read_shard(
+    folder: OutputFolder, index: int, *, outputs: Sequence[Output] = ALL_OUTPUTS, columns: Sequence[str] | None = None
+) -> ShardArrays:
+    """Read one done shard whole; `columns` names the columns wanted beside the vectors, None for all of them."""
+    if index not in folder.entries:
+        raise UsageError(f"{folder.path}: shard {index} is not done")
+    with _open_rows(folder.path, index) as file:
+        names = _choose_columns(file.schema_arrow, outputs=outputs, columns=columns)
+        table = file.read(columns=names, use_threads=False)
+    return _to_arrays(folder.path, index, table, outputs=outputs, first_row=0)
+
+
+def _iter_shard(
+    root: Path, index: int, *, outputs: Sequence[Output], columns: Sequence[str] | None
+) -> Iterator[ShardArrays]:
+    first_row = 0
+    with _open_rows(root, index) as file:
+        names = _choose_columns(file.schema_arrow, outputs=outputs, columns=columns)
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=names, use_threads=False)
+            yield _to_arrays(root, index, table, outputs=outputs, first_row=first_row)
+            first_row += table.num_rows
+
+
+def _open_rows(root: Path, index: int) -> pq.ParquetFile:
+    return pq.ParquetFile(root / rows_name(index), memory_map=True)
+
+
+def _choose_columns(schema: pa.Schema, *, outputs: Sequence[Output], columns: Sequence[str] | None) -> list[str]:
+    vectors = [VECTOR_COLUMNS[output] for output in outputs]
+    scalars = [name for name in schema.names if name not in VECTOR_COLUMNS.values()]
+    unknown = [name for name in columns or () if name not in scalars]
+    if unknown:
+        raise UsageError(f"no column {unknown[0]!r}; there are {', '.join(scalars)}")
+    wanted = scalars if columns is None else columns
+    return [name for name in schema.names if name in wanted or name in vectors]
+
+
+def _to_arrays(root: Path, index: int, table: pa.Table, *, outputs: Sequence[Output], first_row: int) -> ShardArrays:
+    stop = first_row + table.num_rows
+    present = [name for name in VECTOR_COLUMNS.values() if name in table.column_names]
+    vectors = _from_columns(table.select(present)) if present else _from_files(root, index, outputs, first_row, stop)
+    embeddings = Embeddings(
+        rows=np.arange(first_row, stop, dtype=np.int64),
+        dense_vecs=vectors.get("dense"),
+        lexical_weights=vectors.get("sparse"),
+        colbert_vecs=vectors.get("colbert"),
+    )
+    return ShardArrays(shard=index, rows=table.drop_columns(present), embeddings=embeddings)
+
+
+def _from_columns(table: pa.Table) -> dict[str, Any]:
+    readers = {"dense": _read_dense, "sparse": _read_lexical, "colbert": _read_colbert}
+    return {
+        output: readers[output](_whole(table.column(name)), table.field(name))
+        for output, name in VECTOR_COLUMNS.items()
+        if name in table.column_names
+    }
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+
+
+def _read_dense(array: pa.Array, _field: pa.Field) -> NDArray[Any]:
+    flat: NDArray[Any] = array.flatten().to_numpy(zero_copy_only=True)
+    return flat.reshape(len(array), array.type.list_size)
+
+
+def _read_lexical(array: pa.Array, _field: pa.Field) -> LexicalWeights:
+    indices, values = array.flatten()
+    offsets = indices.offsets.to_numpy().astype(np.int64)
+    return LexicalWeights(
+        indptr=offsets - offsets[0], indices=indices.flatten().to_numpy(), values=values.flatten().to_numpy()
+    )
+
+
+def _read_colbert(array: pa.Array, field: pa.Field) -> TokenMatrices:
+    dim, dtype = int(field.metadata[b"dim"]), np.dtype(field.metadata[b"dtype"].decode()).newbyteorder("<")
+    _, places, data = array.buffers()
+    if not len(array):
+        return TokenMatrices(indptr=np.zeros(1, dtype=np.int64), vectors=np.empty((0, dim), dtype=dtype))
+    offsets = np.frombuffer(places, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
+    raw = np.frombuffer(data, dtype=np.uint8)[offsets[0] : offsets[-1]]
+    indptr = (offsets - offsets[0]) // (dim * dtype.itemsize)
+    return TokenMatrices(indptr=indptr, vectors=raw.view(dtype).reshape(-1, dim))
+
+
+def _from_files(root: Path, index: int, outputs: Sequence[Output], first: int, stop: int) -> dict[str, Any]:
+    vectors: dict[str, Any] = {}
+    if "dense" in outputs and (root / dense_name(index)).exists():
+        vectors["dense"] = _map_array(root / dense_name(index))[first:stop]
+    if "sparse" in outputs and (root / lexical_name(index)).exists():
+        with np.load(root / lexical_name(index)) as parts:
+            indptr = parts["indptr"].astype(np.int64)[first : stop + 1]
+            run = slice(indptr[0], indptr[-1])
+            indices, values = parts["indices"][run].astype(np.uint32), parts["data"][run]
+        vectors["sparse"] = LexicalWeights(indptr=indptr - indptr[0], indices=indices, values=values)
+    if "colbert" in outputs and (root / colbert_name(index)).exists():
+        indptr = np.load(root / indptr_name(index))[first : stop + 1]
+        mapped = _map_array(root / colbert_name(index))[indptr[0] : indptr[-1]]
+        vectors["colbert"] = TokenMatrices(indptr=indptr - indptr[0], vectors=mapped)
+    return vectors
+
+
+def _map_array(path: Path) -> NDArray[Any]:
+    array: NDArray[Any] = np.load(path, mmap_mode="r")
+    return array

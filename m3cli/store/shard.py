@@ -1,0 +1,164 @@
+"""Writes one shard, window by window, into the worker's tmp folder; nothing of it is believed before its commit.
+
+A window is a run of consecutive rows. The shard's row and vector counts are known from its chunks before the first
+window, so every file is written front to back once, and what is held is a window and at most one row group. Equal
+rows and vectors give equal bytes, in whatever windows they come: no clock, host, path or window border is in a file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import orjson
+import pyarrow as pa
+
+from m3cli.records import Chunks, DoneEntry, Embeddings, ShardCounts, ShardText, SkippedRow
+from m3cli.store.layout import (
+    RowForm,
+    colbert_name,
+    dense_name,
+    hashes_name,
+    indptr_name,
+    lexical_name,
+    rows_name,
+    skipped_name,
+)
+from m3cli.store.npy import ColbertFiles, DenseFile, LexicalFile, write_hashes
+from m3cli.store.parquet import RowsFile
+from m3cli.store.rows import build_rows
+from m3cli.store.staging import StagedFile
+
+SKIPPED_ROW_BYTES = 64 << 10
+
+
+class _Part(Protocol):
+    def append(self, rows: pa.Table, embeddings: Embeddings) -> None: ...
+    def finish(self) -> None: ...
+    def discard(self) -> None: ...
+
+
+class ShardWriter:
+    """A shard's open files. Left without `finish`, they are gone."""
+
+    def __init__(self, staging: Path, *, form: RowForm, text: ShardText, chunks: Chunks, source: str) -> None:
+        self._staging = staging
+        self._form = form
+        self._text = text
+        self._chunks = chunks
+        self._source = source
+        self._next_row = 0
+        self._staged: list[StagedFile] = []
+        self._parts: list[_Part] = []
+        try:
+            self._open_parts()
+        except BaseException:
+            self.discard()
+            raise
+
+    def _open_parts(self) -> None:
+        form, index, rows = self._form, self._text.shard.index, self._chunks.num_rows
+        self._parts.append(RowsFile(self._stage(rows_name(index)), form))
+        if form.format != "npy":
+            return
+        if "dense" in form.outputs:
+            staged = self._stage(dense_name(index))
+            self._parts.append(DenseFile(staged, rows=rows, dim=form.dim, dtype=form.dense_dtype))
+        if "sparse" in form.outputs:
+            self._parts.append(LexicalFile(self._stage(lexical_name(index)), vocabulary=form.vocabulary))
+        if "colbert" in form.outputs:
+            vectors, indptr = self._stage(colbert_name(index)), self._stage(indptr_name(index))
+            num_vectors = len(self._chunks.input_ids) - rows  # all but each row's <s>
+            self._parts.append(ColbertFiles(vectors, indptr, rows=rows, num_vectors=num_vectors, dim=form.dim))
+
+    def _stage(self, name: str) -> StagedFile:
+        staged = StagedFile(self._staging, name)
+        self._staged.append(staged)
+        return staged
+
+    def append(self, embeddings: Embeddings) -> None:
+        """Append a window: the embeddings of the rows that follow those before."""
+        start, stop = self._next_row, self._next_row + len(embeddings.rows)
+        if embeddings.rows.tolist() != list(range(start, stop)):
+            raise ValueError(f"a window must begin at row {start} and leave none out")
+        _check_outputs(self._form, embeddings)
+        if start == stop:
+            return
+        rows = build_rows(self._form, text=self._text, chunks=self._chunks, start=start, stop=stop)
+        for part in self._parts:
+            part.append(rows, embeddings)
+        self._next_row = stop
+
+    def finish(self) -> DoneEntry:
+        """Complete the files and make their bytes durable; the entry is what `RunFolder.commit` takes."""
+        if self._next_row != self._chunks.num_rows:
+            raise ValueError(f"{self._chunks.num_rows} rows were planned, {self._next_row} appended")
+        for part in self._parts:
+            part.finish()
+        index, text, chunks = self._text.shard.index, self._text, self._chunks
+        write_hashes(self._stage(hashes_name(index)), text.documents)
+        if text.skipped:
+            self._stage(skipped_name(index)).write(b"".join(map(_skipped_line, text.skipped)))
+        entry = DoneEntry(
+            shard=text.shard,
+            source=self._source,
+            input_hash=text.input_hash,
+            counts=ShardCounts(
+                documents=len(text.documents),
+                chunks=chunks.num_rows,
+                tokens=len(chunks.input_ids),
+                skipped=len(text.skipped),
+                truncated=int(chunks.truncated.sum()),
+                missing_ids=sum(not document.has_own_id for document in text.documents),
+            ),
+            files=tuple(staged.seal() for staged in self._staged),
+        )
+        self._staged, self._parts = [], []
+        return entry
+
+    def discard(self) -> None:
+        """Give the shard up; after `finish` there is nothing left to give up."""
+        for part in self._parts:
+            part.discard()
+        for staged in self._staged:
+            staged.discard()
+        self._staged, self._parts = [], []
+
+    def __enter__(self) -> ShardWriter:
+        """Own the open files."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave nothing open; only `finish` makes files good."""
+        self.discard()
+
+
+def _check_outputs(form: RowForm, embeddings: Embeddings) -> None:
+    given = {
+        "dense": embeddings.dense_vecs,
+        "sparse": embeddings.lexical_weights,
+        "colbert": embeddings.colbert_vecs,
+    }
+    if {name for name, value in given.items() if value is not None} != set(form.outputs):
+        raise ValueError(f"a window must carry exactly the outputs {', '.join(form.outputs)}")
+
+
+def _skipped_line(skipped: SkippedRow) -> bytes:
+    line: dict[str, Any] = {
+        "source": skipped.source,
+        "position": skipped.position,
+        "byte_offset": skipped.byte_offset,
+        "id": None if skipped.id is None else _printable(skipped.id),
+        "reason": skipped.reason,
+        "detail": _printable(skipped.detail),
+        "row": skipped.row[:SKIPPED_ROW_BYTES].decode("utf-8", errors="backslashreplace"),
+    }
+    return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _printable(text: str) -> str:
+    # A lone surrogate may be the very fault the row is skipped for, and no UTF-8 can spell it.
+    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")

@@ -1,0 +1,171 @@
+"""The order of durable steps, and what is left when they stop half way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from m3cli.config import Format
+from m3cli.errors import OutputError
+from m3cli.store import commit
+from m3cli.store.folder import RunFolder, open_run_folder
+from m3cli.store.reader import open_folder
+from tests.crash import Crash, crash_at, folder_bytes
+from tests.store import samples
+
+NUM_SHARDS = 2
+
+
+def encode(root: Path, *, format: Format = "npy", skipped: int = 1) -> None:  # noqa: A002 - the flag's name
+    """What a job does with a folder: write run.json, the missing shards, the manifest."""
+    with open_run_folder(root) as folder:
+        if folder.run() is None:
+            folder.write_run({"config": {"max_length": 12}})
+        done = folder.done()
+        for index in range(NUM_SHARDS):
+            if index not in done:
+                encode_shard(folder, index, format=format, skipped=skipped)
+        if folder.manifest() is None:
+            assert folder.write_manifest(NUM_SHARDS)
+
+
+def encode_shard(folder: RunFolder, index: int, *, format: Format = "npy", skipped: int = 1) -> None:  # noqa: A002
+    text = samples.make_text(index, skipped=skipped)
+    chunks = samples.make_chunks(text, lengths=[[3], [5, 4], [2], [6], [3]])
+    with folder.open_shard(form=samples.make_form(format), text=text, chunks=chunks, source="s") as writer:
+        for window in samples.cut_windows(samples.make_embeddings(chunks, seed=index), [2, 4]):
+            writer.append(window)
+        folder.commit(writer.finish())
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+def test_crash_at_any_durable_step_then_again_gives_the_same_bytes(tmp_path: Path, format: Format) -> None:  # noqa: A002
+    with crash_at(None) as steps:
+        encode(tmp_path / "whole", format=format)
+    whole = folder_bytes(tmp_path / "whole")
+    assert len(steps.log) > 20
+    for step in range(len(steps.log)):
+        root = tmp_path / f"crash-{step}"
+        with crash_at(step) as crashed:
+            encode(root, format=format)
+        assert crashed.dead
+        if (root / "_m3/lock").exists():
+            assert_nothing_false_is_believed(root, whole)
+        with crash_at(None):  # no fsync is waited for, but their order is still asserted
+            encode(root, format=format)
+        assert folder_bytes(root) == whole, steps.log[step]
+        shutil.rmtree(root)
+
+
+def assert_nothing_false_is_believed(root: Path, whole: dict[str, bytes]) -> None:
+    there = folder_bytes(root)
+    assert {name: whole[name] for name in there} == there
+    for entry in open_folder(root).entries.values():
+        assert {record.name for record in entry.files} <= there.keys()
+    if "_m3/manifest.json" in there:
+        assert there == whole
+
+
+def test_data_is_durable_before_its_entry_and_entries_before_the_manifest(tmp_path: Path) -> None:
+    with crash_at(None) as steps:
+        encode(tmp_path / "out")
+    renames = [name for step, name in steps.log if step == "rename"]
+    shards = [
+        [
+            f"{stem}.parquet",
+            f"{stem}.npy",
+            f"{stem}.npz",
+            f"{stem}.npy",
+            f"{stem}.indptr.npy",
+            f"{stem}.npy",
+            f"{stem}.jsonl",
+            f"{stem}.json",
+        ]
+        for stem in ("shard-0000000", "shard-0000001")
+    ]
+    assert renames == ["run.json", *shards[0], *shards[1], "manifest.json"]
+    for place, (step, _) in enumerate(steps.log):
+        if step == "rename":  # whose fsync crash_at itself asserts
+            assert steps.log[place + 1][0] == "sync_folder"
+
+
+def test_new_folders_are_durable_before_anything_is_published_in_them(tmp_path: Path) -> None:
+    with crash_at(None) as steps:
+        encode(tmp_path / "deep" / "out")
+    first_rename = [step for step, _ in steps.log].index("rename")
+    parents = [name for step, name in steps.log[:first_rename] if step == "sync_folder"]
+    assert parents == [tmp_path.name, "deep", "out"]
+
+
+def test_leftover_list_of_skipped_rows_goes_if_nothing_is_skipped_any_more(tmp_path: Path) -> None:
+    with crash_at(None) as steps:
+        encode(tmp_path / "count")
+    published = [place for place, (step, name) in enumerate(steps.log) if (step, name[-6:]) == ("rename", ".jsonl")]
+    with crash_at(published[0] + 2):
+        encode(tmp_path / "out")
+    assert (tmp_path / "out/_m3/skipped/shard-0000000.jsonl").exists()
+    encode(tmp_path / "out", skipped=0)
+    assert not (tmp_path / "out/_m3/skipped/shard-0000000.jsonl").exists()
+
+
+def test_leaving_by_an_exception_publishes_nothing(tmp_path: Path) -> None:
+    def give_up(root: Path) -> None:
+        with open_run_folder(root) as folder:
+            text = samples.make_text()
+            chunks = samples.make_chunks(text, lengths=[[3]] * 5)
+            with folder.open_shard(form=samples.make_form(), text=text, chunks=chunks, source="s") as writer:
+                writer.append(samples.take_rows(samples.make_embeddings(chunks), 0, 3))
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        give_up(tmp_path / "out")
+    assert folder_bytes(tmp_path / "out") == {}
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "raise the quota"),
+        (errno.EIO, "check the disk"),
+        (errno.EROFS, "choose an --out"),
+    ],
+)
+@pytest.mark.parametrize("step", ["sync_file", "sync_folder", "rename"])
+def test_any_failing_step_is_an_output_error_with_its_remedy(
+    tmp_path: Path, step: str, number: int, remedy: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with open_run_folder(tmp_path / "out") as folder:
+        with mock.patch.object(commit, step, fail), pytest.raises(OutputError, match=remedy) as caught:
+            folder.write_run({"config": {}})
+        assert "run.json" in str(caught.value)
+        assert os.strerror(number) in str(caught.value)
+
+
+def test_crash_harness_refuses_a_rename_without_fsync(tmp_path: Path) -> None:
+    (tmp_path / "temp").write_bytes(b"x")
+    with crash_at(None), pytest.raises(AssertionError, match="without fsync"):
+        commit.publish_file(tmp_path / "temp", tmp_path / "final")
+
+
+def test_crash_harness_loses_what_was_not_durable(tmp_path: Path) -> None:
+    with crash_at(2):  # sync_file, rename, and no sync_folder
+        commit.publish_json({"a": 1}, tmp_path / "final.json", staging=make(tmp_path / "tmp"))
+    assert not (tmp_path / "final.json").exists()
+    with crash_at(0) as steps, pytest.raises(Crash):
+        commit.sync_folder(tmp_path)
+    assert steps.dead
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir()
+    return folder

@@ -1,0 +1,174 @@
+"""Opening, creating and refusing folders; what a run reads in its own."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import orjson
+import pytest
+
+from m3cli.errors import ForeignFolder, OutputError
+from m3cli.records import DoneEntry, FileRecord, Shard, ShardCounts
+from m3cli.store.commit import publish_json
+from m3cli.store.entries import entry_document
+from m3cli.store.folder import open_run_folder
+from m3cli.store.layout import done_name
+from m3cli.store.sealed import read_json, seal_json
+from tests.crash import folder_bytes
+
+ENTRY = DoneEntry(
+    shard=Shard(index=0, source=0, start=0, stop=10),
+    source="corpus.jsonl",
+    input_hash="0" * 32,
+    counts=ShardCounts(documents=2, chunks=3, tokens=40, skipped=1, truncated=1, missing_ids=2),
+    files=(FileRecord(name="rows/shard-0000000.parquet", length=7, xxh3_128="1" * 32),),
+)
+
+
+def write_entry(root: Path, index: int) -> Path:
+    path = root / done_name(index)
+    path.parent.mkdir(exist_ok=True)
+    entry = replace(ENTRY, shard=replace(ENTRY.shard, index=index))
+    publish_json(entry_document(entry), path, staging=root)
+    return path
+
+
+@pytest.mark.parametrize("existing", [[], ["_m3"], ["_m3", "_m3/lock", "rows"]])
+def test_new_empty_and_half_created_folders_are_taken(tmp_path: Path, existing: list[str]) -> None:
+    root = tmp_path / "out"
+    root.mkdir()
+    for name in existing:
+        if name.endswith("lock"):
+            (root / name).touch()
+        else:
+            (root / name).mkdir()
+    with open_run_folder(root) as folder:
+        assert folder.run() is None
+        assert folder.done() == {}
+        assert folder.manifest() is None
+
+
+def test_foreign_folder_is_refused_and_not_written_to(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ForeignFolder, match="not an m3 folder: choose another --out"), open_run_folder(tmp_path):
+        pass
+    assert os.listdir(tmp_path) == ["thesis.txt"]  # noqa: PTH208
+
+
+def test_file_in_the_way_is_an_output_error(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputError, match="is a file"), open_run_folder(tmp_path / "out"):
+        pass
+    with pytest.raises(OutputError, match="Not a directory"), open_run_folder(tmp_path / "out" / "below"):
+        pass
+
+
+def test_run_document_comes_back_as_it_was_given(tmp_path: Path) -> None:
+    document = {"m3cli": "0.1.0", "config": {"title_sep": "\n", "limit": None}, "sources": [{"name": "é"}]}
+    with open_run_folder(tmp_path / "out") as folder:
+        folder.write_run(document)
+        assert folder.run() == document
+    with open_run_folder(tmp_path / "out") as folder:
+        assert folder.run() == document
+    on_disk = orjson.loads((tmp_path / "out/_m3/run.json").read_bytes())
+    assert list(on_disk) == ["format_version", "m3cli", "config", "sources", "checksum"]
+
+
+def test_entries_come_back_as_they_were_committed(tmp_path: Path) -> None:
+    with open_run_folder(tmp_path / "out") as folder:
+        for index in (2, 0):
+            write_entry(tmp_path / "out", index)
+        assert list(folder.done()) == [0, 2]
+        assert folder.done()[0] == ENTRY
+
+
+def test_manifest_only_when_every_shard_is_done(tmp_path: Path) -> None:
+    with open_run_folder(tmp_path / "out") as folder:
+        folder.write_run({})
+        write_entry(tmp_path / "out", 0)
+        write_entry(tmp_path / "out", 2)
+        assert not folder.write_manifest(3)
+        assert folder.manifest() is None
+        write_entry(tmp_path / "out", 1)
+        assert folder.write_manifest(3)
+        manifest = folder.manifest()
+    assert manifest is not None
+    assert manifest["num_shards"] == len(manifest["done"]) == 3
+    assert manifest["length"] == 21
+    counts = {"documents": 6, "chunks": 9, "tokens": 120, "skipped": 3, "truncated": 3, "missing_ids": 6}
+    assert manifest["counts"] == counts
+
+
+def test_folder_without_a_shard_is_complete(tmp_path: Path) -> None:
+    with open_run_folder(tmp_path / "out") as folder:
+        folder.write_run({})
+        assert folder.write_manifest(0)
+    assert list(folder_bytes(tmp_path / "out")) == ["_m3/manifest.json", "_m3/run.json"]
+
+
+@pytest.mark.parametrize("place", [0, 40, -3])
+def test_damaged_entry_is_an_output_error_that_names_check(tmp_path: Path, place: int) -> None:
+    with open_run_folder(tmp_path / "out") as folder:
+        path = write_entry(tmp_path / "out", 0)
+        raw = bytearray(path.read_bytes())
+        raw[place] ^= 1
+        path.write_bytes(raw)
+        with pytest.raises(OutputError, match=r"shard-0000000\.json does not match its checksum; 'm3 check "):
+            folder.done()
+
+
+def test_entry_of_another_shard_is_not_believed(tmp_path: Path) -> None:
+    with open_run_folder(tmp_path / "out") as folder:
+        write_entry(tmp_path / "out", 0).rename(tmp_path / "out" / done_name(1))
+        with pytest.raises(OutputError, match=r"shard-0000001\.json is the entry of shard 0"):
+            folder.done()
+
+
+def test_damaged_run_and_manifest_are_output_errors(tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    with open_run_folder(root) as folder:
+        folder.write_run({"a": 1})
+        folder.write_manifest(0)
+        folder.write_run({"a": 2})
+        with pytest.raises(OutputError, match=r"run\.json is not the one"):
+            folder.manifest()
+        (root / "_m3/run.json").write_bytes(b"")
+        with pytest.raises(OutputError, match=r"run\.json does not match its checksum"):
+            folder.run()
+
+
+def test_folder_of_another_format_version_is_foreign(tmp_path: Path) -> None:
+    with open_run_folder(tmp_path / "out") as folder:
+        publish_json({"format_version": 2}, tmp_path / "out/_m3/run.json", staging=tmp_path / "out/_m3/tmp")
+        with pytest.raises(ForeignFolder, match="format version 2, this m3 knows 1"):
+            folder.run()
+
+
+def test_ten_thousand_entries_are_read_in_well_under_two_seconds(tmp_path: Path) -> None:
+    with open_run_folder(tmp_path / "out") as folder:
+        path = write_entry(tmp_path / "out", 0)
+        raw = path.read_bytes()
+        # Each must carry its own number and checksum; no fsync, to be quick.
+        for index in range(1, 10_000):
+            document = entry_document(replace(ENTRY, shard=replace(ENTRY.shard, index=index)))
+            path.with_name(Path(done_name(index)).name).write_bytes(seal_json(document))
+        assert path.read_bytes() == raw
+        start = time.process_time()  # what a busy disk does is not the point
+        assert len(folder.done()) == 10_000
+        assert time.process_time() - start < 1.5
+
+
+def test_unwritable_folder_is_an_output_error(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="Permission denied"), open_run_folder(tmp_path / "out"):
+        pass
+
+
+def test_sealed_document_is_read_without_its_checksum(tmp_path: Path) -> None:
+    publish_json({"a": [1, {"b": None}]}, tmp_path / "x.json", staging=tmp_path)
+    assert read_json(tmp_path / "x.json") == {"a": [1, {"b": None}]}

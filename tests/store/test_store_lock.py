@@ -1,0 +1,109 @@
+"""Who may be in a folder together, and who is let in after a death."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from m3cli.errors import FolderLocked
+from m3cli.store.folder import open_run_folder
+
+HOLD = """
+import sys
+from pathlib import Path
+from m3cli.store.folder import open_run_folder
+
+with open_run_folder(Path(sys.argv[1]), worker=int(sys.argv[2]), num_workers=int(sys.argv[3])) as folder:
+    if sys.argv[4:] == ["init"]:
+        with folder.lock.initialising():
+            print("held", flush=True)
+            sys.stdin.read()
+    else:
+        print("held", flush=True)
+        sys.stdin.read()
+"""
+
+
+@contextmanager
+def another_process(root: Path, worker: int = 0, num_workers: int = 1, *extra: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", HOLD, str(root), str(worker), str(num_workers), *extra]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def enter(root: Path, worker: int = 0, num_workers: int = 1) -> None:
+    with open_run_folder(root, worker=worker, num_workers=num_workers):
+        pass
+
+
+def test_second_run_is_refused_naming_pid_and_host(tmp_path: Path) -> None:
+    with another_process(tmp_path / "out") as holder:
+        with pytest.raises(FolderLocked, match=f"in use: pid {holder.pid} on {os.uname().nodename}, since 2"):
+            enter(tmp_path / "out")
+        with pytest.raises(FolderLocked, match=f"pid {holder.pid} "):
+            enter(tmp_path / "out", 0, 2)
+    enter(tmp_path / "out")
+    assert (tmp_path / "out/_m3/lock").read_bytes() == b""
+
+
+def test_killed_holder_never_blocks(tmp_path: Path) -> None:
+    with another_process(tmp_path / "out") as holder:
+        leftover = tmp_path / "out/_m3/tmp/0-of-1/rows--shard-0000000.parquet"
+        leftover.write_bytes(b"half")
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        with open_run_folder(tmp_path / "out"):
+            assert not leftover.exists()
+            assert str(os.getpid()) in (tmp_path / "out/_m3/lock").read_text()
+
+
+def test_workers_share_and_the_same_worker_twice_is_refused(tmp_path: Path) -> None:
+    with another_process(tmp_path / "out", 0, 2) as first:
+        enter(tmp_path / "out", 1, 2)
+        with pytest.raises(FolderLocked, match=f"worker 0/2 of .* is already running: pid {first.pid} "):
+            enter(tmp_path / "out", 0, 2)
+        with pytest.raises(FolderLocked, match=f"in use: pid {first.pid} "):
+            enter(tmp_path / "out")
+
+
+def test_refusal_does_not_name_a_dead_worker(tmp_path: Path) -> None:
+    with another_process(tmp_path / "out", 0, 2) as first, another_process(tmp_path / "out", 1, 2) as second:
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        with pytest.raises(FolderLocked, match=f"in use: pid {second.pid} "):
+            enter(tmp_path / "out")
+
+
+def test_worker_clears_its_own_tmp_only_and_a_plain_run_all(tmp_path: Path) -> None:
+    enter(tmp_path / "out")
+    for name in ("0-of-2", "1-of-2"):
+        (tmp_path / "out/_m3/tmp" / name).mkdir()
+        (tmp_path / "out/_m3/tmp" / name / "left").write_bytes(b"")
+    enter(tmp_path / "out", 0, 2)
+    assert [path.name for path in (tmp_path / "out/_m3/tmp").iterdir()] == ["1-of-2"]
+    enter(tmp_path / "out")
+    assert list((tmp_path / "out/_m3/tmp").iterdir()) == []
+
+
+def test_only_one_worker_initialises_and_the_other_finds_it_done(tmp_path: Path) -> None:
+    with another_process(tmp_path / "out", 0, 2, "init") as first:
+        with open_run_folder(tmp_path / "out", worker=1, num_workers=2) as folder:
+            with pytest.raises(FolderLocked, match=r"set up by another worker for more than 0\.1 s"):
+                folder.lock.initialising(patience=0.1).__enter__()
+            first.send_signal(signal.SIGKILL)
+            with folder.lock.initialising():
+                assert folder.run() is None
+                folder.write_run({"config": {}})
+        with open_run_folder(tmp_path / "out", worker=0, num_workers=2) as again, again.lock.initialising():
+            assert again.run() == {"config": {}}

@@ -1,0 +1,197 @@
+"""One shard, written and read back."""
+
+from __future__ import annotations
+
+import errno
+import tempfile  # noqa: TID251 - hypothesis wants a fresh folder an example
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import orjson
+import pyarrow.parquet as pq
+import pytest
+import scipy.sparse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m3cli.errors import OutputError
+from m3cli.records import Embeddings, Output
+from m3cli.store import parquet
+from m3cli.store.folder import open_run_folder
+from m3cli.store.layout import RowForm
+from m3cli.store.reader import ShardArrays, open_folder, read_shard
+from tests.crash import crash_at, folder_bytes
+from tests.store import samples
+
+LENGTHS = [[4, 7], [3], [9, 9, 2], [2], [5]]
+OUTPUTS: list[tuple[Output, ...]] = [("dense", "sparse", "colbert"), ("dense",), ("sparse",), ("colbert",)]
+
+
+def write_folder(
+    root: Path,
+    form: RowForm,
+    *,
+    lengths: Sequence[Sequence[int]] = LENGTHS,
+    cuts: Sequence[int] = (),
+    skipped: int = 0,
+) -> Embeddings:
+    text = samples.make_text(documents=len(lengths), skipped=skipped, kept=form.kept is not None)
+    chunks = samples.make_chunks(text, lengths=lengths)
+    embeddings = samples.make_embeddings(chunks, outputs=form.outputs)
+    with open_run_folder(root) as folder:
+        folder.write_run({"config": {}})
+        with folder.open_shard(form=form, text=text, chunks=chunks, source="corpus.jsonl") as writer:
+            for window in samples.cut_windows(embeddings, cuts):
+                writer.append(window)
+            folder.commit(writer.finish())
+        folder.write_manifest(1)
+    return embeddings
+
+
+def read_back(root: Path) -> ShardArrays:
+    return read_shard(open_folder(root), 0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(2, 12), min_size=1, max_size=3), max_size=8),
+    cuts=st.lists(st.integers(1, 20), max_size=5),
+    group_bytes=st.sampled_from([1, 300, 1000, 64 << 20]),
+    outputs=st.sampled_from(OUTPUTS),
+)
+def test_any_windows_give_the_same_arrays_and_bytes_in_both_formats(
+    lengths: list[list[int]], cuts: list[int], group_bytes: int, outputs: tuple[Output, ...]
+) -> None:
+    with (
+        tempfile.TemporaryDirectory() as tmp,
+        mock.patch.object(parquet, "ROW_GROUP_BYTES", group_bytes),
+        crash_at(None),  # waits for no fsync
+    ):
+        for form in (samples.make_form("parquet", outputs=outputs), samples.make_form("npy", outputs=outputs)):
+            whole, cut = Path(tmp, form.format, "whole"), Path(tmp, form.format, "cut")
+            embeddings = write_folder(whole, form, lengths=lengths)
+            write_folder(cut, form, lengths=lengths, cuts=cuts)
+            assert folder_bytes(whole) == folder_bytes(cut)
+            assert samples.same_embeddings(read_back(cut).embeddings, embeddings)
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+def test_rows_carry_ids_spans_kept_fields_and_text(tmp_path: Path, format: str) -> None:  # noqa: A002
+    form = samples.make_form(format, kept=samples.KEPT, keep_text=True)  # type: ignore[arg-type]
+    write_folder(tmp_path / "out", form, cuts=[3])
+    rows = read_back(tmp_path / "out").rows.to_pydict()
+    text = samples.make_text(kept=True)
+    assert rows["id"] == ["0-0", "0-0", "0-1", "0-2", "0-2", "0-2", "0-3", "0-4"]
+    assert rows["chunk_index"] == [0, 1, 0, 0, 1, 2, 0, 0]
+    assert rows["num_chunks"] == [2, 2, 1, 3, 3, 3, 1, 1]
+    assert rows["num_tokens"] == [4, 7, 3, 9, 9, 2, 2, 5]
+    assert rows["truncated"] == [False, False, True, True, True, False, False, False]
+    assert rows["lang"] == [None, None, "fr", None, None, None, "fr", None]
+    assert rows["tags"][-1] == ["a"]
+    assert rows["text"][2] == text.documents[1].text[rows["char_start"][2] : rows["char_end"][2]]
+
+
+def test_parquet_row_is_one_frombuffer_away(tmp_path: Path) -> None:
+    embeddings = write_folder(tmp_path / "out", samples.make_form())
+    table = pq.read_table(tmp_path / "out/rows/shard-0000000.parquet")
+    field = table.schema.field("colbert_vecs")
+    assert str(field.type) == "large_binary"
+    assert field.metadata[b"dtype"] == b"float16"
+    assert field.metadata[b"dim"] == b"8"
+    assert str(table.schema.field("dense_vecs").type).startswith("fixed_size_list<")
+    row = np.frombuffer(table.column("colbert_vecs")[1].as_py(), np.float16).reshape(-1, samples.DIM)
+    assert embeddings.colbert_vecs is not None
+    assert np.array_equal(row, embeddings.colbert_vecs.vectors[3:9])
+
+
+def test_npy_files_open_with_numpy_and_scipy(tmp_path: Path) -> None:
+    embeddings = write_folder(tmp_path / "out", samples.make_form("npy", dense_dtype="float32"), cuts=[2])
+    dense = np.load(tmp_path / "out/dense_vecs/shard-0000000.npy", mmap_mode="r")
+    assert dense.dtype == np.float32
+    assert np.array_equal(dense, embeddings.dense_vecs)  # type: ignore[arg-type]
+    sparse = scipy.sparse.load_npz(tmp_path / "out/lexical_weights/shard-0000000.npz")
+    assert sparse.format == "csr"
+    assert sparse.shape == (8, samples.VOCABULARY)
+    assert sparse.dtype == np.float32
+    assert embeddings.lexical_weights is not None
+    assert np.array_equal(sparse.indices, embeddings.lexical_weights.indices)
+    vectors = np.load(tmp_path / "out/colbert_vecs/shard-0000000.npy", mmap_mode="r")
+    indptr = np.load(tmp_path / "out/colbert_vecs/shard-0000000.indptr.npy")
+    assert vectors.shape == (indptr[-1], samples.DIM)
+    assert indptr.dtype == np.int64
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+def test_shard_without_rows_still_writes_its_files(tmp_path: Path, format: str) -> None:  # noqa: A002
+    form = samples.make_form(format, kept=samples.KEPT)  # type: ignore[arg-type]
+    write_folder(tmp_path / "full", form)
+    write_folder(tmp_path / "none", form, lengths=[], skipped=2)
+    schemas = [pq.read_schema(tmp_path / name / "rows/shard-0000000.parquet") for name in ("full", "none")]
+    assert schemas[0].equals(schemas[1], check_metadata=True)
+    extra = {"_m3/skipped/shard-0000000.jsonl"}
+    assert set(folder_bytes(tmp_path / "none")) == set(folder_bytes(tmp_path / "full")) | extra
+    back = read_back(tmp_path / "none")
+    assert back.rows.num_rows == 0
+    assert back.embeddings.dense_vecs is not None
+    assert back.embeddings.dense_vecs.shape == (0, samples.DIM)
+
+
+def test_row_group_never_exceeds_its_bytes_unless_it_is_one_row(tmp_path: Path) -> None:
+    with mock.patch.object(parquet, "ROW_GROUP_BYTES", 300):
+        write_folder(tmp_path / "out", samples.make_form(outputs=("colbert",)))
+    metadata = pq.ParquetFile(tmp_path / "out/rows/shard-0000000.parquet").metadata
+    groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    # 64 + 16 * vectors a row: 112 160 | 96 192 | 192 80 | 80 128
+    assert groups == [2, 2, 2, 2]
+
+
+def test_skipped_rows_and_hashes(tmp_path: Path) -> None:
+    write_folder(tmp_path / "out", samples.make_form(), skipped=2)
+    lines = (tmp_path / "out/_m3/skipped/shard-0000000.jsonl").read_bytes().splitlines()
+    first, second = map(orjson.loads, lines)
+    assert list(first) == ["source", "position", "byte_offset", "id", "reason", "detail", "row"]
+    assert first["id"] is None
+    assert second["id"] == "\\ud800"
+    assert first["row"] == "\\xff" + "x" * ((64 << 10) - 1)
+    hashes = np.load(tmp_path / "out/_m3/hashes/shard-0000000.npy")
+    assert hashes.dtype == np.uint64
+    assert hashes.tolist() == [list(document.text_hash) for document in samples.make_text().documents]
+
+
+def test_entry_answers_for_every_file_and_counts(tmp_path: Path) -> None:
+    write_folder(tmp_path / "out", samples.make_form("npy"), skipped=1)
+    entry = open_folder(tmp_path / "out").entries[0]
+    data = {name for name in folder_bytes(tmp_path / "out") if not name.endswith(".json")}
+    assert {record.name for record in entry.files} == data
+    assert (entry.counts.documents, entry.counts.chunks, entry.counts.tokens) == (5, 8, 41)
+    assert (entry.counts.skipped, entry.counts.truncated, entry.counts.missing_ids) == (1, 3, 2)
+
+
+def test_finish_refuses_missing_rows_and_append_refuses_gaps(tmp_path: Path) -> None:
+    text = samples.make_text(documents=2)
+    chunks = samples.make_chunks(text, lengths=[[3], [4]])
+    embeddings = samples.make_embeddings(chunks)
+    with open_run_folder(tmp_path / "out") as folder:
+        with folder.open_shard(form=samples.make_form(), text=text, chunks=chunks, source="s") as writer:
+            with pytest.raises(ValueError, match="row 0"):
+                writer.append(samples.take_rows(embeddings, 1, 2))
+            writer.append(samples.take_rows(embeddings, 0, 1))
+            with pytest.raises(ValueError, match="2 rows were planned, 1 appended"):
+                writer.finish()
+        assert list((tmp_path / "out/_m3/tmp").rglob("*.parquet")) == []
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+def test_full_disk_is_an_output_error_and_leaves_nothing(tmp_path: Path, format: str) -> None:  # noqa: A002
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    form = samples.make_form(format)  # type: ignore[arg-type]
+    with (
+        mock.patch("m3cli.store.staging.StagedFile._write_piece", refuse),
+        pytest.raises(OutputError, match="No space left on device; free some space"),
+    ):
+        write_folder(tmp_path / "out", form)
+    assert list(folder_bytes(tmp_path / "out")) == ["_m3/run.json"]
