@@ -28,6 +28,8 @@ class SequenceLayout:
     cu_seqlens: torch.Tensor
     "[B + 1] int32 on the device"
     max_seqlen: int
+    num_tokens: int
+    "of the sequences; what stands behind them is filling"
     varlen: bool
 
 
@@ -39,6 +41,7 @@ def lay_out(
         groups=tuple(group_lengths(cu_seqlens)),
         cu_seqlens=torch.from_numpy(cu_seqlens).to(device, non_blocking=True),
         max_seqlen=max_seqlen,
+        num_tokens=int(cu_seqlens[-1]),
         varlen=device.type == "cuda" and dtype in _VARLEN_DTYPES and _has_varlen(),
     )
 
@@ -69,6 +72,7 @@ def attend(qkv: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
         return _attend_varlen(qkv, layout)
     num_tokens, _, num_heads, head_width = qkv.shape
     out = torch.empty((num_tokens, num_heads, head_width), dtype=qkv.dtype, device=qkv.device)
+    out[layout.num_tokens :] = 0  # filling, see TOKEN_STEP
     for first, count, length in layout.groups:
         last = first + count * length
         # [3, B, H, L, D]
@@ -81,7 +85,7 @@ def attend(qkv: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
 def _attend_varlen(qkv: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  not in every torch we run on
 
-    q, k, v = qkv.unbind(1)
+    q, k, v = qkv.unbind(1)  # tokens behind the last sequence (filling) are left as the kernel finds them
     out = varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.max_seqlen, layout.max_seqlen)
     assert isinstance(out, torch.Tensor)
     return out.reshape(qkv.shape[0], -1)

@@ -6,7 +6,7 @@
 
 Norms and sums are float32 whatever the model's dtype. Everything is reduced on the device; what leaves it is numpy.
 
-Shapes: B rows, N tokens, C hidden width, D width of a vector.
+Shapes: B rows, N tokens, M >= N states with the filling behind them, C hidden width, D width of a vector.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def compute_embeddings(
     dense_dtype: VectorDtype = "float16",
     colbert_dtype: VectorDtype = "float16",
 ) -> Embeddings:
-    """Compute the asked-for outputs of a batch from its hidden states [N, C]."""
+    """Compute the asked-for outputs of a batch from its hidden states [M, C], M >= N as `run_model` gives them."""
     dense = lexical = colbert = None
     if "dense" in outputs:
         dense = pool_rows(last_hidden_state, layout, pooling=model.checkpoint.pooling).to(getattr(torch, dense_dtype))
@@ -64,7 +64,8 @@ def pool_rows(hidden: torch.Tensor, layout: SequenceLayout, *, pooling: Pooling)
     elif pooling == "lasttoken":
         pooled = hidden[cu_seqlens[1:] - 1].float()
     else:
-        pooled = torch.segment_reduce(hidden.float(), "mean", lengths=cu_seqlens.diff(), axis=0)
+        states = hidden[: layout.num_tokens].float()
+        pooled = torch.segment_reduce(states, "mean", lengths=cu_seqlens.diff(), axis=0)
     return F.normalize(pooled, dim=-1)
 
 
@@ -77,7 +78,7 @@ def weigh_tokens(
     special_ids: Collection[int],
 ) -> LexicalWeights:
     """Return the lexical weights of each row, one weight an id: the maximum over its positions in the row."""
-    weights = torch.relu(F.linear(hidden, *sparse_linear)).squeeze(-1).float()
+    weights = torch.relu(F.linear(hidden, *sparse_linear)).squeeze(-1)[: layout.num_tokens].float()
     keep = weights > 0
     for special in special_ids:
         keep &= input_ids != special
@@ -96,6 +97,8 @@ def weigh_tokens(
 
 def project_tokens(hidden: torch.Tensor, layout: SequenceLayout, colbert_linear: Linear) -> torch.Tensor:
     """Return [N - B, D] float32 of norm 1: every token but `<s>`, `</s>` included, rows in order."""
-    keep = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+    keep = torch.ones(layout.num_tokens, dtype=torch.bool, device=hidden.device)
     keep[layout.cu_seqlens[:-1].long()] = False
-    return F.normalize(F.linear(hidden[keep], *colbert_linear).float(), dim=-1)
+    # The filling goes through the matmul too, so that its shape is one of few (TOKEN_STEP), and is dropped after it.
+    projected = F.linear(hidden, *colbert_linear)[: layout.num_tokens]
+    return F.normalize(projected[keep].float(), dim=-1)
