@@ -20,7 +20,8 @@ import torch.nn.functional as F  # noqa: N812  torch's own convention
 from m3cli.config import VectorDtype
 from m3cli.encoder.attention import SequenceLayout
 from m3cli.encoder.checkpoint import Pooling
-from m3cli.encoder.model import Linear, Model
+from m3cli.encoder.linear import Linear
+from m3cli.encoder.model import Model
 from m3cli.records import Batch, Embeddings, LexicalWeights, Output, TokenMatrices
 
 
@@ -78,7 +79,7 @@ def weigh_tokens(
     special_ids: Collection[int],
 ) -> LexicalWeights:
     """Return the lexical weights of each row, one weight an id: the maximum over its positions in the row."""
-    weights = torch.relu(F.linear(hidden, *sparse_linear)).squeeze(-1)[: layout.num_tokens].float()
+    weights = torch.relu(sparse_linear.apply(hidden)).squeeze(-1)[: layout.num_tokens].float()
     keep = weights > 0
     for special in special_ids:
         keep &= input_ids != special
@@ -100,5 +101,5 @@ def project_tokens(hidden: torch.Tensor, layout: SequenceLayout, colbert_linear:
     keep = torch.ones(layout.num_tokens, dtype=torch.bool, device=hidden.device)
     keep[layout.cu_seqlens[:-1].long()] = False
     # The filling goes through the matmul too, so that its shape is one of few (TOKEN_STEP), and is dropped after it.
-    projected = F.linear(hidden, *colbert_linear)[: layout.num_tokens]
+    projected = colbert_linear.apply(hidden)[: layout.num_tokens]
     return F.normalize(projected[keep].float(), dim=-1)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from m3cli.config import Dtype
 from m3cli.encoder.attention import SequenceLayout, attend, lay_out
 from m3cli.encoder.checkpoint import HEAD_FILES, POSITION_OFFSET, Checkpoint
+from m3cli.encoder.linear import Linear, make_linear
 from m3cli.errors import ModelError
 from m3cli.records import Batch
 
@@ -32,7 +33,6 @@ shard in bfloat16, and small models spent more time preparing kernels than runni
 _PREFIXES = ("roberta.", "model.", "encoder_model.", "")
 
 Norm = tuple[torch.Tensor, torch.Tensor]
-Linear = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +40,13 @@ class Layer:
     """Weights of one transformer layer."""
 
     qkv: Linear
-    "[3C, C], [3C]"
+    "C to 3C: query, key, value"
     attention_out: Linear
     attention_norm: Norm
     intermediate: Linear
-    "[I, C], [I]"
+    "C to I"
     output: Linear
-    "[C, I], [C]"
+    "I to C"
     output_norm: Norm
 
 
@@ -64,9 +64,9 @@ class Model:
     embedding_norm: Norm
     layers: tuple[Layer, ...]
     sparse_linear: Linear | None
-    "[1, C], [1]"
+    "C to 1"
     colbert_linear: Linear | None
-    "[C, C], [C]; M3's vectors are as wide as its states"
+    "C to C; M3's vectors are as wide as its states"
 
 
 def load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
@@ -82,24 +82,24 @@ def load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
     def put(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device=target, dtype=kind).contiguous()
 
-    def pair(name: str, *shape: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        return put(tensors.take(f"{name}.weight", *shape)), put(tensors.take(f"{name}.bias", shape[0]))
+    def linear(names: list[str], *shape: int | None) -> Linear:
+        weight = torch.cat([tensors.take(f"{name}.weight", *shape) for name in names])
+        return make_linear(put(weight), put(torch.cat([tensors.take(f"{name}.bias", shape[0]) for name in names])))
+
+    def norm(name: str) -> Norm:
+        return put(tensors.take(f"{name}.weight", width)), put(tensors.take(f"{name}.bias", width))
 
     layers = []
     for number in range(checkpoint.num_layers):
         at = f"encoder.layer.{number}"
-        parts = [f"{at}.attention.self.{part}" for part in ("query", "key", "value")]
         layers.append(
             Layer(
-                qkv=(
-                    put(torch.cat([tensors.take(f"{part}.weight", width, width) for part in parts])),
-                    put(torch.cat([tensors.take(f"{part}.bias", width) for part in parts])),
-                ),
-                attention_out=pair(f"{at}.attention.output.dense", width, width),
-                attention_norm=pair(f"{at}.attention.output.LayerNorm", width),
-                intermediate=pair(f"{at}.intermediate.dense", inner, width),
-                output=pair(f"{at}.output.dense", width, inner),
-                output_norm=pair(f"{at}.output.LayerNorm", width),
+                qkv=linear([f"{at}.attention.self.{part}" for part in ("query", "key", "value")], width, width),
+                attention_out=linear([f"{at}.attention.output.dense"], width, width),
+                attention_norm=norm(f"{at}.attention.output.LayerNorm"),
+                intermediate=linear([f"{at}.intermediate.dense"], inner, width),
+                output=linear([f"{at}.output.dense"], width, inner),
+                output_norm=norm(f"{at}.output.LayerNorm"),
             )
         )
     positions = tensors.take("embeddings.position_embeddings.weight", checkpoint.num_positions, width)
@@ -110,7 +110,7 @@ def load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
         dtype=kind,
         word_embeddings=put(tensors.take("embeddings.word_embeddings.weight", checkpoint.vocab_size, width)),
         position_embeddings=put(positions.float() + token_type.float()),
-        embedding_norm=pair("embeddings.LayerNorm", width),
+        embedding_norm=norm("embeddings.LayerNorm"),
         layers=tuple(layers),
         sparse_linear=_read_head(checkpoint, "sparse", put, rows=1),
         colbert_linear=_read_head(checkpoint, "colbert", put, rows=width),
@@ -183,7 +183,7 @@ def _read_head(
         return None
     head = _Tensors(_read_pickled(checkpoint.folder / HEAD_FILES[output]), checkpoint)
     weight = head.take("weight", rows, checkpoint.hidden_size)
-    return put(weight), put(head.take("bias", weight.shape[0]))
+    return make_linear(put(weight), put(head.take("bias", weight.shape[0])))
 
 
 @torch.inference_mode()
@@ -220,11 +220,11 @@ def _run_layer(
     hidden: torch.Tensor, layer: Layer, layout: SequenceLayout, *, num_heads: int, eps: float
 ) -> torch.Tensor:
     num_tokens, width = hidden.shape
-    qkv = F.linear(hidden, *layer.qkv).view(num_tokens, 3, num_heads, width // num_heads)
-    attended = F.linear(attend(qkv, layout), *layer.attention_out)
+    qkv = layer.qkv.apply(hidden).view(num_tokens, 3, num_heads, width // num_heads)
+    attended = layer.attention_out.apply(attend(qkv, layout))
     hidden = _normalise(attended.add_(hidden), layer.attention_norm, eps)
-    inner = F.gelu(F.linear(hidden, *layer.intermediate))
-    return _normalise(F.linear(inner, *layer.output).add_(hidden), layer.output_norm, eps)
+    inner = layer.intermediate.apply_gelu(hidden)
+    return _normalise(layer.output.apply(inner).add_(hidden), layer.output_norm, eps)
 
 
 def _normalise(hidden: torch.Tensor, norm: Norm, eps: float) -> torch.Tensor:

@@ -68,8 +68,8 @@ def test_heads_equal_a_naive_loop(tiny_m3: Path) -> None:
     assert made.colbert_vecs is not None
     assert model.sparse_linear is not None
     assert model.colbert_linear is not None
-    weight, bias = (tensor.numpy() for tensor in model.sparse_linear)
-    project, shift = (tensor.numpy() for tensor in model.colbert_linear)
+    weight, bias = model.sparse_linear.weight.numpy(), model.sparse_linear.bias.numpy()
+    project, shift = model.colbert_linear.weight.numpy(), model.colbert_linear.bias.numpy()
     for place, row in enumerate(rows):
         states = hidden[batch.cu_seqlens[place] : batch.cu_seqlens[place + 1]].numpy()
         assert np.allclose(made.dense_vecs[place], states[0] / np.linalg.norm(states[0]), atol=1e-6)
