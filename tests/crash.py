@@ -7,9 +7,10 @@
             encode()
         encode()                       # goes on; now compare folders with `folder_bytes`
 
-What was not durable is lost: a file without fsync is emptied, a rename (or removal) whose folder was not fsynced since
-is undone. After the crash no durable step happens any more, whatever `finally` clauses try. `Crash` is a
-BaseException: nothing that catches errors may survive it.
+What was not durable is lost: a rename (or removal) whose folder was not fsynced since is undone. What would be lost in
+a power cut only is asserted at once: a file is renamed as it was fsynced, no done entry and no manifest is published
+while a name before it is not durable. After the crash no durable step happens any more, whatever `finally` clauses
+try. `Crash` is a BaseException: nothing that catches errors may survive it.
 
 For a real kill of a real process: `python -m tests.crash K encode corpus.jsonl ...` runs `m3` and SIGKILLs it before
 its K-th durable step.
@@ -44,7 +45,8 @@ class Steps:
     die: Callable[[], None] | None = None
     log: list[tuple[str, str]] = field(default_factory=list)
     dead: bool = False
-    synced_files: set[tuple[int, int]] = field(default_factory=set)
+    synced_files: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    "device and inode -> length and time of the last change when it was fsynced"
     undo: dict[Path, list[Callable[[], Any]]] = field(default_factory=dict)
 
     def take(self, step: str, subject: str) -> None:
@@ -67,7 +69,7 @@ class Steps:
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
         self.take("sync_file", path.name)
         status = os.fstat(descriptor)
-        self.synced_files.add((status.st_dev, status.st_ino))
+        self.synced_files[status.st_dev, status.st_ino] = status.st_size, status.st_mtime_ns
 
     def sync_folder(self, folder: Path) -> None:
         self.take("sync_folder", folder.name)
@@ -76,7 +78,11 @@ class Steps:
     def rename(self, temp: Path, final: Path) -> None:
         self.take("rename", final.name)
         status = temp.stat()
-        assert (status.st_dev, status.st_ino) in self.synced_files, f"{final} is published without fsync"
+        synced = self.synced_files.get((status.st_dev, status.st_ino))
+        assert synced is not None, f"{final} is published without fsync"
+        assert synced == (status.st_size, status.st_mtime_ns), f"{final} was written to after its fsync"
+        if final.name == "manifest.json" or final.parent.name == "done":
+            assert not self.undo, f"{final} is published before {', '.join(map(str, self.undo))} is durable"
         before = final.read_bytes() if final.exists() else None
         os.replace(temp, final)  # noqa: TID251 - stands in for the one place
         self.undo.setdefault(final.parent, []).append(lambda: _restore(final, before))
@@ -96,15 +102,28 @@ def _restore(path: Path, before: bytes | None) -> None:
 
 
 @contextlib.contextmanager
-def crash_at(step: int | None, *, die: Callable[[], None] | None = None) -> Iterator[Steps]:
-    """Crash before the durable step of that number; None only counts."""
+def crash_at(step: int | None, *, die: Callable[[], None] | None = None, writes: bool = False) -> Iterator[Steps]:
+    """Crash before the durable step of that number; None only counts. Writes to staged files are steps if asked for."""
     steps = Steps(step, die)
     with contextlib.ExitStack() as stack:
+        if writes:
+            stack.enter_context(_count_writes(steps))
         for name in ("sync_file", "sync_folder", "rename", "remove"):
             stack.enter_context(mock.patch.object(commit, name, getattr(steps, name)))
         stack.enter_context(mock.patch.object(staging, "sync_file", steps.sync_file))
         stack.enter_context(contextlib.suppress(Crash))
         yield steps
+
+
+def _count_writes(steps: Steps) -> contextlib.AbstractContextManager[Any]:
+    write = staging.StagedFile.write
+
+    def counted(staged: staging.StagedFile, data: Any) -> int:
+        if not staged._muted:  # what is given up writes nothing any more
+            steps.take("write", staged.name)
+        return write(staged, data)
+
+    return mock.patch.object(staging.StagedFile, "write", counted)
 
 
 def folder_bytes(root: Path) -> dict[str, bytes]:

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from m3cli.errors import OutputError
 from m3cli.records import DoneEntry
@@ -105,6 +105,21 @@ def publish_bytes(content: bytes, final: Path, *, staging: Path) -> None:
         publish_file(temp, final)
 
 
+@contextmanager
+def publish_beside(final: Path) -> Iterator[BinaryIO]:
+    """Write a file that lies in no output folder; it waits beside its final name, and is gone if this is left early."""
+    temp = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    try:
+        with output_errors(final), temp.open("wb") as file:
+            yield file
+            file.flush()
+            sync_file(file.fileno())
+        publish_file(temp, final)
+    finally:
+        with output_errors(temp):
+            remove(temp)
+
+
 def commit_shard(root: Path, entry: DoneEntry, *, staging: Path) -> None:
     """Publish a shard's staged files, then its done entry. From then on the shard is never done again."""
     index = entry.shard.index
@@ -118,6 +133,17 @@ def commit_shard(root: Path, entry: DoneEntry, *, staging: Path) -> None:
     for name in names:
         publish_file(staged_path(staging, name), root / name)
     publish_json(entry_document(entry), root / done_name(index), staging=staging)
+
+
+def withdraw_files(root: Path, names: Sequence[str]) -> list[str]:
+    """Take files away, durably when this returns; return the names of those that were there."""
+    there = [name for name in names if os.path.lexists(root / name)]
+    with output_errors(root):
+        for name in there:
+            remove(root / name)
+        for folder in sorted({(root / name).parent for name in there}):
+            sync_folder(folder)
+    return there
 
 
 def staged_path(staging: Path, name: str) -> Path:

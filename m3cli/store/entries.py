@@ -46,15 +46,18 @@ def entry_document(entry: DoneEntry) -> dict[str, Any]:
 
 
 def parse_entry(document: Mapping[str, Any], *, name: str) -> DoneEntry:
-    """Read a done entry."""
+    """Read a done entry; another document raises DamageFound."""
     check_version(document, name=name)
-    return DoneEntry(
-        shard=Shard(**document["shard"]),
-        source=document["source"],
-        input_hash=document["input_hash"],
-        counts=ShardCounts(**document["counts"]),
-        files=tuple(FileRecord(**record) for record in document["files"]),
-    )
+    try:
+        return DoneEntry(
+            shard=Shard(**document["shard"]),
+            source=document["source"],
+            input_hash=document["input_hash"],
+            counts=ShardCounts(**document["counts"]),
+            files=tuple(FileRecord(**record) for record in document["files"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise DamageFound(f"{name} is not a done entry") from error
 
 
 def manifest_document(entries: Iterable[DoneEntry], *, run_hash: str, done_hashes: list[str]) -> dict[str, Any]:

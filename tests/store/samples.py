@@ -69,7 +69,7 @@ def make_text(index: int = 0, *, documents: int = 5, skipped: int = 0, kept: boo
 def _document(index: int, place: int, text: str) -> Document:
     digest = xxhash.xxh3_128_intdigest(text.encode())
     halves = (digest >> 64, digest & (2**64 - 1))
-    return Document(id=f"{index}-{place}", text=text, text_hash=halves, has_own_id=place % 2 == 0)
+    return Document(id=f"{index}-{place}", text=text, text_hash=halves, has_own_id=place % 2 == 0, position=place)
 
 
 def _skipped(place: int) -> SkippedRow:

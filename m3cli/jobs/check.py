@@ -1,0 +1,174 @@
+"""`m3 check`: a folder read back, all that is wrong with it listed, and if asked for taken away.
+
+    ledger -> strays            what the folder says of itself, what lies there beside it
+    files                       a thread that hashes one shard ahead
+    contents                    this thread, of shards whose files are as they were written
+    sample                      some rows encoded again from the input (`--sample`, the only part that needs a model)
+    repair                      under the folder's lock, which a plain check does not take
+
+The exit code describes the folder as it is left: 12 damage, 75 work is left, 3 complete but rows were skipped, 0 fine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3cli.ahead import run_ahead
+from m3cli.config import CheckRequest
+from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, DamageFound, Stopped, UsageError
+from m3cli.jobs.run import Run, parse_run
+from m3cli.progress import FileMeter
+from m3cli.records import DoneEntry
+from m3cli.store.entries import is_ours
+from m3cli.store.layout import RUN_NAME, RowForm
+from m3cli.store.lock import hold_lock
+from m3cli.store.verify.faults import Fault
+from m3cli.store.verify.files import check_files
+from m3cli.store.verify.ids import DuplicateIds, find_duplicate_ids
+from m3cli.store.verify.ledger import Ledger, read_ledger
+from m3cli.store.verify.listing import find_strays
+from m3cli.store.verify.repair import repair, shards_to_redo
+from m3cli.store.verify.shard import Expected, check_contents
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderCheck:
+    """What `m3 check` found, and did."""
+
+    folder: str
+    complete: bool
+    "every shard is done, and the manifest is there and true"
+    num_shards: int
+    "done"
+    documents: int
+    rows: int
+    skipped: int
+    bytes: int
+    "of all files that done entries name"
+    faults: tuple[Fault, ...]
+    redo: tuple[int, ...]
+    "shards that are to be done again"
+    duplicate_ids: DuplicateIds
+    sampled: int
+    "rows that were encoded again and compared"
+    removed: tuple[str, ...]
+    "files that --repair took away"
+    exit_code: int
+
+
+def check_folder(request: CheckRequest, *, meter: FileMeter) -> FolderCheck:
+    """Check a folder, and repair it if asked to."""
+    root = Path(request.folder).absolute()
+    if not root.is_dir():
+        raise UsageError(f"{request.folder}: no such folder")
+    if not is_ours(root):
+        raise UsageError(f"{request.folder} is not an m3 folder: it has no _m3/run.json")
+    with hold_lock(root, worker=0, num_workers=1) if request.repair else nullcontext():
+        return _check(root, request, meter=meter)
+
+
+def _check(root: Path, request: CheckRequest, *, meter: FileMeter) -> FolderCheck:
+    ledger = read_ledger(root)
+    faults = [*ledger.faults, *find_strays(root, ledger)]
+    run = _read_settings(ledger, faults)
+    found, hashes = _check_shards(root, ledger, run, meter=meter)
+    faults += found
+    sampled = 0
+    if request.sample:
+        from m3cli.jobs.sample import sample_rows  # noqa: PLC0415  torch, only for this
+
+        if run is None:
+            raise DamageFound(f"{root / RUN_NAME} is missing or damaged: it says what --sample would have to encode")
+        sound = {index: entry for index, entry in ledger.entries.items() if index not in shards_to_redo(faults)}
+        sampled, found = sample_rows(root, run, sound, request)
+        faults += found
+    duplicate_ids = find_duplicate_ids(root, hashes)
+    removed = tuple(repair(root, faults)) if request.repair else ()
+    counts = ledger.counts
+    return FolderCheck(
+        folder=request.folder,
+        complete=ledger.manifest is not None and not faults,
+        num_shards=len(ledger.entries),
+        documents=counts.documents,
+        rows=counts.chunks,
+        skipped=counts.skipped,
+        bytes=_count_bytes(ledger),
+        faults=tuple(faults),
+        redo=tuple(shards_to_redo(faults)),
+        duplicate_ids=duplicate_ids,
+        sampled=sampled,
+        removed=removed,
+        exit_code=_judge(ledger, faults, repaired=request.repair),
+    )
+
+
+def _read_settings(ledger: Ledger, faults: list[Fault]) -> Run | None:
+    if ledger.run is None:
+        return None
+    try:
+        return parse_run(ledger.run)
+    except (KeyError, TypeError):
+        faults.append(Fault(file=RUN_NAME, shard=None, what="does not hold a run's settings", cure="none"))
+        return None
+
+
+def _check_shards(
+    root: Path, ledger: Ledger, run: Run | None, *, meter: FileMeter
+) -> tuple[list[Fault], dict[int, NDArray[np.int64]]]:
+    """Check every shard; return the faults, and the hashed ids of each shard that has none."""
+    expected = _expect(run) if run else None
+    faults: list[Fault] = []
+    hashes: dict[int, NDArray[np.int64]] = {}
+    meter.start(_count_bytes(ledger))
+    shards = run_ahead(_hash_shards(root, ledger), depth=1, name="hashing")
+    try:
+        for entry, damaged in shards:
+            faults += damaged
+            if not damaged and expected is not None:
+                check = check_contents(root, entry, expected)
+                faults += check.faults
+                if not check.faults:
+                    hashes[entry.shard.index] = np.concatenate([np.empty(0, np.int64), *check.id_hashes])
+            meter.advance(sum(record.length for record in entry.files))
+    finally:
+        shards.close()
+        meter.stop()
+    return faults, hashes
+
+
+def _hash_shards(root: Path, ledger: Ledger) -> Iterator[tuple[DoneEntry, list[Fault]]]:
+    for index in sorted(ledger.entries):
+        yield ledger.entries[index], check_files(root, ledger.entries[index])
+
+
+def _expect(run: Run) -> Expected:
+    meaning = run.meaning
+    form = RowForm(
+        format=meaning.format,
+        outputs=meaning.outputs,
+        dim=run.dim,
+        vocabulary=run.vocabulary,
+        dense_dtype=meaning.dense_dtype,
+        keep_text=meaning.keep_text,
+    )
+    return Expected(form=form, kept=meaning.fields.kept, max_length=meaning.max_length)
+
+
+def _count_bytes(ledger: Ledger) -> int:
+    return sum(record.length for entry in ledger.entries.values() for record in entry.files)
+
+
+def _judge(ledger: Ledger, faults: list[Fault], *, repaired: bool) -> int:
+    left = [fault for fault in faults if fault.cure == "none"] if repaired else faults
+    if left:
+        return DamageFound.exit_code
+    dropped = any(fault.cure in ("redo", "manifest") for fault in faults)
+    if ledger.manifest is None or dropped:
+        return Stopped.exit_code
+    return EXIT_ROWS_SKIPPED if ledger.counts.skipped else EXIT_DONE

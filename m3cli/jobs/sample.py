@@ -1,0 +1,266 @@
+"""Some rows of a folder encoded again from the input, and held against what is stored.
+
+A row is found again by the hash of its document's text, so rows that were skipped late, or copied from another folder,
+are where they belong. Which rows are taken depends on the seed and the folder alone. Cosines are taken in float32; the
+lexical weights of a row may also differ by WEIGHT_TOLERANCE each, as a row may have none but very small ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3cli.config import CheckRequest, EncodeRequest
+from m3cli.corpus.reader import Action, read_shards
+from m3cli.encoder import device as machine
+from m3cli.encoder.batcher import batch_rows, pack_rows
+from m3cli.encoder.chunker import chunk_documents
+from m3cli.encoder.heads import compute_embeddings
+from m3cli.encoder.model import Model, load_model, run_model
+from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
+from m3cli.errors import CorpusError, ForeignFolder
+from m3cli.jobs.opening import make_form, plan_run
+from m3cli.jobs.run import Run, adopt_run, open_checkpoint, refuse_other_checkpoint, refuse_other_tokenizer
+from m3cli.records import Chunks, Document, DoneEntry, Embeddings, LexicalWeights, Shard, ShardText, TokenMatrices
+from m3cli.store.layout import hashes_name, rows_name
+from m3cli.store.reader import OutputFolder, iter_parts
+from m3cli.store.verify.faults import Fault
+
+COSINE = 0.999
+"at least, of a dense vector, and of a row's ColBERT vectors on average"
+WEIGHT_COSINE = 0.99
+WEIGHT_TOLERANCE = 0.01
+BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StoredRow:
+    """A row as it lies in the folder."""
+
+    document: int
+    "its number in the shard"
+    chunk_index: int
+    dense: NDArray[Any] | None
+    weights: tuple[NDArray[np.uint32], NDArray[np.float32]] | None
+    matrix: NDArray[Any] | None
+
+
+def sample_rows(
+    root: Path, run: Run, entries: Mapping[int, DoneEntry], request: CheckRequest
+) -> tuple[int, list[Fault]]:
+    """Encode some rows of the given shards again; return how many, and the faults.
+
+    Raises:
+        CorpusError, ForeignFolder, ModelError: input or model are gone, or others than the folder's.
+    """
+    chosen = _choose_rows(entries, number=request.sample, seed=request.seed)
+    run = _find_input(run, root)
+    asked = EncodeRequest(inputs=(), model=request.model, revision=request.revision)
+    checkpoint = open_checkpoint(asked)
+    refuse_other_checkpoint(run, checkpoint, out=root.name)
+    tokenizer = load_tokenizer(checkpoint)
+    refuse_other_tokenizer(run, tokenizer.serialisation_hash, out=root.name)
+    machine.set_threads(run.threads)
+    model = load_model(checkpoint, device=machine.resolve_device(request.device), dtype=run.meaning.dtype)
+    faults: list[Fault] = []
+    for text in _read_texts(run, chosen):
+        index = text.shard.index
+        entry = entries[index]
+        if text.input_hash != entry.input_hash:
+            raise ForeignFolder(
+                f"{entry.source} has changed since shard {index} of {root.name} was made from it; "
+                "check without --sample, or encode what it is now into another --out"
+            )
+        stored = _read_stored(root, entry, chosen[index])
+        found = _compare_shard(root, text, stored, run=run, model=model, tokenizer=tokenizer)
+        faults += [Fault(file=rows_name(index), shard=index, what=what, cure="redo") for what in found]
+    return sum(map(len, chosen.values())), faults
+
+
+def _choose_rows(entries: Mapping[int, DoneEntry], *, number: int, seed: int) -> dict[int, list[int]]:
+    """Choose rows of all shards alike, by shard."""
+    indices = sorted(entries)
+    ends = np.cumsum([entries[index].counts.chunks for index in indices], dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    places = np.sort(np.random.default_rng(seed).choice(total, min(number, total), replace=False))
+    chosen: dict[int, list[int]] = {}
+    for place, position in zip(places.tolist(), np.searchsorted(ends, places, side="right").tolist(), strict=True):
+        index = indices[position]
+        chosen.setdefault(index, []).append(place - int(ends[position]) + entries[index].counts.chunks)
+    return chosen
+
+
+def _find_input(run: Run, root: Path) -> Run:
+    """Return the run with its sources as they are today."""
+    if any(source.path == "-" for source in run.sources):
+        raise CorpusError(f"{root.name} was made from standard input, which --sample cannot read again")
+    now = []
+    for source in run.sources:
+        path = Path(source.path)
+        if not path.is_file():
+            raise CorpusError(f"{path} is gone: put {source.name} back there, or check without --sample")
+        status = path.stat()
+        now.append(replace(source, size=status.st_size, mtime_ns=status.st_mtime_ns))
+    return adopt_run(run, EncodeRequest(inputs=()), sources=tuple(now), out=root.name)
+
+
+def _read_texts(run: Run, chosen: Mapping[int, list[int]]) -> Iterator[ShardText]:
+    def ask(shard: Shard) -> Action:
+        return "read" if shard.index in chosen else "skip"
+
+    meaning = run.meaning
+    texts = read_shards(
+        run.sources,
+        plan=plan_run(run),
+        fields=meaning.fields,
+        schema=make_form(run).kept,
+        title_sep=meaning.title_sep,
+        max_row_bytes=meaning.max_row_bytes,
+        ask=ask,
+    )
+    return (text for text in texts if text.shard.index in chosen)
+
+
+def _read_stored(root: Path, entry: DoneEntry, rows: list[int]) -> dict[int, _StoredRow]:
+    """Read some rows of a shard, a row group at a time."""
+    folder = OutputFolder(path=root, run=None, entries={entry.shard.index: entry}, manifest=None)
+    stored: dict[int, _StoredRow] = {}
+    documents, before = -1, 0
+    for part in iter_parts(folder, columns=["chunk_index"]):
+        index = part.rows.column("chunk_index").to_numpy()
+        # A document begins with chunk 0, or with -1 and chunk 0 behind it.
+        begins = (index <= 0) & ~(np.concatenate([[before], index[:-1]]) == -1)
+        numbers = documents + np.cumsum(begins)
+        first = int(part.embeddings.rows[0]) if len(index) else 0
+        for row in rows:
+            if first <= row < first + len(index):
+                stored[row] = _take_row(
+                    part.embeddings, row - first, int(numbers[row - first]), int(index[row - first])
+                )
+        if len(index):
+            documents, before = int(numbers[-1]), int(index[-1])
+    return stored
+
+
+def _take_row(embeddings: Embeddings, place: int, document: int, chunk_index: int) -> _StoredRow:
+    dense, weights, matrices = embeddings.dense_vecs, embeddings.lexical_weights, embeddings.colbert_vecs
+    return _StoredRow(
+        document=document,
+        chunk_index=chunk_index,
+        dense=None if dense is None else dense[place].copy(),
+        weights=None if weights is None else _take_weights(weights, place),
+        matrix=None if matrices is None else _take_matrix(matrices, place),
+    )
+
+
+def _take_matrix(matrices: TokenMatrices, place: int) -> NDArray[Any]:
+    matrix: NDArray[Any] = matrices.vectors[matrices.indptr[place] : matrices.indptr[place + 1]].copy()
+    return matrix
+
+
+def _take_weights(weights: LexicalWeights, place: int) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    run = slice(weights.indptr[place], weights.indptr[place + 1])
+    return weights.indices[run].copy(), weights.values[run].copy()
+
+
+def _compare_shard(
+    root: Path, text: ShardText, stored: Mapping[int, _StoredRow], *, run: Run, model: Model, tokenizer: Tokenizer
+) -> Iterator[str]:
+    """Encode some rows of a shard again, and say which are others."""
+    meaning = run.meaning
+    documents, row_documents = _find_documents(root, text, stored)
+    for row in stored.keys() - row_documents.keys():
+        yield f"row {row:,}: the input has no document of its text's hash"
+    chunks = chunk_documents(
+        documents,
+        tokenizer,
+        max_length=meaning.max_length,
+        overlap=meaning.overlap,
+        long_docs=meaning.long_docs,
+        prefix=meaning.prefix,
+    )
+    cut = zip(chunks.document.tolist(), chunks.chunk_index.tolist(), strict=True)
+    places = {pair: place for place, pair in enumerate(cut)}
+    pairs = {row: (document, stored[row].chunk_index) for row, document in row_documents.items()}
+    for row, pair in pairs.items():
+        if pair not in places:
+            yield f"row {row:,}: its document has no chunk {pair[1]} when it is cut again"
+    again = [places[pair] for pair in sorted({*pairs.values()} & places.keys())]
+    made = dict(_encode_rows(chunks, again, run=run, model=model, tokenizer=tokenizer))
+    for row, pair in pairs.items():
+        if pair in places:
+            yield from (f"row {row:,}: {what}" for what in _compare_row(stored[row], made[places[pair]]))
+
+
+def _find_documents(
+    root: Path, text: ShardText, stored: Mapping[int, _StoredRow]
+) -> tuple[list[Document], dict[int, int]]:
+    """Find the documents of some rows in the input; return them, and which of them each row is of."""
+    hashes = np.load(root / hashes_name(text.shard.index))
+    by_hash = {document.text_hash: document for document in text.documents}
+    numbers: dict[tuple[int, int], int] = {}
+    row_documents: dict[int, int] = {}
+    for row, kept in stored.items():
+        text_hash = tuple(hashes[kept.document].tolist())
+        if text_hash in by_hash:
+            row_documents[row] = numbers.setdefault(text_hash, len(numbers))
+    return [by_hash[text_hash] for text_hash in numbers], row_documents
+
+
+def _encode_rows(
+    chunks: Chunks, rows: list[int], *, run: Run, model: Model, tokenizer: Tokenizer
+) -> Iterator[tuple[int, _StoredRow]]:
+    """Encode some rows of `chunks`."""
+    places = np.array(rows, np.int64)
+    for batch_places in batch_rows(chunks.num_tokens[places], max_batch_tokens=BATCH_TOKENS):
+        batch = pack_rows(chunks, places[batch_places])
+        states, layout = run_model(model, batch)
+        made = compute_embeddings(
+            model, batch, states, layout, outputs=run.meaning.outputs, special_ids=tokenizer.special_ids
+        )
+        for place, row in enumerate(batch.rows.tolist()):
+            yield row, _take_row(made, place, document=0, chunk_index=0)
+
+
+def _compare_row(stored: _StoredRow, made: _StoredRow) -> Iterator[str]:
+    """Say in what a stored row is another than the one just made."""
+    if stored.dense is not None and made.dense is not None:
+        cosine = _cosines(stored.dense[None], made.dense[None])[0]
+        if not cosine >= COSINE:
+            yield f"encoded again, its dense vector has cosine {cosine:.4f} with the stored one"
+    if (
+        stored.weights is not None
+        and made.weights is not None
+        and (what := _compare_weights(stored.weights, made.weights))
+    ):
+        yield what
+    if stored.matrix is not None and made.matrix is not None:
+        if stored.matrix.shape != made.matrix.shape:
+            yield f"encoded again, it has {len(made.matrix):,} ColBERT vectors, {len(stored.matrix):,} are stored"
+        else:
+            cosine = _cosines(stored.matrix, made.matrix).mean()
+            if not cosine >= COSINE:
+                yield f"encoded again, its ColBERT vectors have cosine {cosine:.4f} with the stored ones"
+
+
+def _compare_weights(stored: tuple[NDArray[Any], NDArray[Any]], made: tuple[NDArray[Any], NDArray[Any]]) -> str | None:
+    ids = np.union1d(stored[0], made[0])
+    both = np.zeros((2, len(ids)), np.float32)
+    for line, (indices, values) in zip(both, (stored, made), strict=True):
+        line[np.searchsorted(ids, indices)] = values
+    if not len(ids) or np.abs(both[0] - both[1]).max() <= WEIGHT_TOLERANCE:
+        return None
+    cosine = _cosines(both[:1], both[1:])[0]
+    return None if cosine >= WEIGHT_COSINE else f"encoded again, its lexical weights have cosine {cosine:.4f}"
+
+
+def _cosines(left: NDArray[Any], right: NDArray[Any]) -> NDArray[np.float32]:
+    left, right = left.astype(np.float32), right.astype(np.float32)
+    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    cosines: NDArray[np.float32] = np.einsum("ij,ij->i", left, right) / np.maximum(norms, 1e-12)
+    return cosines

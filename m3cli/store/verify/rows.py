@@ -1,0 +1,120 @@
+"""The columns of a shard's rows that are no vectors: do they tell of whole documents, one after the other.
+
+Rows come a row group at a time; the last row of each is kept for the first row of the next. Every check is a mask over
+a group; what is reported is the first row that fails it, and how many fail.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from m3cli.records import ShardCounts
+from m3cli.store.layout import ROW_COLUMNS
+
+Mask = NDArray[np.bool_]
+MIN_TOKENS = 2
+"<s> and </s>"
+
+
+def name_rows(bad: Mask, *, first_row: int, what: str) -> list[str]:
+    """Say which row fails first and how many do; nothing if none does."""
+    count = int(np.count_nonzero(bad))
+    if not count:
+        return []
+    others = f" (and {count - 1:,} more)" if count > 1 else ""
+    return [f"row {first_row + int(np.argmax(bad)):,}{others}: {what}"]
+
+
+class RowsCheck:
+    """What has been seen of a shard's rows so far."""
+
+    def __init__(self, *, max_length: int) -> None:
+        self._max_length = max_length
+        self._before: pa.Table | None = None
+        self.counts = ShardCounts()
+        self.id_hashes: list[NDArray[np.int64]] = []
+        "of each document's id; good for this process only"
+
+    def check(self, rows: pa.Table) -> list[str]:
+        """Check the rows that follow those before; say what is wrong with them."""
+        names = [name for name, _ in ROW_COLUMNS]
+        rows = rows.select(names).combine_chunks()
+        found = [f"column {name} has nulls" for name in names if rows.column(name).null_count]
+        if found or not rows.num_rows:
+            return found
+        first_row = self.counts.chunks
+        columns = {name: rows.column(name).to_numpy() for name in names if name != "id"}
+        found += self._check_each(columns, first_row)
+        found += self._check_order(rows, first_row)
+        self.counts += ShardCounts(
+            chunks=rows.num_rows,
+            tokens=int(columns["num_tokens"].sum(dtype=np.int64)),
+            truncated=int(columns["truncated"].sum()),
+        )
+        self._before = rows.slice(rows.num_rows - 1)
+        return found
+
+    def finish(self, counts: ShardCounts) -> list[str]:
+        """Compare with what the shard's entry counts."""
+        found = []
+        if self._before is not None and not _ends_document(self._before)[-1]:
+            found.append("the last document is cut off")
+        for name in ("documents", "chunks", "tokens", "truncated"):
+            seen, said = getattr(self.counts, name), getattr(counts, name)
+            if seen != said:
+                found.append(f"{seen:,} {name}, the done entry counts {said:,}")
+        return found
+
+    def _check_each(self, columns: dict[str, Any], first_row: int) -> list[str]:
+        tokens, start, end = columns["num_tokens"], columns["char_start"], columns["char_end"]
+        index, number = columns["chunk_index"], columns["num_chunks"]
+        limit = f"num_tokens is not between {MIN_TOKENS} and {self._max_length:,}"
+        return [
+            *name_rows((tokens < MIN_TOKENS) | (tokens > self._max_length), first_row=first_row, what=limit),
+            *name_rows((start < 0) | (end < start), first_row=first_row, what="char_end before char_start"),
+            *name_rows((index < -1) | (index >= number), first_row=first_row, what="chunk_index not below num_chunks"),
+        ]
+
+    def _check_order(self, rows: pa.Table, first_row: int) -> list[str]:
+        """Hold each row against the one before it."""
+        known = self._before is not None
+        both = pa.concat_tables([self._before, rows]).combine_chunks() if self._before is not None else rows
+        index, number = both.column("chunk_index").to_numpy(), both.column("num_chunks").to_numpy()
+        ids = both.column("id")
+        same = pc.equal(ids.slice(1), ids.slice(0, len(ids) - 1)).to_numpy().astype(np.bool_)
+        goes_on = (index[1:] == index[:-1] + 1) & (number[1:] == number[:-1]) & same
+        begins = index[1:] <= 0
+        wrong = ~goes_on & ~(begins & _ends_document(both)[:-1])
+        first_begins = np.array([index[0] <= 0]) if not known else np.empty(0, np.bool_)
+        starts = np.concatenate([first_begins, ~goes_on])
+        self.counts += ShardCounts(documents=int(np.count_nonzero(starts)))
+        own = both if not known else both.slice(1)
+        self.id_hashes.append(hash_ids(own.column("id").filter(pa.array(starts))))
+        second = first_row if known else first_row + 1
+        return [
+            *name_rows(~first_begins, first_row=first_row, what="the first document has no beginning"),
+            *name_rows(wrong, first_row=second, what="chunk_index or num_chunks does not follow from the row before"),
+            *name_rows(goes_on & _goes_back(both), first_row=second, what="begins or ends before the chunk before it"),
+        ]
+
+
+def _ends_document(rows: pa.Table) -> Mask:
+    ends: Mask = rows.column("chunk_index").to_numpy() == rows.column("num_chunks").to_numpy() - 1
+    return ends
+
+
+def _goes_back(rows: pa.Table) -> Mask:
+    """Whether the second, third ... row begins or ends before the one before it."""
+    start, end = rows.column("char_start").to_numpy(), rows.column("char_end").to_numpy()
+    later: Mask = (rows.column("chunk_index").to_numpy()[1:] > 0) & ((np.diff(start) < 0) | (np.diff(end) < 0))
+    return later
+
+
+def hash_ids(ids: Any) -> NDArray[np.int64]:
+    """Hash ids to 64 bits: 8 bytes each are what a folder's ids take while they are compared."""
+    return np.fromiter(map(hash, ids.to_pylist()), np.int64, len(ids))
