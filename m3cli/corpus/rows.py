@@ -27,6 +27,7 @@ TITLE_NOT_A_STRING = "title is not a string"
 EMPTY_TEXT = "empty text"
 BAD_ID = "id is not a string or integer"
 TOO_LONG = "row longer than --max-row-bytes"
+TOO_DEEP = "kept field nested too deep"
 
 ROW_HEAD_BYTES = 64 << 10
 "how much of a skipped row is kept"
@@ -66,19 +67,30 @@ def gather_documents(
 ) -> Gathered:
     """Make a document or a skipped row of each row; the fields `kept` are gathered as text."""
     gathered = Gathered(kept=[[] for _ in kept])
-    columns = tuple(zip(kept, gathered.kept, strict=True))
     for place, (position, raw, row) in enumerate(rows):
         made = row if isinstance(row, Fault) else _make_document(row, raw, position, source.name, fields, title_sep)
-        if isinstance(made, Fault):
-            gathered.skipped.append(_skip_row(row, raw, position, made, source=source, fields=fields))
+        values = _spell_kept(row, raw, kept) if kept and not isinstance(row, Fault) else []
+        if isinstance(made, Fault) or isinstance(values, Fault):
+            fault = made if isinstance(made, Fault) else values
+            assert isinstance(fault, Fault)
+            gathered.skipped.append(_skip_row(row, raw, position, fault, source=source, fields=fields))
             continue
-        assert not isinstance(row, Fault)
         gathered.documents.append(made)
         gathered.places.append(place)
-        for name, column in columns:
-            value = row.get(name)
-            column.append(value if value is None or type(value) is str else _as_json(value, raw, name))
+        for column, value in zip(gathered.kept, values, strict=True):
+            column.append(value)
     return gathered
+
+
+def _spell_kept(row: Row, raw: bytes, kept: tuple[str, ...]) -> list[str | None] | Fault:
+    values: list[str | None] = []
+    for name in kept:
+        value = row.get(name)
+        try:
+            values.append(value if value is None or type(value) is str else _as_json(value, raw, name))
+        except TypeError:  # orjson reads 1,024 levels and writes 254
+            return Fault(reason=TOO_DEEP, detail=f"{name!r} has more than 254 levels: leave it out of --keep-fields")
+    return values
 
 
 def _make_document(
@@ -105,6 +117,7 @@ def _make_document(
         text=text,
         text_hash=(text_hash >> 64, text_hash & _LOW_HALF),
         has_own_id=bool(own_id),
+        position=position,
     )
 
 

@@ -150,8 +150,8 @@ def name_faults(source: Source) -> Iterator[None]:
         raise CorpusError(f"{source.name} is gone: put it back and run the same command again") from error
     except EOFError as error:
         raise CorpusError(
-            f"{source.name} ends in the middle of its {source.compression} data: it was cut off; "
-            "copy or download it again and run the same command again"
+            f"{source.name} ends in the middle of its {source.compression} data: it was cut off; copy or download it "
+            "again, and encode it into another --out, taking over what is done with --since-run"
         ) from error
     except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise CorpusError(

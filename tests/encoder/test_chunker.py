@@ -21,7 +21,9 @@ def tokenizer(tiny_m3: Path) -> Tokenizer:
 
 
 def as_documents(*texts: str) -> list[Document]:
-    return [Document(id=str(i), text=text, text_hash=(0, 0), has_own_id=True) for i, text in enumerate(texts)]
+    return [
+        Document(id=str(i), text=text, text_hash=(0, 0), has_own_id=True, position=i) for i, text in enumerate(texts)
+    ]
 
 
 def row_ids(chunks: Chunks) -> list[list[int]]:

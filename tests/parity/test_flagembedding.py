@@ -53,7 +53,9 @@ def reference(tiny_m3: Path, texts: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def chunks(tiny_m3: Path, texts: list[str]) -> Chunks:
-    documents = [Document(id=str(i), text=text, text_hash=(0, 0), has_own_id=True) for i, text in enumerate(texts)]
+    documents = [
+        Document(id=str(i), text=text, text_hash=(0, 0), has_own_id=True, position=i) for i, text in enumerate(texts)
+    ]
     tokenizer = load_tokenizer(read_checkpoint(tiny_m3))
     return chunk_documents(documents, tokenizer, max_length=8192, long_docs="truncate")
 

@@ -1,0 +1,179 @@
+"""Pairs of ids, scored by the vectors of encoded folders: no model is loaded, torch is not imported.
+
+For a window of pairs the ids are looked up, the queries' rows are read and held, and the corpus is passed once, shard
+by shard: of each part (a row group, or a memory-mapped array) the rows that some pair wants are scored where they lie.
+Where the queries' vectors are more than HELD_BYTES they are held in turns, and the corpus is passed once a turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3cli.config import ALL_OUTPUTS
+from m3cli.corpus.pairs import Pair, WindowLimits
+from m3cli.encoder.join import join_embeddings
+from m3cli.encoder.picking import pick_rows
+from m3cli.errors import UsageError
+from m3cli.jobs.chunk_pairs import ChunkPairs, join_chunks, merge_chunks
+from m3cli.jobs.score import ScoreRequest, WindowScores
+from m3cli.progress import Progress
+from m3cli.records import Embeddings, Output
+from m3cli.retrieval.score import score_rows
+from m3cli.store.lookup import FoundRows, RowLookup, read_parts
+from m3cli.store.reader import OutputFolder, open_folder
+
+HELD_BYTES = 256 << 20
+"of the queries' ColBERT vectors in float32"
+UNKNOWN_QUERY, UNKNOWN_PASSAGE = "unknown query id", "unknown passage id"
+LIMITS = WindowLimits(pairs=100_000, text_bytes=64 << 20, side_bytes=64 << 20)
+
+Rows = NDArray[np.int64]
+
+
+class FolderScorer:
+    """Two encoded folders, which may be one and the same."""
+
+    ids = True
+    limits = LIMITS
+
+    def __init__(self, request: ScoreRequest, progress: Progress) -> None:
+        assert request.queries is not None
+        assert request.corpus is not None
+        self._chunks = request.chunks
+        self._queries, self._corpus = open_folder(Path(request.queries)), open_folder(Path(request.corpus))
+        _refuse_strangers(self._queries, self._corpus)
+        self._lookups = RowLookup(self._queries), RowLookup(self._corpus)
+        shared = set(_outputs_of(self._queries)) & set(_outputs_of(self._corpus))
+        self.outputs: tuple[Output, ...] = tuple(output for output in ALL_OUTPUTS if output in shared)
+        self._wanted: tuple[Output, ...] = ()
+        self._dim = _run_of(self._queries)["checkpoint"]["dim"]
+        self._rows = [0, 0]
+        self._duplicates = 0
+        for folder in {self._queries.path: self._queries, self._corpus.path: self._corpus}.values():
+            if folder.manifest is None:
+                progress.say(f"{folder.path.name} is not complete: ids that are not encoded yet are unknown")
+
+    def load(self, wanted: Sequence[Output]) -> None:
+        """Take note of what is wanted."""
+        self._wanted = tuple(wanted)
+
+    def describe(self) -> str:
+        """Say what was read."""
+        words = f"{self._rows[0]:,} query rows and {self._rows[1]:,} passage rows read, no model loaded"
+        if self._duplicates:
+            words += f"; {self._duplicates:,} ids name several documents, and the first of each was taken"
+        return words
+
+    def score_window(self, window: Sequence[Pair]) -> WindowScores:
+        """Score the pairs of a window."""
+        faults = [pair.fault for pair in window]
+        places = np.array([place for place, fault in enumerate(faults) if not fault], np.int64)
+        sides: list[tuple[FoundRows, Rows]] = []
+        for side, lookup in enumerate(self._lookups):
+            ids, numbers = number_ids([window[place].passage if side else window[place].query for place in places])
+            found = lookup.find(ids)
+            self._duplicates += found.duplicates
+            known = np.zeros(len(ids), np.bool_)
+            known[found.wanted] = True
+            for place in places[~known[numbers]]:
+                faults[place] = faults[place] or (UNKNOWN_PASSAGE if side else UNKNOWN_QUERY)
+            sides.append((found, numbers))
+        joined = join_chunks(*sides[0], *sides[1], first_only=self._chunks == "first")
+        scores = {output: np.full(len(window), np.nan, np.float32) for output in self._wanted}
+        made = self._score_chunks(sides[0][0], sides[1][0], joined)
+        for output, values in made.items():
+            scores[output][places] = merge_chunks(values, joined, num_pairs=len(places), how=self._chunks)
+        return WindowScores(scores=scores, faults=faults)
+
+    def _score_chunks(
+        self, queries: FoundRows, passages: FoundRows, joined: ChunkPairs
+    ) -> dict[Output, NDArray[np.float32]]:
+        """Return a score of each pair of chunks, by each output."""
+        scores = {output: np.full(len(joined.pair), np.nan, np.float32) for output in self._wanted}
+        # Sorted as the corpus lies on disk, so that the pairs of a part are neighbours.
+        by_place = np.lexsort((passages.row[joined.passage], passages.shard[joined.passage]))
+        for held_rows in self._turns(queries, np.unique(joined.query)):
+            held, place_of = self._hold(queries, held_rows)
+            mine = by_place[place_of[joined.query[by_place]] >= 0]
+            rows, shards = passages.row[joined.passage[mine]], passages.shard[joined.passage[mine]]
+            for part in read_parts(self._corpus, np.unique(shards).tolist(), outputs=self._wanted):
+                span = part.embeddings.rows
+                if not len(span):
+                    continue
+                first, last = np.searchsorted(shards, [part.shard, part.shard + 1])
+                begin, end = first + np.searchsorted(rows[first:last], [span[0], span[-1] + 1])
+                if begin == end:
+                    continue
+                some = mine[begin:end]
+                made = score_rows(
+                    held, part.embeddings, place_of[joined.query[some]], rows[begin:end] - span[0], outputs=self._wanted
+                )
+                for output, values in made.items():
+                    scores[output][some] = values
+        self._rows[1] += len(np.unique(joined.passage))
+        return scores
+
+    def _turns(self, queries: FoundRows, rows: Rows) -> Iterator[Rows]:
+        """Cut the wanted query rows into runs whose vectors can be held."""
+        sizes = np.cumsum(queries.num_tokens[rows] * self._dim * 4)
+        turns = sizes // HELD_BYTES
+        for turn in np.unique(turns):
+            yield rows[turns == turn]
+
+    def _hold(self, queries: FoundRows, rows: Rows) -> tuple[Embeddings, Rows]:
+        """Read query rows; return them, and the place of each found row among them, -1 for one that is not held."""
+        parts: list[Embeddings] = []
+        place_of = np.full(len(queries.row), -1, np.int64)
+        held = 0
+        for part in read_parts(self._queries, np.unique(queries.shard[rows]).tolist(), outputs=self._wanted):
+            span = part.embeddings.rows
+            inside = (queries.shard[rows] == part.shard) & np.isin(queries.row[rows], span)
+            some = rows[inside]
+            if len(some):
+                parts.append(pick_rows(part.embeddings, queries.row[some] - span[0], rows=some))
+                place_of[some] = held + np.arange(len(some))
+                held += len(some)
+        self._rows[0] += held
+        return _widen(join_embeddings(parts)), place_of
+
+
+def _widen(held: Embeddings) -> Embeddings:
+    """Turn ColBERT vectors to float32 once, as each is multiplied with many passages."""
+    if (matrices := held.colbert_vecs) is None:
+        return held
+    return replace(held, colbert_vecs=replace(matrices, vectors=matrices.vectors.astype(np.float32, copy=False)))
+
+
+def number_ids(ids: Sequence[str]) -> tuple[list[str], Rows]:
+    """Return the distinct ids as they first came, and which of them each id is."""
+    numbers: dict[str, int] = {}
+    rows = np.array([numbers.setdefault(each, len(numbers)) for each in ids], np.int64)
+    return list(numbers), rows
+
+
+def _run_of(folder: OutputFolder) -> dict[str, dict[str, int]]:
+    if folder.run is None:
+        raise UsageError(f"{folder.path}: nothing has been encoded there yet")
+    return folder.run
+
+
+def _outputs_of(folder: OutputFolder) -> Sequence[Output]:
+    outputs: Sequence[Output] = _run_of(folder)["meaning"]["outputs"]  # type: ignore[assignment]
+    return outputs
+
+
+def _refuse_strangers(queries: OutputFolder, corpus: OutputFolder) -> None:
+    """Refuse folders of different checkpoints: their vectors have nothing to do with each other."""
+    ours, theirs = _run_of(queries)["checkpoint"], _run_of(corpus)["checkpoint"]
+    for what in ("hashes", "tokenizer_hash"):
+        if ours[what] != theirs[what]:
+            raise UsageError(
+                f"{queries.path.name} was encoded with {ours['name']} and {corpus.path.name} with {theirs['name']}, "
+                f"and their {'files' if what == 'hashes' else 'tokenizers'} differ: scores between them mean nothing; "
+                "encode the queries with the corpus' checkpoint"
+            )
