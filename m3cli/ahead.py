@@ -1,7 +1,8 @@
 """The one place with threads: an iterator run ahead of its reader.
 
 An error in the thread is raised where items are read. Leaving the reader early (an exception, Ctrl-C, `close()`) stops
-the thread after the item it is at, closes the inner iterator there, and waits for both: no thread outlives its reader.
+the thread after the item it is at, closes the inner iterator there, and waits for both. A thread that is not through
+with its item after `PATIENCE` is left behind, for a process that was told to stop must: `has_stragglers` tells.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from queue import Empty, Full, Queue
 from threading import Event, Thread
+from threading import enumerate as list_threads
 from typing import TypeVar
 
 T = TypeVar("T")
 
 _GLANCE = 0.1
 "seconds between two looks at whether the other side has gone; a handed-over item wakes its waiter at once"
+PATIENCE = 15.0
+"seconds"
 
 
 class _End:
@@ -25,7 +29,7 @@ def run_ahead(items: Iterator[T], *, depth: int, name: str) -> Generator[T, None
     """Yield `items`, made by a thread that stays at most `depth` finished items ahead."""
     queue: Queue[T | _End | BaseException] = Queue(maxsize=depth)
     stop = Event()
-    thread = Thread(target=_fill, args=(items, queue, stop), name=name, daemon=True)
+    thread = _Runner(target=_fill, args=(items, queue, stop), name=name, daemon=True)
     thread.start()
     try:
         while True:
@@ -40,7 +44,16 @@ def run_ahead(items: Iterator[T], *, depth: int, name: str) -> Generator[T, None
             yield item
     finally:
         stop.set()
-        thread.join()
+        thread.join(PATIENCE)
+
+
+def has_stragglers() -> bool:
+    """Whether a thread was left behind in the middle of an item."""
+    return any(isinstance(thread, _Runner) for thread in list_threads())
+
+
+class _Runner(Thread):
+    """A thread that runs ahead."""
 
 
 def _fill(items: Iterator[T], queue: Queue[T | _End | BaseException], stop: Event) -> None:

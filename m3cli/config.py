@@ -50,6 +50,10 @@ class Meaning:
     limit: int | None = None
     "rows"
     max_row_bytes: int = MAX_ROW_BYTES
+    dedupe: bool = False
+    "equal texts of a window are encoded once"
+    since: str | None = None
+    "identity of the older folder that vectors are taken over from"
 
     def to_json(self) -> dict[str, Any]:
         """Members as plain JSON values."""
@@ -99,6 +103,34 @@ class EncodeRequest:
     max_batch_tokens: int | None = None
     worker: int = 0
     num_workers: int = 1
+    max_skipped: int | float | None = None
+    "an int counts rows, a float is their part of all rows; None: no limit"
+    metrics: str | None = None
+    "file for Prometheus' textfile collector"
+    dedupe: bool | None = None
+    since_run: str | None = None
+    "an older folder to take vectors over from"
+    gone: str | None = None
+    "file for the ids of that folder which are not in the new one"
+    verify_input: bool = False
+    "hash the input of every finished shard, whatever its mtime says"
+    space_check: bool = True
+    "refuse to begin where the disk has no room for the estimate"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckRequest:
+    """What a user asked `m3 check`."""
+
+    folder: str
+    repair: bool = False
+    sample: int = 0
+    "rows to encode again"
+    seed: int = 0
+    "of which rows those are"
+    model: str | None = None
+    revision: str | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,13 @@ EXIT_ROWS_SKIPPED = 3
 EXIT_INTERRUPTED = 130
 
 
+def spell_printable(text: str) -> str:
+    """Return text fit for one line of a terminal or a log: names from the input may carry line breaks or escapes."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 class M3Error(Exception):
     """Base of all errors that a user is meant to read."""
 

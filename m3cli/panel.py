@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 import orjson
@@ -11,6 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from m3cli.errors import spell_printable
 from m3cli.records import RunPlan, RunSummary
 
 _PLAIN_WIDTH = 100
@@ -22,7 +24,13 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 def open_console(stream: TextIO) -> Console:
     """Return a console on a stream; off a terminal without colours or escape codes."""
-    return Console(file=stream, highlight=False, width=None if stream.isatty() else _PLAIN_WIDTH)
+    terminal = stream.isatty()
+    return Console(file=stream, highlight=False, force_terminal=terminal, width=None if terminal else _PLAIN_WIDTH)
+
+
+def _plain(text: str) -> Text:
+    """Return text that may hold names from the input: without markup, escapes spelt out."""
+    return Text(spell_printable(text))
 
 
 def format_bytes(count: float) -> str:
@@ -58,9 +66,9 @@ def plan_panel(plan: RunPlan, *, title: str | None = None) -> Panel:
     """Draw the panel that stands before a run."""
     rows = _rows()
     rows.add_row(
-        "model", Text(f"{plan.model}, {plan.dtype} on {plan.device}, up to {plan.max_length:,} tokens a chunk")
+        "model", _plain(f"{plan.model}, {plan.dtype} on {plan.device}, up to {plan.max_length:,} tokens a chunk")
     )
-    rows.add_row("output", Text(f"{plan.out} ({plan.format}): {', '.join(plan.outputs)}"))
+    rows.add_row("output", _plain(f"{plan.out} ({plan.format}): {', '.join(plan.outputs)}"))
     size = "" if plan.input_bytes is None else f" in {format_bytes(plan.input_bytes)}"
     rows.add_row("documents", f"{_about(plan.documents)}{size}")
     if plan.tokens is not None:
@@ -84,6 +92,11 @@ def summary_panel(summary: RunSummary) -> Panel:
     rows.add_row("documents", f"{summary.documents:,}{chunks}, {summary.tokens:,} tokens")
     rows.add_row("skipped", _skipped_words(summary))
     rows.add_row("truncated", f"{summary.truncated:,}")
+    if summary.taken or summary.gone is not None:
+        gone = "" if summary.gone is None else f"; {summary.gone:,} ids of the older folder are gone"
+        rows.add_row("taken over", f"{summary.taken:,} documents{gone}")
+    if summary.duplicate_ids:
+        rows.add_row("ids", f"{summary.duplicate_ids:,} stand for several documents each; all are kept")
     if summary.missing_ids:
         rows.add_row("without id", f"{summary.missing_ids:,}, named source:position")
     seconds = summary.seconds
@@ -94,7 +107,7 @@ def summary_panel(summary: RunSummary) -> Panel:
     rows.add_row("files", f"{summary.num_files:,} files, {format_bytes(summary.bytes_written)}")
     whole = ": complete" if summary.shards_done == summary.num_shards else ""
     rows.add_row("shards", f"{summary.shards_done:,} of {summary.num_shards:,} done{whole}")
-    return Panel(rows, title=Text(summary.out), box=box.ROUNDED, expand=False)
+    return Panel(rows, title=_plain(summary.out), box=box.ROUNDED, expand=False)
 
 
 def _skipped_words(summary: RunSummary) -> str:
@@ -110,9 +123,9 @@ def info_panel(folder: str, found: dict[str, Any]) -> Panel:
     run, counts = found["run"], found["counts"]
     if run is not None:
         meaning, checkpoint = run["meaning"], run["checkpoint"]
-        rows.add_row("model", Text(f"{checkpoint['name']}, {meaning['dtype']}, {checkpoint['dim']} wide"))
-        rows.add_row("settings", Text(_settings_words(meaning)))
-        rows.add_row("sources", Text(_name_some([source["name"] for source in run["sources"]])))
+        rows.add_row("model", _plain(f"{checkpoint['name']}, {meaning['dtype']}, {checkpoint['dim']} wide"))
+        rows.add_row("settings", _plain(_settings_words(meaning)))
+        rows.add_row("sources", _plain(_name_some([source["name"] for source in run["sources"]])))
     rows.add_row("documents", f"{counts['documents']:,} in {counts['chunks']:,} rows, {counts['tokens']:,} tokens")
     rows.add_row("skipped", f"{counts['skipped']:,}, truncated {counts['truncated']:,}")
     rows.add_row("shards", f"{found['num_shards']:,} done: {'complete' if found['complete'] else 'work is left'}")
@@ -124,7 +137,7 @@ def info_panel(folder: str, found: dict[str, Any]) -> Panel:
     for number, (tokens, count) in enumerate(histogram.items()):
         bar = "█" * max(1, round(_BAR_WIDTH * count / most))
         rows.add_row("" if number else "tokens", f"≤ {tokens:>5,}  {bar} {count:,}")
-    return Panel(rows, title=Text(folder), box=box.ROUNDED, expand=False)
+    return Panel(rows, title=_plain(folder), box=box.ROUNDED, expand=False)
 
 
 def _settings_words(meaning: dict[str, Any]) -> str:
@@ -137,3 +150,13 @@ def _name_some(names: list[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + (
         f" and {len(names) - _NAMES_SHOWN:,} more" if len(names) > _NAMES_SHOWN else ""
     )
+
+
+def draw_table(title: str, rows: Iterable[Sequence[str]], *, columns: Sequence[str] = ()) -> Table:
+    """Draw a plain table with a title, of words as they stand; without columns it has no header."""
+    table = Table(title=title, title_justify="left", show_header=bool(columns), box=None, padding=(0, 2, 0, 0))
+    for name in columns:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table

@@ -1,8 +1,10 @@
 """What a user sees of a run: a panel before, a bar or log lines during, a summary after. All of it on stderr.
 
 `bar` is tqdm counting tokens, for a terminal; `log` one plain line every 30 s, for a cron mail; `json` one object a
-line, for a machine; `none` errors only. `auto` is bar on a terminal and log elsewhere. How much is left is known in
-shards, which hold about the same bytes each, so time left comes from the shards done and the tokens of the one at hand.
+line, for a machine; `none` errors only. `auto` is bar on a terminal and log elsewhere. A log file gets the lines of
+`log`, with their time, in any mode. Names from the input are spelt without control characters. How much is left is
+known in shards, which hold about the same bytes each, so time left comes from the shards done and the tokens of the
+one at hand.
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, TextIO
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, TextIO
 
 import orjson
 
+from m3cli.errors import OutputError, spell_printable
 from m3cli.records import RunPlan, RunSummary
 
 Mode = Literal["auto", "bar", "log", "json", "none"]
@@ -47,8 +52,11 @@ class Stopwatch:
 class Progress:
     """Shows a run while it goes: fed by `advance`, quiet or loud as the mode says."""
 
-    def __init__(self, mode: Mode, *, stream: TextIO | None = None) -> None:
+    def __init__(self, mode: Mode, *, stream: TextIO | None = None, log_file: str | None = None) -> None:
         self._stream = stream or sys.stderr
+        self._log_file = None if log_file is None else Path(log_file).absolute()
+        if self._log_file is not None:
+            _append(self._log_file, "")
         terminal = self._stream.isatty()
         self.mode: Mode = ("bar" if terminal else "log") if mode == "auto" else mode
         self._bar: _Bar | None = None
@@ -60,6 +68,11 @@ class Progress:
             from m3cli.panel import plan_panel, print_panel  # noqa: PLC0415  rich is slow, and not always needed
 
             print_panel(plan_panel(plan), self._stream)
+        self._log(
+            f"{'going on with' if plan.resumed else 'encoding into'} {plan.out}: {plan.model}, {plan.dtype} on "
+            f"{plan.device}, {'unknown' if plan.num_shards is None else f'{plan.num_shards:,}'} shards, "
+            f"{plan.shards_done:,} done"
+        )
         self._emit("plan", {name: getattr(plan, name) for name in RunPlan.__slots__})
 
     def start(self, *, shards_todo: int | None) -> None:
@@ -73,17 +86,29 @@ class Progress:
         self._pulse.add(documents=documents, tokens=tokens, shards=shards)
         if self._bar is not None:
             self._bar.update(self._pulse, tokens)
-        elif self.mode in ("log", "json") and self._pulse.due():
+        if (self.mode in ("log", "json") or self._log_file is not None) and self._pulse.due():
             self._beat()
+
+    def begin_shard(self) -> None:
+        """Note where a shard begins, in case it is taken back."""
+        self._pulse.begin_shard()
+
+    def take_shard_back(self) -> None:
+        """Uncount what was counted since the shard began: it comes again without some of its documents."""
+        tokens = self._pulse.take_shard_back()
+        if self._bar is not None:
+            self._bar.update(self._pulse, -tokens)
 
     def _beat(self) -> None:
         pulse = self._pulse
         self._emit("progress", pulse.to_json())
+        text = (
+            f"{pulse.documents:,} documents, {pulse.tokens:,} tokens, {pulse.rates()}, "
+            f"{format_left(pulse.seconds_left())} left"
+        )
+        self._log(text)
         if self.mode == "log":
-            self.say(
-                f"{pulse.documents:,} documents, {pulse.tokens:,} tokens, {pulse.rates()}, "
-                f"{format_left(pulse.seconds_left())} left"
-            )
+            self._print(text)
 
     def stop(self) -> None:
         """End the counting; the bar's line stays."""
@@ -97,19 +122,47 @@ class Progress:
             from m3cli.panel import print_panel, summary_panel  # noqa: PLC0415
 
             print_panel(summary_panel(summary), self._stream)
+        self._log(
+            f"{summary.documents:,} documents, {summary.tokens:,} tokens, {summary.skipped:,} rows skipped, "
+            f"{summary.shards_done:,} of {summary.num_shards:,} shards done, {summary.seconds['total']:.1f} s"
+        )
         self._emit("summary", {name: getattr(summary, name) for name in RunSummary.__slots__})
 
     def say(self, text: str) -> None:
         """Print one line of plain words, without breaking a bar."""
+        self._log(text)
         if self.mode in ("bar", "log"):
-            if self._bar is not None:
-                self._bar.clear()
-            print(f"m3: {text}", file=self._stream, flush=True)
+            self._print(text)
         self._emit("message", {"text": text})
+
+    def fail(self, text: str, exit_code: int) -> bool:
+        """Tell a bad end; say whether it need not be told in plain words any more."""
+        self._log(f"exit code {exit_code}: {text}")
+        self._emit("error", {"text": text, "exit_code": exit_code})
+        return self.mode == "json"
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+        print(f"m3: {spell_printable(text)}", file=self._stream, flush=True)
+
+    def _log(self, text: str) -> None:
+        if self._log_file is not None:
+            now = datetime.now().astimezone().isoformat(timespec="seconds")
+            _append(self._log_file, f"{now} {spell_printable(text)}\n")
 
     def _emit(self, event: str, members: dict[str, object]) -> None:
         if self.mode == "json":
             print(orjson.dumps({"event": event, **members}).decode(), file=self._stream, flush=True)
+
+
+def _append(path: Path, text: str) -> None:
+    # Opened anew for each line, every half minute or so, as logrotate may have moved the file away.
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise OutputError(f"cannot write --log-file {path}: {error.strerror}; choose another") from error
 
 
 class _Pulse:
@@ -119,8 +172,17 @@ class _Pulse:
         self.documents = 0
         self.tokens = 0
         self._shards = 0.0
+        self._before_shard = (0, 0, 0.0)
         self._shards_todo = shards_todo
         self._started = self._last_beat = time.monotonic()
+
+    def begin_shard(self) -> None:
+        self._before_shard = (self.documents, self.tokens, self._shards)
+
+    def take_shard_back(self) -> int:
+        tokens = self.tokens
+        self.documents, self.tokens, self._shards = self._before_shard
+        return tokens - self.tokens
 
     def add(self, *, documents: int, tokens: int, shards: float) -> None:
         self.documents += documents
@@ -198,6 +260,42 @@ class _Bar:
 
     def close(self) -> None:
         self._tqdm.close()
+
+
+class FileMeter:
+    """Shows how many bytes of a folder have been read: a bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._quiet = quiet
+        self._tqdm: Any = None
+        self._total = self._read = 0
+        self._last_line = time.monotonic()
+
+    def start(self, total: int) -> None:
+        """Begin to count up to `total` bytes."""
+        self._total, self._read = total, 0
+        self._last_line = time.monotonic()
+        if not self._quiet and self._stream.isatty():
+            from tqdm import tqdm  # noqa: PLC0415
+
+            self._tqdm = tqdm(file=self._stream, total=total, unit="B", unit_scale=True, leave=False, delay=1)
+
+    def advance(self, count: int) -> None:
+        """Count bytes that have been read."""
+        self._read += count
+        if self._tqdm is not None:
+            self._tqdm.update(count)
+        elif not self._quiet and time.monotonic() - self._last_line >= _LOG_SECONDS:
+            self._last_line = time.monotonic()
+            share = 100 * self._read / max(self._total, 1)
+            print(f"m3: read {self._read:,} of {self._total:,} bytes ({share:.0f} %)", file=self._stream, flush=True)
+
+    def stop(self) -> None:
+        """End the counting; nothing of the bar stays."""
+        if self._tqdm is not None:
+            self._tqdm.close()
+            self._tqdm = None
 
 
 def format_left(seconds: float | None) -> str:

@@ -79,6 +79,8 @@ class Document:
     "xxh3_128 of the UTF-8 text as (high, low) 64-bit halves"
     has_own_id: bool
     "False: the row carried no id and was given `source-name:position`"
+    position: int
+    "byte offset in the decompressed stream for line formats, row number in the file for Parquet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +98,7 @@ class SkippedRow:
     detail: str
     "what is particular to this row; may be empty"
     row: bytes
-    "first 64 KiB of the row as it was read"
+    "first 64 KiB of the row as it was read; of one that failed in the model, of its text"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +192,18 @@ class Embeddings:
     "[R, D] float16 or float32, norm 1"
     lexical_weights: LexicalWeights | None
     colbert_vecs: TokenMatrices | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origins:
+    """Rows of a shard whose vectors are taken over from an older folder; their input_ids are all 0. T rows."""
+
+    rows: NDArray[np.int64]
+    "[T] places in the shard, ascending"
+    shard: NDArray[np.int64]
+    "[T] shard of the older folder"
+    row: NDArray[np.int64]
+    "[T] row of that shard"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,3 +301,9 @@ class RunSummary:
     num_shards: int
     "of the whole folder"
     skipped_reasons: dict[str, int]
+    taken: int
+    "documents whose vectors were taken over from an older folder"
+    gone: int | None
+    "ids of the older folder that are not in this one; None: there is none, or this one is not complete"
+    duplicate_ids: int | None
+    "documents of the whole folder whose id an earlier one has; None: not known before it is complete"

@@ -25,7 +25,7 @@ def build_model(name: str, *arguments: str) -> Path:
     """Build a checkpoint with the project's own script; quick if it has been built before."""
     folder = CACHE / "models" / name
     script = ROOT / "scripts" / "make_demo_model.py"
-    subprocess.run([sys.executable, script, *arguments, folder], check=True, capture_output=True)
+    subprocess.run([sys.executable, script, folder, *arguments], check=True, capture_output=True)
     return folder
 
 

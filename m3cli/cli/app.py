@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 from typing import Annotated, Any, cast
 
 import typer
 
 import m3cli
+from m3cli.cli.check import check
+from m3cli.cli.doctor import doctor
 from m3cli.cli.encode import encode
 from m3cli.cli.info import info
 from m3cli.cli.plan import plan
-from m3cli.errors import EXIT_INTERRUPTED, M3Error, Stopped, UsageError
+from m3cli.cli.score import score
+from m3cli.cli.signals import catch_sigterm
+from m3cli.errors import EXIT_DONE, EXIT_INTERRUPTED, M3Error, UsageError, spell_printable
 
 app = typer.Typer(
     name="m3",
@@ -35,6 +37,9 @@ app = typer.Typer(
 app.command()(encode)
 app.command()(plan)
 app.command()(info)
+app.command()(check)
+app.command()(score)
+app.command()(doctor)
 
 # typer brings its own copy of click since 0.16; this is the base of its errors in every version.
 _TyperError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -63,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         the exit code.
     """
-    signal.signal(signal.SIGTERM, _stop)
+    catch_sigterm()
     debug = "--debug" in arguments
     try:
         # Taken out here, so that it may stand before or after the command.
@@ -72,10 +77,11 @@ def run(arguments: Sequence[str]) -> int:
         )
     except KeyboardInterrupt:
         return _say("interrupted; run the same command again to go on", EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read stdout has seen enough; the interpreter must not try to flush it once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except (BrokenPipeError, SystemExit) as leaving:
+        # typer turns a closed pipe into SystemExit(1) of its own.
+        if not isinstance(leaving.__context__ or leaving, BrokenPipeError):
+            raise
+        return _let_stdout_go()
     except M3Error as error:
         if debug:
             raise
@@ -87,12 +93,12 @@ def run(arguments: Sequence[str]) -> int:
     return int(code or 0)
 
 
-def _stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    raise Stopped("stopped by SIGTERM with work left; run the same command again to go on")
+def _let_stdout_go() -> int:
+    """Whoever read stdout has seen enough; the interpreter must not try to flush it once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_DONE
 
 
 def _say(message: str, code: int) -> int:
-    # A name from the input may carry line breaks or terminal escapes.
-    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in message)
-    sys.stderr.write(f"m3: {line}\n")
+    sys.stderr.write(f"m3: {spell_printable(message)}\n")
     return code

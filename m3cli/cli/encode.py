@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, get_args
 
 import typer
 
 from m3cli.cli import flags
-from m3cli.cli.values import auto, parse_names, parse_outputs, parse_size, parse_worker
+from m3cli.cli.signals import limit_runtime, stop
+from m3cli.cli.values import (
+    auto,
+    parse_duration,
+    parse_max_skipped,
+    parse_names,
+    parse_outputs,
+    parse_size,
+    parse_worker,
+)
 from m3cli.config import Dtype, EncodeRequest, Format, LongDocs, VectorDtype
-from m3cli.errors import UsageError
+from m3cli.errors import EXIT_INTERRUPTED, M3Error, UsageError
 
 if TYPE_CHECKING:
     from m3cli.corpus.streams import PeekableStream
+    from m3cli.progress import Progress
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "format": get_args(Format),
@@ -51,13 +64,23 @@ def encode(
     max_batch_tokens: flags.MaxBatchTokens = None,
     shard_size: flags.ShardSize = None,
     worker: flags.Worker = None,
+    verify_input: flags.VerifyInput = False,
+    no_space_check: flags.NoSpaceCheck = False,
+    since_run: flags.SinceRun = None,
+    gone: flags.Gone = None,
+    dedupe: flags.Dedupe = None,
+    max_skipped: flags.MaxSkipped = None,
+    max_runtime: flags.MaxRuntime = None,
     progress: flags.ProgressMode = "auto",
+    metrics: flags.Metrics = None,
+    log_file: flags.LogFile = None,
 ) -> None:
     """Encode a corpus into a folder of vectors; run again, it goes on where it stopped.
 
     A flag that is not given is taken from the folder if it has been begun, or else has its default.
     """
     number, num_workers = parse_worker(worker)
+    seconds = parse_duration("--max-runtime", max_runtime)
     check_choices({"progress": progress})
     request = make_request(
         inputs=tuple(inputs),
@@ -86,12 +109,50 @@ def encode(
         shard_size=parse_size("--shard-size", shard_size),
         worker=number,
         num_workers=num_workers,
+        since_run=since_run,
+        gone=gone,
+        dedupe=dedupe,
+        max_skipped=parse_max_skipped(max_skipped),
+        metrics=metrics,
+        verify_input=verify_input,
+        space_check=not no_space_check,
     )
     from m3cli.jobs.encode import encode_corpus  # noqa: PLC0415  pyarrow, not for --help
     from m3cli.progress import Progress  # noqa: PLC0415
 
-    code = encode_corpus(request, progress=Progress(progress), stdin=open_stdin(inputs))  # type: ignore[arg-type]
+    shown = Progress(progress, log_file=log_file)  # type: ignore[arg-type]
+    with limit_runtime(seconds, spelt=max_runtime or ""), tell_end(shown):
+        code = encode_corpus(request, progress=shown, stdin=open_stdin(inputs), stop=stop)
     raise typer.Exit(code)
+
+
+@contextmanager
+def tell_end(progress: Progress) -> Iterator[None]:
+    """Let warnings and a bad end go the way of all that is shown of a run; as JSON, nothing else is printed."""
+    logger = logging.getLogger("m3cli")
+    handler = _ToProgress(progress)
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    except (M3Error, KeyboardInterrupt) as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        code = error.exit_code if isinstance(error, M3Error) else EXIT_INTERRUPTED
+        if progress.fail("interrupted" if interrupted else str(error), code):
+            raise typer.Exit(code) from error
+        raise
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
+
+
+class _ToProgress(logging.Handler):
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.WARNING)
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._progress.say(record.getMessage())
 
 
 def make_request(**typed: Any) -> EncodeRequest:

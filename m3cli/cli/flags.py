@@ -107,5 +107,60 @@ Worker = Annotated[
     str | None,
     typer.Option(metavar="I/N", help="Do only the I-th of N shares of the shards (I from 0).", rich_help_panel=_SPEED),
 ]
+VerifyInput = Annotated[
+    bool,
+    typer.Option(
+        "--verify-input",
+        help="Hash the input of all finished shards again, even of files with their old date.",
+        rich_help_panel=_CORPUS,
+    ),
+]
+NoSpaceCheck = Annotated[
+    bool,
+    typer.Option("--no-space-check", help="Begin even where the disk may be too small.", rich_help_panel=_OUTPUT),
+]
+SinceRun = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OLD.m3",
+        help="Take the vectors of texts that an older folder has over from it, and encode the others.",
+        rich_help_panel=_CORPUS,
+    ),
+]
+Gone = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="List the ids of --since-run that are gone, as JSON lines.", rich_help_panel=_OUTPUT
+    ),
+]
+Dedupe = Annotated[
+    bool | None,
+    typer.Option("--dedupe", help="Encode equal texts of a shard once.", rich_help_panel=_CORPUS),
+]
+MaxSkipped = Annotated[
+    str | None,
+    typer.Option(
+        "--max-skipped",
+        metavar="N|P%",
+        help="End with exit code 4 if more rows than that are skipped; by default there is no limit.",
+        rich_help_panel=_CORPUS,
+    ),
+]
+MaxRuntime = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TIME",
+        help="Stop after a time such as 55m or 7h30m, with exit code 75 if work is left.",
+        rich_help_panel=_SPEED,
+    ),
+]
+Metrics = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Keep the run's numbers there, for Prometheus.", rich_help_panel=_OUTPUT),
+]
+LogFile = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Append what happens, with its time, to a file.", rich_help_panel=_OUTPUT),
+]
 ProgressMode = Annotated[str, typer.Option("--progress", help="auto, bar, log, json or none.", rich_help_panel=_OUTPUT)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

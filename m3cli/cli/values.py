@@ -51,6 +51,28 @@ def parse_worker(text: str | None) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def parse_max_skipped(text: str | None) -> int | float | None:
+    """Read a number of rows as an int, or '2.5%' as a part of all rows, a float."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)\s*%", text.strip())
+    if not match or (match[2] and float(match[2]) > 100):
+        raise UsageError(f"--max-skipped {text!r}: expected a number of rows such as 100, or a part such as 0.5%")
+    return int(match[1]) if match[1] else float(match[2]) / 100
+
+
+def parse_duration(flag: str, text: str | None) -> float | None:
+    """Read '55m', '7h30m', '90s' or '90' (seconds)."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
+    units = (86400, 3600, 60, 1)
+    seconds = sum(float(part or 0) * unit for part, unit in zip(match.groups(), units, strict=True)) if match else 0.0
+    if not seconds:
+        raise UsageError(f"{flag} {text!r}: expected a time such as 55m, 7h30m or 90s")
+    return seconds
+
+
 def auto(text: str | None) -> str | None:
     """Return None for 'auto', which is the same as not typing the flag."""
     return None if text == "auto" else text

@@ -23,6 +23,7 @@ from m3cli.jobs.run import (
     settle_run,
 )
 from m3cli.jobs.share import Share
+from m3cli.jobs.since import settle_since
 from m3cli.records import DoneEntry, ShardText, Source
 from m3cli.store.folder import RunFolder
 from m3cli.store.layout import RowForm
@@ -42,6 +43,12 @@ class Opened:
     done: dict[int, DoneEntry]
     share: Share
     resumed: bool
+
+    @property
+    def shown_path(self) -> str:
+        """The folder's path as short as it can be said from here."""
+        path, here = self.folder.path, Path.cwd()
+        return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
     @property
     def num_shards(self) -> int | None:
@@ -92,7 +99,7 @@ def settle(request: EncodeRequest, sources: tuple[Source, ...], stdin: PeekableS
     tokenizer_hash = load_tokenizer(checkpoint).serialisation_hash
     run = settle_run(request, sources=sources, checkpoint=checkpoint, tokenizer_hash=tokenizer_hash, stdin=stdin)
     make_form(run)
-    return run
+    return run if request.since_run is None else settle_since(run, request.since_run)
 
 
 def make_form(run: Run) -> RowForm:
@@ -125,6 +132,8 @@ def open_run(folder: RunFolder, fresh: Run | None, request: EncodeRequest, sourc
         before = parse_run(document)
         run = adopt_run(before, request, sources=sources, out=name)
         changed = find_changed(before.sources, sources)
+        if request.verify_input:
+            changed = frozenset(range(len(sources)))
         if name_model(request) is not None:
             refuse_other_checkpoint(run, open_checkpoint(request), out=name)
     done = folder.done()

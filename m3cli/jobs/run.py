@@ -36,7 +36,7 @@ _FLAGS = {"id_field": "id", "text_field": "text", "title_field": "title"}
 "flags whose settled value is a member of Fields"
 _PLAIN = (
     *("outputs", "format", "max_length", "long_docs", "overlap", "dtype", "dense_dtype"),
-    *("title_sep", "keep_text", "prefix", "limit", "shard_size", "max_row_bytes"),
+    *("title_sep", "keep_text", "prefix", "limit", "shard_size", "max_row_bytes", "dedupe"),
 )
 "flags whose settled value is a member of Meaning of the same name"
 
@@ -56,6 +56,8 @@ class Run:
     tokenizer_hash: str
     max_batch_tokens: int
     threads: int
+    since_path: str | None = None
+    "where the older folder was found; not compared"
 
     @property
     def fingerprint(self) -> str:
@@ -78,6 +80,7 @@ class Run:
                 "tokenizer_hash": self.tokenizer_hash,
             },
             "sources": [asdict(source) for source in self.sources],
+            "since_path": self.since_path,
             "pace": {"max_batch_tokens": self.max_batch_tokens, "threads": self.threads},
         }
 
@@ -99,6 +102,7 @@ def parse_run(document: dict[str, Any]) -> Run:
         tokenizer_hash=checkpoint["tokenizer_hash"],
         max_batch_tokens=pace["max_batch_tokens"],
         threads=pace["threads"],
+        since_path=document["since_path"],
     )
 
 

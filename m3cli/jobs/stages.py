@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from m3cli.config import Meaning
-from m3cli.encoder.batcher import WINDOW_BYTES, pack_batches, plan_windows
+from m3cli.corpus.rows import ROW_HEAD_BYTES
+from m3cli.encoder.batcher import WINDOW_BYTES, batch_rows, pack_rows, plan_windows
 from m3cli.encoder.chunker import chunk_documents
-from m3cli.encoder.encode import encode_batch
-from m3cli.encoder.model import Model
+from m3cli.encoder.encode import NOT_A_NUMBER, OUT_OF_MEMORY, BatchEncoder, FailedRow
+from m3cli.encoder.picking import pick_chunks, pick_rows
 from m3cli.encoder.tokenizer import Tokenizer
 from m3cli.encoder.window import order_rows
-from m3cli.errors import CorpusError
+from m3cli.errors import CorpusError, ModelError
+from m3cli.jobs.since import Since
 from m3cli.progress import Progress, Stage, Stopwatch
-from m3cli.records import Chunks, DoneEntry, Embeddings, ShardText
+from m3cli.records import Chunks, DoneEntry, Embeddings, Origins, ShardText, SkippedRow, Source
 from m3cli.store.folder import RunFolder
 from m3cli.store.layout import RowForm
 
@@ -32,6 +39,13 @@ class TokenisedShard:
 
     text: ShardText
     chunks: Chunks
+    origins: Origins
+    "of rows that are taken over from an older folder; the others go through the model"
+
+    @property
+    def num_taken(self) -> int:
+        """Documents that are taken over."""
+        return len(np.unique(self.chunks.document[self.origins.rows]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +56,13 @@ class EncodedBatch:
     start: int
     stop: int
     embeddings: Embeddings | None
-    "None for a shard without rows"
+    "None for a shard without rows, or one that is given up"
+    given_up: bool = False
+    "a document of the shard cannot be encoded: the shard comes once more, without it"
+
+
+class _GivenUp(Exception):
+    """The shard that is being written comes once more."""
 
 
 def count_seconds(items: Iterator[T], watch: Stopwatch, stage: Stage) -> Iterator[T]:
@@ -56,70 +76,202 @@ def count_seconds(items: Iterator[T], watch: Stopwatch, stage: Stage) -> Iterato
         yield item
 
 
-def tokenise_shards(texts: Iterator[ShardText], tokenizer: Tokenizer, *, meaning: Meaning) -> Iterator[TokenisedShard]:
-    """Cut the documents of each shard into rows of tokens."""
+def tokenise_shards(
+    texts: Iterator[ShardText], tokenizer: Tokenizer, *, meaning: Meaning, since: Since | None = None
+) -> Iterator[TokenisedShard]:
+    """Cut the documents of each shard into rows of tokens, and find those that an older folder has."""
+    cut = partial(
+        chunk_documents,
+        tokenizer=tokenizer,
+        max_length=meaning.max_length,
+        overlap=meaning.overlap,
+        long_docs=meaning.long_docs,
+        prefix=meaning.prefix,
+    )
+    none = np.empty(0, np.int64)
     for text in texts:
         refuse_hopeless(text)
-        chunks = chunk_documents(
-            text.documents,
-            tokenizer,
-            max_length=meaning.max_length,
-            overlap=meaning.overlap,
-            long_docs=meaning.long_docs,
-            prefix=meaning.prefix,
-        )
-        yield TokenisedShard(text=text, chunks=chunks)
+        if since is None:
+            chunks, origins = cut(text.documents), Origins(rows=none, shard=none, row=none)
+        else:
+            chunks, origins = since.cut(text.documents, cut)
+        yield TokenisedShard(text=text, chunks=chunks, origins=origins)
 
 
 def refuse_hopeless(text: ShardText) -> None:
     """Stop a run whose first shard is skipped whole for one reason: the corpus is not what it was taken for.
 
     Raises:
-        CorpusError: naming the reason.
+        CorpusError: naming the reason; ModelError where the device's memory is the reason.
     """
     reasons = {skipped.reason for skipped in text.skipped}
     if text.shard.index == 0 and not text.documents and len(reasons) == 1:
         first = text.skipped[0]
         detail = f" ({first.detail})" if first.detail else ""
-        raise CorpusError(
+        remedies = {
+            OUT_OF_MEMORY: "free memory on the device",
+            NOT_A_NUMBER: "use another checkpoint, or --dtype float32",
+        }
+        remedy = remedies.get(first.reason, "check the format and the fields (--text-field, --input-format)")
+        raise (ModelError if first.reason == OUT_OF_MEMORY else CorpusError)(
             f"all {len(text.skipped):,} rows of the first shard, from {first.source}, would be skipped: "
-            f"{first.reason}{detail}; check the format and the fields (--text-field, --input-format)"
+            f"{first.reason}{detail}; {remedy}"
         )
 
 
-def encode_batches(
-    shards: Iterator[TokenisedShard],
-    model: Model,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """What the rows of every shard go through, and in what portions."""
+
+    encoder: BatchEncoder
+    since: Since | None
+    dedupe: bool
+    max_batch_tokens: int
+    window_tokens: int | None
+    watch: Stopwatch
+    progress: Progress
+
+
+def plan_route(
+    encoder: BatchEncoder,
     *,
+    since: Since | None,
     meaning: Meaning,
     max_batch_tokens: int,
-    special_ids: frozenset[int],
     watch: Stopwatch,
     progress: Progress,
-) -> Iterator[EncodedBatch]:
-    """Run each shard's rows through the model, window by window, longest rows of a window first."""
+) -> Route:
+    """Say what every shard goes through."""
     window_tokens = None
     if "colbert" in meaning.outputs:
-        vector_bytes = model.checkpoint.hidden_size * COLBERT_ITEM_BYTES
-        window_tokens = WINDOW_BYTES[model.device.type] // vector_bytes
+        vector_bytes = encoder.model.checkpoint.hidden_size * COLBERT_ITEM_BYTES
+        window_tokens = WINDOW_BYTES[encoder.model.device.type] // vector_bytes
+    return Route(
+        encoder=encoder,
+        since=since,
+        dedupe=meaning.dedupe,
+        max_batch_tokens=max_batch_tokens,
+        window_tokens=window_tokens,
+        watch=watch,
+        progress=progress,
+    )
+
+
+def encode_batches(
+    shards: Iterator[TokenisedShard], route: Route, *, sources: Sequence[Source]
+) -> Iterator[EncodedBatch]:
+    """Run each shard's rows through the model; one with documents that fail there comes again without them."""
     for shard in shards:
-        chunks = shard.chunks
-        if chunks.num_rows == 0:
-            progress.advance(documents=0, tokens=0, shards=1.0)
-            yield EncodedBatch(shard=shard, start=0, stop=0, embeddings=None)
-        for start, stop in plan_windows(chunks.num_tokens, max_window_tokens=window_tokens):
-            for batch in pack_batches(chunks, start=start, stop=stop, max_batch_tokens=max_batch_tokens):
-                made = encode_batch(
-                    model, batch, outputs=meaning.outputs, special_ids=special_ids, dense_dtype=meaning.dense_dtype
-                )
-                for embeddings in count_seconds(made, watch, "encoding"):
-                    yield EncodedBatch(shard=shard, start=start, stop=stop, embeddings=embeddings)
-                tokens = len(batch.input_ids)
-                progress.advance(
-                    documents=int((chunks.chunk_index[batch.rows] == 0).sum()),
-                    tokens=tokens,
-                    shards=tokens / len(chunks.input_ids),
-                )
+        failed: list[FailedRow] | None = None
+        while failed is None or failed:
+            if failed:
+                shard = drop_documents(shard, failed, source=sources[shard.text.shard.source].name)  # noqa: PLW2901
+                refuse_hopeless(shard.text)
+            failed = yield from encode_shard(shard, route)
+
+
+def encode_shard(shard: TokenisedShard, route: Route) -> Generator[EncodedBatch, None, list[FailedRow]]:
+    """Yield a shard's rows window by window, longest rows of a window first; return those that cannot be encoded.
+
+    From the first of them on nothing but the giving up is yielded, but the rest is run to know them all.
+    """
+    chunks, failed = shard.chunks, list[FailedRow]()
+    route.progress.begin_shard()
+    if chunks.num_rows == 0:
+        route.progress.advance(documents=0, tokens=0, shards=1.0)
+        yield EncodedBatch(shard=shard, start=0, stop=0, embeddings=None)
+    for start, stop in plan_windows(chunks.num_tokens, max_window_tokens=route.window_tokens):
+        for made in encode_window(shard, route, start=start, stop=stop):
+            if isinstance(made, FailedRow):
+                if not failed:
+                    yield EncodedBatch(shard=shard, start=start, stop=stop, embeddings=None, given_up=True)
+                failed.append(made)
+                continue
+            if not failed:
+                yield EncodedBatch(shard=shard, start=start, stop=stop, embeddings=made)
+            tokens = int(chunks.num_tokens[made.rows].sum())
+            route.progress.advance(
+                documents=int((chunks.chunk_index[made.rows] == 0).sum()),
+                tokens=tokens,
+                shards=tokens / len(chunks.input_ids),
+            )
+    if failed:
+        route.progress.take_shard_back()
+    return failed
+
+
+def encode_window(shard: TokenisedShard, route: Route, *, start: int, stop: int) -> Iterator[Embeddings | FailedRow]:
+    """Yield the rows [start, stop): first those that an older folder has, then copies with their originals."""
+    rows = np.arange(start, stop)
+    if route.since is not None:
+        yield from count_seconds(route.since.take(shard.origins, start=start, stop=stop), route.watch, "encoding")
+        rows = np.setdiff1d(rows, shard.origins.rows, assume_unique=True)
+    originals = find_originals(shard, rows) if route.dedupe else rows
+    limit = min(route.max_batch_tokens, route.encoder.max_tokens or route.max_batch_tokens)
+    single = np.unique(originals)
+    for group in batch_rows(shard.chunks.num_tokens[single], max_batch_tokens=limit):
+        batch = pack_rows(shard.chunks, single[group])
+        for made in count_seconds(route.encoder.encode(batch), route.watch, "encoding"):
+            yield from copy_rows(made, rows, originals) if route.dedupe else (made,)
+
+
+def find_originals(shard: TokenisedShard, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return for each of some rows the first of them with the same place in the same text."""
+    if not len(rows):
+        return rows
+    hashes = np.array([document.text_hash for document in shard.text.documents], np.uint64)
+    _, text = np.unique(hashes, axis=0, return_inverse=True)
+    keys = np.stack([text.reshape(-1)[shard.chunks.document[rows]], shard.chunks.chunk_index[rows]])
+    _, first, inverse = np.unique(keys, axis=1, return_index=True, return_inverse=True)
+    return rows[first[inverse.reshape(-1)]]
+
+
+def copy_rows(
+    made: Embeddings | FailedRow, rows: NDArray[np.int64], originals: NDArray[np.int64]
+) -> Iterator[Embeddings | FailedRow]:
+    """Yield what was made for all rows that it is the original of; what fails, fails for all of them."""
+    if isinstance(made, FailedRow):
+        yield from (replace(made, row=row) for row in rows[originals == made.row].tolist())
+        return
+    order = np.argsort(made.rows)
+    mine = np.isin(originals, made.rows)
+    places = order[np.searchsorted(made.rows, originals[mine], sorter=order)]
+    yield pick_rows(made, places, rows=rows[mine])
+
+
+def drop_documents(shard: TokenisedShard, failed: Sequence[FailedRow], *, source: str) -> TokenisedShard:
+    """Return the shard as if the documents of these rows had never been planned; they are skipped rows of it."""
+    text, chunks = shard.text, shard.chunks
+    faults = {int(chunks.document[fault.row]): fault for fault in reversed(failed)}
+    keep = np.ones(len(text.documents), np.bool_)
+    keep[list(faults)] = False
+    rows = keep[chunks.document]
+    skipped = [_skip_document(shard, number, fault, source=source) for number, fault in faults.items()]
+    left = pick_chunks(chunks, np.flatnonzero(rows))
+    return TokenisedShard(
+        text=replace(
+            text,
+            documents=tuple(document for number, document in enumerate(text.documents) if keep[number]),
+            kept=None if text.kept is None else text.kept.take(np.flatnonzero(keep)),
+            skipped=tuple(sorted([*text.skipped, *skipped], key=lambda row: row.position)),
+        ),
+        chunks=replace(left, document=(np.cumsum(keep) - 1)[left.document]),
+        origins=replace(shard.origins, rows=(np.cumsum(rows) - 1)[shard.origins.rows]),
+    )
+
+
+def _skip_document(shard: TokenisedShard, number: int, fault: FailedRow, *, source: str) -> SkippedRow:
+    document = shard.text.documents[number]
+    in_bytes = shard.text.shard.row_group < 0
+    return SkippedRow(
+        source=source,
+        position=document.position,
+        byte_offset=document.position if in_bytes else None,
+        id=document.id if document.has_own_id else None,
+        reason=fault.reason,
+        detail=fault.detail,
+        row=document.text.encode()[:ROW_HEAD_BYTES],
+    )
 
 
 def write_shard(
@@ -130,10 +282,13 @@ def write_shard(
     form: RowForm,
     source: str,
     watch: Stopwatch,
-) -> DoneEntry:
-    """Write a shard's windows as they come, and commit it."""
-    with folder.open_shard(form=form, text=shard.text, chunks=shard.chunks, source=source) as writer:
-        for (start, stop), window in groupby(batches, key=lambda batch: (batch.start, batch.stop)):
+) -> DoneEntry | None:
+    """Write a shard's windows as they come, and commit it; None if it was given up on the way."""
+    with (
+        folder.open_shard(form=form, text=shard.text, chunks=shard.chunks, source=source) as writer,
+        suppress(_GivenUp),
+    ):
+        for (start, stop), window in groupby(_go_on(batches), key=lambda batch: (batch.start, batch.stop)):
             parts = (batch.embeddings for batch in window if batch.embeddings is not None)
             if start < stop:
                 ordered = order_rows(parts, shard.chunks, start=start, stop=stop)
@@ -142,4 +297,12 @@ def write_shard(
         with watch.count("writing"):
             entry = writer.finish()
             folder.commit(entry)
-    return entry
+        return entry
+    return None
+
+
+def _go_on(batches: Iterator[EncodedBatch]) -> Iterator[EncodedBatch]:
+    for batch in batches:
+        if batch.given_up:
+            raise _GivenUp
+        yield batch

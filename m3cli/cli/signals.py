@@ -1,0 +1,72 @@
+"""How a command ends early and well: SIGTERM, the time of `--max-runtime`, and threads that do not come back.
+
+SIGTERM raises Stopped wherever the main thread is; were that swallowed (some packages pass over any error while they
+are imported), the run still finds it in `stop`. `--max-runtime` first asks the run to end after the shard in hand, and
+does as SIGTERM does if that takes too long.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from m3cli import ahead
+from m3cli.jobs.stopping import Stop
+
+GRACE = 10.0
+"seconds that the shard in hand has after --max-runtime"
+
+stop = Stop()
+"of this process"
+
+
+def catch_sigterm() -> None:
+    """Turn SIGTERM into Stopped."""
+    stop.reason, stop.at_once = None, False
+    signal.signal(signal.SIGTERM, _on_sigterm)
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not break into the leaving
+    _stop_at_once("stopped by SIGTERM")
+
+
+def _stop_at_once(reason: str) -> None:
+    stop.reason, stop.at_once = reason, True
+    stop.check()
+
+
+@contextmanager
+def limit_runtime(seconds: float | None, *, spelt: str) -> Iterator[None]:
+    """Ask what is inside to end after some time, and end it a little later."""
+    if seconds is None:
+        yield
+        return
+
+    def on_alarm(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        if stop.reason is None:
+            stop.reason = f"stopped after --max-runtime {spelt}"
+            signal.setitimer(signal.ITIMER_REAL, GRACE)
+        elif not stop.at_once:
+            _stop_at_once(stop.reason)
+
+    signal.signal(signal.SIGALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def leave(code: int) -> None:
+    """End the process, without waiting for a thread that is deep in a batch; Python would wait, or crash on it."""
+    if ahead.has_stragglers():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,93 @@
+"""`--metrics FILE`: a run's numbers for the textfile collector of Prometheus' node exporter.
+
+The file is replaced as a whole, at the start, every half minute and at the end; the collector never sees half of one.
+Each number carries the output folder as label `out`. While the run goes on there is no `m3_exit_code`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from m3cli.errors import EXIT_INTERRUPTED, FolderLocked, M3Error
+from m3cli.store.commit import publish_beside
+
+SECONDS_BETWEEN = 30.0
+
+_HELP = {
+    "running": "1 while the run goes on, 0 after it.",
+    "started_timestamp_seconds": "When the run started.",
+    "updated_timestamp_seconds": "When this file was written.",
+    "exit_code": "Exit code of the run: 0 done, 3 done but rows were skipped, 75 stopped with work left.",
+    "documents": "Documents that this run has committed.",
+    "chunks": "Rows that this run has committed.",
+    "tokens": "Tokens that this run has committed.",
+    "skipped": "Rows of the input that this run has skipped.",
+    "bytes_written": "Bytes of the files that this run has committed.",
+    "shards_done": "Shards of the folder that are done.",
+    "shards": "Shards of the folder, where that is known.",
+    "tokens_per_second": "Tokens committed per second of encoding.",
+    "peak_memory_bytes": "Most memory that the process has held at once.",
+}
+
+
+class MetricsFile:
+    """The numbers of one run; without a path nothing is written."""
+
+    def __init__(self, path: Path | None, *, out: str) -> None:
+        self.numbers: dict[str, float] = {"running": 1, "started_timestamp_seconds": time.time()}
+        self.out = out
+        self.path = path
+        self._written = 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether the file is half a minute old."""
+        return self.path is not None and time.monotonic() - self._written >= SECONDS_BETWEEN
+
+    def write(self) -> None:
+        """Replace the file."""
+        if self.path is None:
+            return
+        self._written = time.monotonic()
+        self.numbers["updated_timestamp_seconds"] = time.time()
+        with publish_beside(self.path) as file:
+            file.write(self.render().encode())
+
+    def render(self) -> str:
+        """Spell the numbers in Prometheus' text format."""
+        lines = []
+        label = self.out.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        for name, text in _HELP.items():
+            if name in self.numbers:
+                value = repr(round(self.numbers[name], 3))
+                lines += [f"# HELP m3_{name} {text}", f"# TYPE m3_{name} gauge"]
+                lines.append(f'm3_{name}{{out="{label}"}} {value}')
+        return "\n".join([*lines, ""])
+
+
+@contextmanager
+def keep_metrics(path: str | None, *, out: str) -> Iterator[MetricsFile]:
+    """Write a run's numbers when it ends, however it ends, with its exit code.
+
+    The code that the run gives back is to be put among the numbers.
+    """
+    metrics = MetricsFile(None if path is None else Path(path).absolute(), out=out)
+    code: float = 1
+    try:
+        yield metrics
+        code = metrics.numbers["exit_code"]
+    except FolderLocked:
+        metrics.path = None  # the run that holds the folder writes the file, too
+        raise
+    except M3Error as error:
+        code = error.exit_code
+        raise
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+        raise
+    finally:
+        metrics.numbers.update(running=0, exit_code=code)
+        metrics.write()

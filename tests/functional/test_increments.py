@@ -1,0 +1,201 @@
+"""An increment encodes what is new, takes the rest over from an older folder, and tells what is gone."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from m3cli.encoder import encode as encoding
+from m3cli.encoder.batcher import WINDOW_BYTES
+from m3cli.encoder.model import run_model as real_run_model
+from m3cli.records import Batch
+from m3cli.store.reader import OutputFolder, ShardArrays, open_folder, read_shard
+from tests.conftest import Completed
+
+M3 = Callable[..., Completed]
+FLAGS = ("--dtype", "float32", "--max-length", "24", "--shard-size", "4K")
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each batch that goes through the model."""
+    batches: list[int] = []
+
+    def run_model(model: Any, batch: Batch) -> Any:
+        batches.append(len(batch.rows))
+        return real_run_model(model, batch)
+
+    monkeypatch.setattr(encoding, "run_model", run_model)
+    return batches
+
+
+def make_rows(count: int) -> list[dict[str, Any]]:
+    words = random.Random(0)
+    return [
+        {"id": f"d{n}", "text": " ".join(f"word{words.randrange(1000)}" for _ in range(1 + n % 23)), "n": n}
+        for n in range(count)
+    ]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_all(path: Path) -> dict[tuple[str, int], tuple[Any, ...]]:
+    """The rows of a folder: what each has in columns, and its vectors."""
+    folder: OutputFolder = open_folder(path)
+    found: dict[tuple[str, int], tuple[Any, ...]] = {}
+    for index in folder.entries:
+        part: ShardArrays = read_shard(folder, index)
+        dense, lexical, colbert = (
+            part.embeddings.dense_vecs,
+            part.embeddings.lexical_weights,
+            part.embeddings.colbert_vecs,
+        )
+        assert dense is not None
+        assert lexical is not None
+        assert colbert is not None
+        for place, row in enumerate(part.rows.to_pylist()):
+            weights = slice(lexical.indptr[place], lexical.indptr[place + 1])
+            vectors = colbert.vectors[colbert.indptr[place] : colbert.indptr[place + 1]]
+            row.pop("n", None)
+            found[row["id"], row["chunk_index"]] = (
+                row,
+                dense[place].astype(np.float32),
+                dict(zip(lexical.indices[weights].tolist(), lexical.values[weights].tolist(), strict=True)),
+                vectors.astype(np.float32),
+            )
+    return found
+
+
+def assert_equal(path: Path, other: Path) -> None:
+    ours, theirs = read_all(path), read_all(other)
+    assert list(ours) == list(theirs)
+    for key, (row, dense, weights, vectors) in ours.items():
+        assert row == theirs[key][0]
+        np.testing.assert_allclose(dense, theirs[key][1], atol=2e-3)
+        np.testing.assert_allclose(vectors, theirs[key][3], atol=2e-3)
+        assert weights == pytest.approx(theirs[key][2], abs=1e-3)
+
+
+@pytest.mark.parametrize("old_format", ["parquet", "npy"])
+@pytest.mark.parametrize("new_format", ["parquet", "npy"])
+def test_only_new_texts_are_encoded(
+    m3_here: M3, tmp_path: Path, tiny_m3: Path, encoded: list[int], old_format: str, new_format: str
+) -> None:
+    old = make_rows(300)
+    write(tmp_path / "old.jsonl", [*old, {"id": "bad", "text": None}])
+    model = ("--model", tiny_m3)
+    done = m3_here("encode", "old.jsonl", *model, *FLAGS, "--format", old_format)
+    assert done.returncode == 3, done.stderr
+    new = [{**row, "id": f"new {row['id']}"} if row["n"] == 7 else row for row in old if row["n"] not in {11, 12}]
+    new[100] = {**new[100], "text": "this text has changed"}
+    new.insert(50, {"id": "added", "text": "words that were not there before " * 10, "n": -1})
+    random.Random(1).shuffle(new[200:])
+    write(tmp_path / "new.jsonl", new)
+    flags = ("--keep-fields", "n", "--format", new_format, "--since-run", "old.m3", "--gone", "gone.jsonl")
+    encoded.clear()
+    done = m3_here("encode", "new.jsonl", *model, *FLAGS, *flags)
+    assert done.returncode == 0, done.stderr
+    assert sum(encoded) == 1 + len([key for key in read_all(tmp_path / "new.m3") if key[0] == "added"])
+    assert "297 documents; 3 ids of the older folder are gone" in done.stderr
+    gone = [json.loads(line)["id"] for line in (tmp_path / "gone.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert gone == ["d7", "d11", "d12"]
+    done = m3_here("encode", "new.jsonl", *model, *FLAGS, "--keep-fields", "n", "--out", "whole.m3")
+    assert done.returncode == 0
+    assert_equal(tmp_path / "new.m3", tmp_path / "whole.m3")
+    (tmp_path / "gone.jsonl").unlink()
+    assert m3_here("encode", "new.jsonl", *flags).returncode == 0
+    assert (tmp_path / "gone.jsonl").exists()
+    assert m3_here("check", "new.m3").returncode == 0
+
+
+def test_other_fields_shards_and_limits_do_not_matter_and_an_increment_follows_an_increment(
+    m3_here: M3, tmp_path: Path, tiny_m3: Path, encoded: list[int]
+) -> None:
+    rows = make_rows(100)
+    write(tmp_path / "a.jsonl", rows)
+    write(tmp_path / "b.jsonl", [{"key": row["id"], "body": row["text"]} for row in rows])
+    model = ("--model", tiny_m3, "--dtype", "float32", "--max-length", "24")
+    assert m3_here("encode", "a.jsonl", *model, "--shard-size", "1K", "--limit", "90").returncode == 0
+    encoded.clear()
+    flags = ("--id-field", "key", "--text-field", "body", "--keep-text", "--since-run", "a.m3")
+    assert m3_here("encode", "b.jsonl", *model, *flags).returncode == 0
+    assert sum(encoded) == len([key for key in read_all(tmp_path / "b.m3") if int(key[0][1:]) >= 90])
+    encoded.clear()
+    done = m3_here("encode", "a.jsonl", *model, "--out", "c.m3", "--since-run", "b.m3", "--outputs", "dense,colbert")
+    assert done.returncode == 0, done.stderr
+    assert encoded == []
+
+
+def test_an_older_folder_of_other_vectors_is_refused(m3_here: M3, tmp_path: Path, tiny_m3: Path) -> None:
+    write(tmp_path / "a.jsonl", make_rows(10))
+    model = ("--model", tiny_m3, "--dtype", "float32")
+    assert m3_here("encode", "a.jsonl", *model, "--max-length", "24", "--outputs", "dense").returncode == 0
+    for flags, said in (
+        (("--max-length", "25"), "--max-length 24, this run has 25"),
+        (("--max-length", "24", "--prefix", "query: "), "--prefix"),
+        (("--max-length", "24"), "no sparse output"),
+    ):
+        done = m3_here("encode", "a.jsonl", *model, *flags, "--out", "b.m3", "--since-run", "a.m3")
+        assert done.returncode == 10
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert not (tmp_path / "b.m3").exists()
+    assert m3_here("encode", "a.jsonl", *model, "--out", "b.m3", "--since-run", "none.m3").returncode == 2
+
+
+def test_a_stopped_increment_goes_on_with_the_same_older_folder_only(
+    m3_here: M3, tmp_path: Path, tiny_m3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(200)
+    write(tmp_path / "old.jsonl", rows)
+    write(tmp_path / "new.jsonl", [*rows, *({"id": f"e{n}", "text": f"extra text {n}"} for n in range(200))])
+    model = ("--model", tiny_m3)
+    assert m3_here("encode", "old.jsonl", *model, *FLAGS).returncode == 0
+    assert m3_here("encode", "new.jsonl", *model, *FLAGS, "--out", "whole.m3", "--since-run", "old.m3").returncode == 0
+
+    def run_model(model: Any, batch: Batch) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "run_model", run_model)
+        assert m3_here("encode", "new.jsonl", *model, *FLAGS, "--since-run", "old.m3").returncode == 130
+    assert (tmp_path / "new.m3/_m3/done").exists()
+    assert m3_here("encode", "new.jsonl", *model, "--since-run", "whole.m3").returncode == 10
+    (tmp_path / "old.m3").rename(tmp_path / "moved.m3")
+    assert m3_here("encode", "new.jsonl", *model).returncode == 2
+    assert m3_here("encode", "new.jsonl", *model, "--since-run", "moved.m3").returncode == 0
+    for file in (tmp_path / "whole.m3" / "rows").iterdir():
+        assert file.read_bytes() == (tmp_path / "new.m3" / "rows" / file.name).read_bytes()
+    done = m3_here("encode", "old.jsonl", "--out", "moved.m3", "--since-run", "whole.m3")
+    assert done.returncode == 10
+    assert "begun without --since-run" in done.stderr
+
+
+@pytest.mark.parametrize("window", [1 << 30, 300_000])
+def test_equal_texts_are_encoded_once(
+    m3_here: M3, tmp_path: Path, tiny_m3: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    monkeypatch.setitem(WINDOW_BYTES, "cpu", window)
+    rows = make_rows(20)
+    many = [{**rows[n % 20], "id": f"x{n}"} for n in range(200)]
+    write(tmp_path / "c.jsonl", many)
+    flags = ("--model", tiny_m3, "--dtype", "float32", "--max-length", "24")
+    assert m3_here("encode", "c.jsonl", *flags, "--out", "all.m3").returncode == 0
+    total = sum(encoded)
+    encoded.clear()
+    assert m3_here("encode", "c.jsonl", *flags, "--dedupe").returncode == 0
+    if window > 300_000:
+        assert sum(encoded) == total // 10
+    else:
+        assert sum(encoded) < total
+    assert_equal(tmp_path / "c.m3", tmp_path / "all.m3")
+    assert m3_here("encode", "c.jsonl", "--dedupe").returncode == 0
+    assert m3_here("encode", "c.jsonl", "--dedupe", "--out", "all.m3").returncode == 10
