@@ -86,7 +86,21 @@ class Run:
 
 
 def parse_run(document: dict[str, Any]) -> Run:
-    """Read the content of run.json back."""
+    """Read the content of run.json back.
+
+    Raises:
+        ForeignFolder: another version of m3cli wrote it, with other members.
+    """
+    try:
+        return _parse_members(document)
+    except (KeyError, TypeError) as error:
+        raise ForeignFolder(
+            f"run.json was written by m3cli {document.get('m3cli_version')}, and {m3cli.__version__} cannot read it "
+            f"({error}); go on with the version that began the folder, or use another --out"
+        ) from error
+
+
+def _parse_members(document: dict[str, Any]) -> Run:
     meaning, checkpoint, pace = document["meaning"], document["checkpoint"], document["pace"]
     settled = meaning["fields"]
     lists = {name: tuple(settled[name]) for name in ("kept", "tsv_columns")}
