@@ -29,6 +29,15 @@ def build_model(name: str, *arguments: str) -> Path:
     return folder
 
 
+def build_sample() -> Path:
+    """Build the multilingual sample corpus with the project's own script; quick if it has been built before."""
+    corpus = CACHE / "sample.jsonl"
+    if not corpus.exists():
+        script = ROOT / "scripts" / "make_sample_corpus.py"
+        subprocess.run([sys.executable, script, corpus], check=True, capture_output=True)
+    return corpus
+
+
 @pytest.fixture(scope="session")
 def tiny_m3() -> Path:
     """A random checkpoint, 2 layers, 64 wide, real tokenizer, 8,194 positions, all three heads."""
@@ -38,11 +47,7 @@ def tiny_m3() -> Path:
 @pytest.fixture(scope="session")
 def demo_m3() -> Path:
     """The demo checkpoint: multilingual-e5-small with M3 heads, 514 positions."""
-    corpus = CACHE / "sample.jsonl"
-    if not corpus.exists():
-        script = ROOT / "scripts" / "make_sample_corpus.py"
-        subprocess.run([sys.executable, script, corpus], check=True, capture_output=True)
-    return build_model("demo", "--corpus", str(corpus))
+    return build_model("demo", "--corpus", str(build_sample()))
 
 
 @pytest.fixture
