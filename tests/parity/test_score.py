@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,6 @@ from m3cli.progress import Progress
 from m3cli.records import TokenMatrices
 from m3cli.retrieval.maxsim import score_colbert
 from m3cli.retrieval.modes import MODES, parts_of
-from tests.conftest import CACHE, ROOT, build_model
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_demo.json").read_text(encoding="utf-8"))
 WEIGHTS = (0.4, 0.2, 0.4)
@@ -51,15 +48,10 @@ WORDS = [
 
 
 @pytest.fixture(scope="module")
-def golden_m3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def golden_m3(demo_m3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo checkpoint with the sparse head of the golden values: a build's own is fitted to the corpus it finds."""
-    corpus = CACHE / "sample.jsonl"
-    if not corpus.exists():
-        script = ROOT / "scripts" / "make_sample_corpus.py"
-        subprocess.run([sys.executable, script, corpus], check=True, capture_output=True)
-    demo = build_model("demo", "--corpus", str(corpus), "--")
     folder = tmp_path_factory.mktemp("golden")
-    for path in demo.iterdir():
+    for path in demo_m3.iterdir():
         if path.name != "sparse_linear.pt":
             (folder / path.name).symlink_to(path)
     head = GOLDEN["sparse_linear"]
