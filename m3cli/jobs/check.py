@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from m3cli.ahead import run_ahead
 from m3cli.config import CheckRequest
-from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, DamageFound, Stopped, UsageError
+from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, DamageFound, ForeignFolder, Stopped, UsageError
 from m3cli.jobs.run import Run, parse_run
 from m3cli.progress import FileMeter
 from m3cli.records import DoneEntry
@@ -113,7 +113,7 @@ def _read_settings(ledger: Ledger, faults: list[Fault]) -> Run | None:
         return None
     try:
         return parse_run(ledger.run)
-    except (KeyError, TypeError):
+    except ForeignFolder:
         faults.append(Fault(file=RUN_NAME, shard=None, what="does not hold a run's settings", cure="none"))
         return None
 

@@ -95,8 +95,8 @@ def parse_run(document: dict[str, Any]) -> Run:
         return _parse_members(document)
     except (KeyError, TypeError) as error:
         raise ForeignFolder(
-            f"run.json was written by m3cli {document.get('m3cli_version')}, and {m3cli.__version__} cannot read it "
-            f"({error}); go on with the version that began the folder, or use another --out"
+            f"run.json was written by m3cli {document.get('m3cli_version', '?')}, and {m3cli.__version__} cannot read "
+            f"it ({error}); go on with the version that began the folder, or use another --out"
         ) from error
 
 
