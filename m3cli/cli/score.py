@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from typing import Annotated
 
@@ -12,7 +11,7 @@ import typer
 from m3cli.cli import flags
 from m3cli.cli.encode import check_choices, open_stdin
 from m3cli.cli.values import auto, parse_names
-from m3cli.errors import EXIT_DONE, UsageError
+from m3cli.errors import UsageError
 
 _PAIRS, _SCORES, _FOLDERS, _SPEED = "Pairs", "Scores", "From encoded folders", "Speed"
 _CHUNKS = ("max", "mean", "first")
@@ -112,18 +111,13 @@ def score(
         chunks=chunks,
     )
     shown, stdin = Progress(progress), open_stdin([pairs])  # type: ignore[arg-type]
-    try:
-        if explain:
-            from m3cli.cli.explain import print_explanations  # noqa: PLC0415
-            from m3cli.jobs.explain import explain_pairs  # noqa: PLC0415  torch
+    if explain:
+        from m3cli.cli.explain import print_explanations  # noqa: PLC0415
+        from m3cli.jobs.explain import explain_pairs  # noqa: PLC0415  torch
 
-            code = print_explanations(explain_pairs(request, progress=shown, stdin=stdin))
-        else:
-            code = score_pairs(request, progress=shown, stdout=sys.stdout.buffer, stdin=stdin)
-    except BrokenPipeError:
-        # Whoever read stdout has seen enough. typer would leave with 1, and the interpreter would flush once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_DONE
+        code = print_explanations(explain_pairs(request, progress=shown, stdin=stdin))
+    else:
+        code = score_pairs(request, progress=shown, stdout=sys.stdout.buffer, stdin=stdin)
     raise typer.Exit(code)
 
 
