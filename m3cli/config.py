@@ -6,7 +6,7 @@ dictionaries of what was typed; `auto` values are resolved once, written into `r
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from m3cli.records import Fields, Output
@@ -16,14 +16,54 @@ ALL_OUTPUTS: tuple[Output, ...] = ("dense", "sparse", "colbert")
 MAX_LENGTH_CEILING = 8192
 "tokens; what BGE-M3 was trained for, whatever more positions a checkpoint has"
 MAX_ROW_BYTES = 64 << 20
+DEFAULT_SPLIT = "sentence"
 
 AUTO_SHARD_SIZE = {"cpu": 512 << 10, "cuda with colbert": 8 << 20, "cuda": 32 << 20}
 "bytes of input text"
 
 Format = Literal["parquet", "npy"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 VectorDtype = Literal["float16", "float32"]
-LongDocs = Literal["chunk", "truncate"]
+ColbertDtype = Literal["float16", "int8", "binary"]
+VectorCompression = Literal["none", "zstd"]
+LongDocs = Literal["chunk", "merge", "both", "truncate"]
+Split = Literal["tokens", "sentence"]
+
+COLBERT_MEMBERS = ("colbert_dtype", "colbert_pool", "colbert_min_weight", "colbert_top_k")
+"members of Meaning that say how ColBERT vectors are stored"
+ADDED_LATER = (*COLBERT_MEMBERS, "compression", "split", "mcls")
+"""Members of Meaning that older folders lack; at their defaults they mean what those folders hold, and a fingerprint
+leaves them out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColbertForm:
+    """What is kept of a row's ColBERT matrix, in this order: tokens of some weight, means of like ones, fewer bits."""
+
+    dtype: ColbertDtype = "float16"
+    pool: int = 1
+    "tokens to a vector; 1: each has its own"
+    min_weight: float = 0.0
+    "lexical weight that a token must have; 0: any"
+    top_k: int | None = None
+    "most tokens of a row that are kept, those of the largest lexical weights"
+
+    @property
+    def by_weight(self) -> bool:
+        """Whether tokens are chosen by their lexical weights."""
+        return self.min_weight > 0 or self.top_k is not None
+
+    @property
+    def plain(self) -> bool:
+        """Whether vectors are stored as the heads make them, rounded to float16."""
+        return self == PLAIN_COLBERT
+
+    def vector_bytes(self, dim: int) -> int:
+        """Bytes of a vector of `dim` numbers, without its scale."""
+        return {"float16": dim * 2, "int8": dim, "binary": dim // 8}[self.dtype]
+
+
+PLAIN_COLBERT = ColbertForm()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +82,18 @@ class Meaning:
     format: Format = "parquet"
     long_docs: LongDocs = "chunk"
     overlap: int = 0
-    "tokens"
+    "tokens; with split sentence, the least"
+    split: Split = "tokens"
+    "where long documents are cut; what older folders lack is what they did, a new one has DEFAULT_SPLIT"
+    mcls: int = 0
+    "text tokens to a `<s>` of its own, the first one included; 0: a row has one"
     dense_dtype: VectorDtype = "float16"
+    colbert_dtype: ColbertDtype = "float16"
+    colbert_pool: int = 1
+    colbert_min_weight: float = 0.0
+    colbert_top_k: int | None = None
+    compression: VectorCompression = "none"
+    "of the vectors in Parquet"
     title_sep: str = "\n"
     prefix: str = ""
     keep_text: bool = False
@@ -55,9 +105,37 @@ class Meaning:
     since: str | None = None
     "identity of the older folder that vectors are taken over from"
 
+    @property
+    def colbert_form(self) -> ColbertForm:
+        """What is kept of ColBERT matrices."""
+        return ColbertForm(
+            dtype=self.colbert_dtype,
+            pool=self.colbert_pool,
+            min_weight=self.colbert_min_weight,
+            top_k=self.colbert_top_k,
+        )
+
+    @property
+    def merges(self) -> bool:
+        """Whether the chunks of a document are made into a row of its own."""
+        return self.long_docs in ("merge", "both")
+
+    @property
+    def exact_vectors(self) -> bool:
+        """Whether a row has a ColBERT vector for every token but `<s>`, so that their number is known beforehand."""
+        form = self.colbert_form
+        return form.pool == 1 and not form.by_weight
+
     def to_json(self) -> dict[str, Any]:
         """Members as plain JSON values."""
         return asdict(self)
+
+    def to_identity(self) -> dict[str, Any]:
+        """Members that tell folders apart: as `to_json`, without what was added later and is at its default."""
+        defaults = {each.name: each.default for each in fields(self)}
+        return {
+            name: value for name, value in self.to_json().items() if name not in ADDED_LATER or value != defaults[name]
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +173,15 @@ class EncodeRequest:
     max_length: int | None = None
     long_docs: LongDocs | None = None
     overlap: int | None = None
+    split: Split | None = None
+    mcls: int | None = None
     dtype: Dtype | None = None
     dense_dtype: VectorDtype | None = None
+    colbert_dtype: ColbertDtype | None = None
+    colbert_pool: int | None = None
+    colbert_min_weight: float | None = None
+    colbert_top_k: int | None = None
+    compression: VectorCompression | None = None
     shard_size: int | None = None
     max_row_bytes: int | None = None
     device: str | None = None

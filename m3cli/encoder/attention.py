@@ -1,30 +1,63 @@
-"""Attention over packed sequences: every token sees exactly the tokens of its own sequence, nothing is padded.
+"""Attention over packed sequences: every token sees exactly the tokens of its own sequence.
 
 Two ways to the same numbers. On CUDA stock torch's variable-length flash attention takes `cu_seqlens` as they are. On
-a CPU, and wherever that kernel does not take the dtype, equal lengths, which a length-sorted batch has side by side,
-go through `scaled_dot_product_attention` as one [B, H, L, D] call a length.
+a CPU, and wherever that kernel does not take the dtype, sequences of nearly equal length, which a length-sorted batch
+has side by side, are gathered into one [H, S, L, D] block and go through two batched matmuls and a softmax. L is a
+multiple of LENGTH_STEP and S a power of two, so that few shapes occur, for each of which oneDNN keeps a kernel.
 
-Shapes: N tokens, H heads, D width of a head.
+Why not `scaled_dot_product_attention`: its CPU kernel reached 54 of 440 GFLOP/s at 80 tokens and 80 at 2,560 on one
+AVX512-BF16 core, the matmuls 105 and 270, and it wants one length a call. Scores are rounded to the states' dtype, as
+in transformers' eager attention; sums inside matmul and softmax are float32.
+
+Shapes: N tokens, H heads, S sequences of a block, L its padded length, D width of a head.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812  torch's own convention
 from numpy.typing import NDArray
 
+LENGTH_STEP = 16
+"tokens; lengths within it share a block and are padded to its end, for attention only"
+BLOCK_SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
+"scores [H, S, L, L] that are held at once: on a CPU what stays in the second and third level cache"
+LEAST_QUERIES = 64
+"of a sequence that go together, however many scores that is: fewer make slow matmuls"
+
 _VARLEN_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Some neighbouring sequences of a batch, attended to at once."""
+
+    first: int
+    "token where they begin"
+    last: int
+    "token behind them"
+    sequences: int
+    "S"
+    length: int
+    "L"
+    places: torch.Tensor | None
+    "[S * L] the token that stands at each place, padding being the last token again; None: no padding"
+    kept: torch.Tensor | None
+    "[last - first] the place of each token"
+    mask: torch.Tensor | None
+    "[S, 1, L] 0 for tokens, minus infinity for padding"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceLayout:
     """Where the sequences of a packed batch lie, in the form that the attention in use wants."""
 
-    groups: tuple[tuple[int, int, int], ...]
-    "(first token, sequences, length) of each run of equally long sequences"
+    blocks: tuple[Block, ...]
+    "none where `varlen`"
     cu_seqlens: torch.Tensor
     "[B + 1] int32 on the device"
     max_seqlen: int
@@ -34,28 +67,63 @@ class SequenceLayout:
 
 
 def lay_out(
-    cu_seqlens: NDArray[np.int32], *, max_seqlen: int, device: torch.device, dtype: torch.dtype
+    cu_seqlens: NDArray[np.int32], *, num_heads: int, max_seqlen: int, device: torch.device, dtype: torch.dtype
 ) -> SequenceLayout:
     """Prepare a batch's layout once for all layers."""
+    varlen = device.type == "cuda" and dtype in _VARLEN_DTYPES and _has_varlen()
+    most_scores = BLOCK_SCORES[device.type] // num_heads
+    planned = [] if varlen else plan_blocks(np.diff(cu_seqlens), most_scores=most_scores)
     return SequenceLayout(
-        groups=tuple(group_lengths(cu_seqlens)),
+        blocks=tuple(_lay_out_block(cu_seqlens, *block, device=device, dtype=dtype) for block in planned),
         cu_seqlens=torch.from_numpy(cu_seqlens).to(device, non_blocking=True),
         max_seqlen=max_seqlen,
         num_tokens=int(cu_seqlens[-1]),
-        varlen=device.type == "cuda" and dtype in _VARLEN_DTYPES and _has_varlen(),
+        varlen=varlen,
     )
 
 
-def group_lengths(cu_seqlens: NDArray[np.int32]) -> list[tuple[int, int, int]]:
-    """Return (first token, sequences, length) of each run of equally long sequences."""
-    lengths = np.diff(cu_seqlens)
-    borders = np.flatnonzero(np.diff(lengths)) + 1
-    firsts = np.concatenate(([0], borders))
-    lasts = np.concatenate((borders, [len(lengths)]))
-    return [
-        (int(cu_seqlens[first]), int(last - first), int(lengths[first]))
-        for first, last in zip(firsts, lasts, strict=True)
-    ]
+def plan_blocks(lengths: NDArray[np.int32], *, most_scores: int) -> list[tuple[int, int, int]]:
+    """Cut sequences into blocks (first sequence, last + 1, L).
+
+    Neighbours whose lengths round up to the same L share a block: a power of two of them, with at most `most_scores`
+    scores a head, but at least one.
+    """
+    padded = -(-lengths.astype(np.int64) // LENGTH_STEP) * LENGTH_STEP
+    borders = [0, *(np.flatnonzero(np.diff(padded)) + 1).tolist(), len(lengths)]
+    blocks = []
+    for first, last in pairwise(borders):
+        length = int(padded[first])
+        most = max(1, most_scores // length**2)
+        while first < last:
+            count = 1 << (min(last - first, most).bit_length() - 1)
+            blocks.append((first, first + count, length))
+            first += count  # noqa: PLW2901  the run is eaten up from its front
+    return blocks
+
+
+def _lay_out_block(
+    cu_seqlens: NDArray[np.int32], first: int, last: int, length: int, *, device: torch.device, dtype: torch.dtype
+) -> Block:
+    begins = cu_seqlens[first:last].astype(np.int64)
+    lengths = np.diff(cu_seqlens[first : last + 1]).astype(np.int64)
+    token = np.arange(length)
+    real = token < lengths[:, None]
+    places = kept = mask = None
+    if not real.all():
+        # Padding is a token of the same sequence: what is no number in one sequence stays there.
+        stands = begins[:, None] + np.minimum(token, lengths[:, None] - 1)
+        places = torch.from_numpy(stands.reshape(-1)).to(device)
+        kept = torch.from_numpy(np.flatnonzero(real)).to(device)
+        mask = torch.from_numpy(np.where(real, 0.0, -math.inf)[:, None]).to(device, dtype)
+    return Block(
+        first=int(begins[0]),
+        last=int(cu_seqlens[last]),
+        sequences=last - first,
+        length=length,
+        places=places,
+        kept=kept,
+        mask=mask,
+    )
 
 
 def attend(qkv: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
@@ -73,13 +141,30 @@ def attend(qkv: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
     num_tokens, _, num_heads, head_width = qkv.shape
     out = torch.empty((num_tokens, num_heads, head_width), dtype=qkv.dtype, device=qkv.device)
     out[layout.num_tokens :] = 0  # filling, see TOKEN_STEP
-    for first, count, length in layout.groups:
-        last = first + count * length
-        # [3, B, H, L, D]
-        q, k, v = qkv[first:last].view(count, length, 3, num_heads, head_width).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        out[first:last].view(count, length, num_heads, head_width).copy_(attended.transpose(1, 2))
+    by_head = qkv.permute(1, 2, 0, 3)
+    for block in layout.blocks:
+        run = slice(block.first, block.last)
+        gathered = by_head[:, :, run].contiguous() if block.places is None else by_head.index_select(2, block.places)
+        shape = (3, num_heads * block.sequences, block.length, head_width)
+        attended = _attend_block(gathered.view(shape), block, num_heads=num_heads)
+        attended = attended.view(num_heads, -1, head_width).transpose(0, 1)
+        out[run] = attended if block.kept is None else attended.contiguous().index_select(0, block.kept)
     return out.view(num_tokens, num_heads * head_width)
+
+
+def _attend_block(qkv: torch.Tensor, block: Block, *, num_heads: int) -> torch.Tensor:
+    """Return [H * S, L, D] of queries, keys and values [3, H * S, L, D], a run of queries at a time."""
+    q, k, v = qkv
+    out = torch.empty_like(q)
+    zero, scale = q.new_zeros(1, 1, 1), q.shape[-1] ** -0.5
+    rows = BLOCK_SCORES[q.device.type] // (q.shape[0] * block.length)
+    rows = max(LEAST_QUERIES, rows // LENGTH_STEP * LENGTH_STEP)
+    for start in range(0, block.length, rows):
+        scores = torch.baddbmm(zero, q[:, start : start + rows], k.transpose(1, 2), beta=0, alpha=scale)
+        if block.mask is not None:
+            scores.view(num_heads, block.sequences, -1, block.length).add_(block.mask)
+        out[:, start : start + rows] = torch.bmm(torch.softmax(scores, -1), v)
+    return out
 
 
 def _attend_varlen(qkv: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:

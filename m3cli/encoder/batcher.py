@@ -46,6 +46,22 @@ def batch_rows(num_tokens: NDArray[np.int64], *, max_batch_tokens: int) -> list[
     return [order[start:stop] for start, stop in runs]
 
 
+def count_with_added(num_tokens: NDArray[np.int64], *, every: int) -> NDArray[np.int64]:
+    """Return the tokens that rows of `num_tokens` have with those that are added; `every` 0 adds none."""
+    if not every:
+        return num_tokens
+    # Of the text between <s> and </s>, `every` tokens have the row's own <s>.
+    return num_tokens + np.maximum(0, (num_tokens - 3) // every)
+
+
+def fit_length(limit: int, *, every: int) -> int:
+    """Return the most tokens that a row may have so that with those added it has at most `limit`."""
+    length = limit - max(0, (limit - 3) // (every + 1))
+    while count_with_added(np.array([length]), every=every)[0] > limit:
+        length -= 1
+    return length
+
+
 def pack_batches(chunks: Chunks, *, start: int, stop: int, max_batch_tokens: int) -> Iterator[Batch]:
     """Yield the rows [start, stop) of a shard as packed batches, longest first."""
     num_tokens = chunks.num_tokens[start:stop]

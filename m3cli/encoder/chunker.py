@@ -2,98 +2,94 @@
 
 Invariants: no row has more than `max_length` tokens, `<s>`, `</s>` and prefix included; without overlap the spans of a
 document's rows tile its text (the first begins at 0, each ends where the next begins, the last ends at the end); a
-row's ids are those of the document's own tokens, so a cut inside a word leaves tokens that the piece alone would not
-have. Offsets are Unicode code points of `Document.text`; the prefix is no part of them.
+row's ids are those of the document's own tokens: at white space the same as the piece alone would have, and where a
+row begins inside a word its first token may be another. Offsets are Unicode code points of `Document.text`; the prefix
+is no part of them. A document of any size takes time and memory in proportion to its length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.config import LongDocs
+from m3cli.config import LongDocs, Meaning, Split
+from m3cli.encoder.segments import SEGMENT_CHARS, read_tokens
+from m3cli.encoder.split import Window, cut_windows
 from m3cli.encoder.tokenizer import Tokenizer
-from m3cli.errors import UsageError
 from m3cli.records import Chunks, Document
 
 NUM_SPECIALS = 2
 
-Row = tuple[NDArray[np.int32], int, int, int, int, bool]
-"input_ids, chunk_index, num_chunks, char_start, char_end, truncated"
+Row = tuple[NDArray[np.int32], int, int, int, int, bool, int]
+"input_ids, chunk_index, num_chunks, char_start, char_end, truncated, num_repeated"
 
 
-def chunk_documents(
-    documents: Sequence[Document],
-    tokenizer: Tokenizer,
-    *,
-    max_length: int,
-    overlap: int = 0,
-    long_docs: LongDocs = "chunk",
-    prefix: str = "",
-) -> Chunks:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cutting:
+    """How documents are cut."""
+
+    max_length: int
+    "tokens of a row, <s>, </s> and prefix included"
+    overlap: int = 0
+    split: Split = "sentence"
+    long_docs: LongDocs = "chunk"
+    prefix: str = ""
+
+
+def cutting_of(meaning: Meaning) -> Cutting:
+    """Return how a run cuts documents."""
+    return Cutting(
+        max_length=meaning.max_length,
+        overlap=meaning.overlap,
+        split=meaning.split,
+        long_docs=meaning.long_docs,
+        prefix=meaning.prefix,
+    )
+
+
+def chunk_documents(documents: Sequence[Document], tokenizer: Tokenizer, cutting: Cutting) -> Chunks:
     """Tokenise documents and cut those that are longer than `max_length` tokens.
 
     Raises:
         UsageError: prefix and overlap leave no room for text in `max_length`.
     """
-    texts = [prefix + document.text for document in documents] if prefix else [document.text for document in documents]
+    short = [len(document.text) <= SEGMENT_CHARS for document in documents]
+    texts = [cutting.prefix + document.text for document, is_short in zip(documents, short, strict=True) if is_short]
+    found = iter(tokenizer.encode(texts))
     rows: list[Row] = []
     owners: list[int] = []
-    for owner, (document, input_ids) in enumerate(zip(documents, tokenizer.encode(texts), strict=True)):
-        if len(input_ids) <= max_length:
-            rows.append((input_ids, 0, 1, 0, len(document.text), False))
-            owners.append(owner)
-            continue
-        pieces = cut_document(
-            document.text, tokenizer, max_length=max_length, overlap=overlap, long_docs=long_docs, prefix=prefix
-        )
-        before = len(rows)
-        rows.extend(pieces)
-        owners.extend([owner] * (len(rows) - before))
+    for owner, (document, is_short) in enumerate(zip(documents, short, strict=True)):
+        if is_short and len(input_ids := next(found)) <= cutting.max_length:
+            rows.append((input_ids, 0, 1, 0, len(document.text), False, 0))
+        else:
+            rows.extend(cut_document(document.text, tokenizer, cutting))
+        owners.extend([owner] * (len(rows) - len(owners)))
     return _to_chunks(rows, owners)
 
 
-def cut_document(
-    text: str, tokenizer: Tokenizer, *, max_length: int, overlap: int, long_docs: LongDocs, prefix: str
-) -> Iterator[Row]:
-    """Yield the rows of one document that does not fit `max_length`."""
-    encoding = tokenizer.encode_with_offsets(prefix + text)
-    ids = np.array(encoding.ids, dtype=np.int32)
-    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2) - len(prefix)
-    # A token that reaches past the prefix (SentencePiece glues the blank before a word to it) is the text's.
-    num_prefix = int(np.count_nonzero(offsets[:, 1] <= 0)) if prefix else 0
-    starts = np.maximum(offsets[num_prefix:, 0], 0)
-    starts[0] = 0
-    body = ids[num_prefix:]
-    size = max_length - NUM_SPECIALS - num_prefix
-    spans = cut_windows(len(body), size=size, overlap=overlap)
-    if long_docs == "truncate":
-        spans = spans[:1]
+def cut_document(text: str, tokenizer: Tokenizer, cutting: Cutting) -> Iterator[Row]:
+    """Yield the rows of one document that is, or may be, longer than `max_length`."""
+    truncate = cutting.long_docs == "truncate"
+    tokens = read_tokens(text, tokenizer, prefix=cutting.prefix, enough=cutting.max_length if truncate else None)
+    size = cutting.max_length - NUM_SPECIALS - len(tokens.prefix_ids)
+    num_tokens = len(tokens.input_ids)
+    if truncate:
+        windows = cut_windows(tokens.levels, size=size, overlap=0, split="tokens")[:1]
+    elif num_tokens <= size:
+        windows = [Window(0, num_tokens, 0)]
+    else:
+        windows = cut_windows(tokens.levels, size=size, overlap=cutting.overlap, split=cutting.split)
     bos, eos = np.array([tokenizer.bos_id], np.int32), np.array([tokenizer.eos_id], np.int32)
-    for index, (first, last) in enumerate(spans):
-        char_end = len(text) if last == len(body) else int(starts[last])
-        truncated = long_docs == "truncate" and last < len(body)
-        input_ids = np.concatenate((bos, ids[:num_prefix], body[first:last], eos))
-        yield input_ids, index, len(spans), int(starts[first]), char_end, truncated
-
-
-def cut_windows(num_tokens: int, *, size: int, overlap: int) -> list[tuple[int, int]]:
-    """Return [start, stop) of windows of at most `size` tokens, each but the first repeating `overlap` tokens.
-
-    Raises:
-        UsageError: `size` leaves no token beyond the overlap.
-    """
-    if size <= overlap:
-        raise UsageError(
-            f"--overlap {overlap} and --prefix leave no room: a chunk holds {max(size, 0)} tokens of text; "
-            "lower --overlap, shorten --prefix or raise --max-length"
-        )
-    step = size - overlap
-    last_start = max(0, num_tokens - overlap - 1) // step * step
-    return [(start, min(start + size, num_tokens)) for start in range(0, last_start + 1, step)]
+    for index, window in enumerate(windows):
+        char_start = int(tokens.starts[window.start]) if index else 0
+        char_end = len(text) if window.stop == num_tokens else int(tokens.starts[window.stop])
+        input_ids = np.concatenate((bos, tokens.prefix_ids, tokens.input_ids[window.start : window.stop], eos))
+        repeated = window.repeated + len(tokens.prefix_ids) if index else 0
+        yield input_ids, index, len(windows), char_start, char_end, window.stop < num_tokens and truncate, repeated
 
 
 def _to_chunks(rows: list[Row], owners: list[int]) -> Chunks:
@@ -108,4 +104,5 @@ def _to_chunks(rows: list[Row], owners: list[int]) -> Chunks:
         char_start=np.fromiter((row[3] for row in rows), np.int64, len(rows)),
         char_end=np.fromiter((row[4] for row in rows), np.int64, len(rows)),
         truncated=np.fromiter((row[5] for row in rows), np.bool_, len(rows)),
+        num_repeated=np.fromiter((row[6] for row in rows), np.int32, len(rows)),
     )

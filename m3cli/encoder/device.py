@@ -1,7 +1,7 @@
 """What `auto` means on this machine: device, dtype, batch budget, threads.
 
 float16 on CUDA; bfloat16 on a CPU that multiplies it in hardware (a float16 matmul there runs at a tenth of the rate);
-float32 elsewhere.
+float32 elsewhere. int8 only where it is asked for: it is not quite the same numbers.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 
 from m3cli.config import Dtype
+from m3cli.encoder.int8 import can_run_int8
 from m3cli.errors import UsageError
 
-_CPU_BATCH_TOKENS = 8192
+_CPU_BATCH_TOKENS = 4096
+"queries, keys and values of 8,192 tokens, 48 MiB, would be mapped anew in each layer: see INNER_ROWS in model.py"
 _GPU_BATCH_TOKENS = ((40 << 30, 65536), (20 << 30, 32768), (0, 16384))
 "(bytes of GPU memory from, tokens)"
 
@@ -42,6 +44,25 @@ def auto_dtype(device: str) -> Dtype:
     if device.startswith("cuda"):
         return "float16"
     return "bfloat16" if _cpu_has_bfloat16() else "float32"
+
+
+def resolve_dtype(dtype: Dtype | None, device: str) -> Dtype:
+    """Return the dtype that was asked for, or the one that suits a device (None).
+
+    Raises:
+        UsageError: int8 is asked for where it cannot run.
+    """
+    if dtype == "int8" and device.startswith("cuda"):
+        raise UsageError(f"--dtype int8 runs on a CPU only, not on {device}; use float16 there, or --device cpu")
+    if dtype == "int8" and not can_run_int8():
+        raise UsageError(f"--dtype int8: torch {torch.__version__} comes without oneDNN here; use --dtype float32")
+    return dtype or auto_dtype(device)
+
+
+def state_dtype(dtype: Dtype) -> torch.dtype:
+    """Return the dtype of hidden states: with int8, which is for weights and matmuls, the CPU's fastest other one."""
+    found: torch.dtype = getattr(torch, auto_dtype("cpu") if dtype == "int8" else dtype)
+    return found
 
 
 def auto_batch_tokens(device: str) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from m3cli.config import VectorDtype
 from m3cli.encoder.batcher import split_batch
-from m3cli.encoder.heads import compute_embeddings
+from m3cli.encoder.heads import compute_embeddings, weigh_vectors
+from m3cli.encoder.mcls import pool_as_cls, run_with_added
 from m3cli.encoder.model import Model, run_model
 from m3cli.encoder.picking import pick_rows
 from m3cli.errors import ModelError
@@ -48,15 +49,20 @@ class BatchEncoder:
         special_ids: Collection[int],
         dense_dtype: VectorDtype = "float16",
         colbert_dtype: VectorDtype = "float16",
+        colbert_weights: bool = False,
+        mcls: int = 0,
         load_float32: Callable[[], Model] | None = None,
     ) -> None:
         self.model = model
+        self.mcls = mcls
+        "text tokens to a <s>; 0: a row has one"
         self.max_tokens: int | None = None
         "of a batch of several rows; None until the device's memory has run out"
         self._outputs = outputs
         self._special_ids = special_ids
         self._dense_dtype = dense_dtype
         self._colbert_dtype = colbert_dtype
+        self._colbert_weights = colbert_weights
         self._load_float32 = load_float32
         self._exact: Model | None = None
 
@@ -85,7 +91,11 @@ class BatchEncoder:
     def _run(self, model: Model, batch: Batch) -> tuple[Embeddings, NDArray[np.bool_]] | None:
         """Return a batch's embeddings and which of its rows [B] hold numbers only; None: memory ran out."""
         try:
-            states, layout = run_model(model, batch)
+            if self.mcls:
+                model = pool_as_cls(model)
+                states, layout = run_with_added(model, batch, every=self.mcls)
+            else:
+                states, layout = run_model(model, batch)
             made = compute_embeddings(
                 model,
                 batch,
@@ -96,6 +106,9 @@ class BatchEncoder:
                 dense_dtype=self._dense_dtype,
                 colbert_dtype=self._colbert_dtype,
             )
+            if self._colbert_weights and made.colbert_vecs is not None:
+                weights = weigh_vectors(model, batch, states, special_ids=self._special_ids)
+                made = replace(made, colbert_vecs=replace(made.colbert_vecs, weights=weights))
             return made, _find_whole_rows(states, made, batch)
         except torch.OutOfMemoryError:
             return None

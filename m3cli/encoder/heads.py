@@ -16,6 +16,7 @@ from collections.abc import Collection
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
+from numpy.typing import NDArray
 
 from m3cli.config import VectorDtype
 from m3cli.encoder.attention import SequenceLayout
@@ -79,10 +80,8 @@ def weigh_tokens(
     special_ids: Collection[int],
 ) -> LexicalWeights:
     """Return the lexical weights of each row, one weight an id: the maximum over its positions in the row."""
-    weights = torch.relu(sparse_linear.apply(hidden)).squeeze(-1)[: layout.num_tokens].float()
+    weights = weigh_positions(hidden, input_ids, sparse_linear, special_ids=special_ids)
     keep = weights > 0
-    for special in special_ids:
-        keep &= input_ids != special
     num_rows = len(layout.cu_seqlens) - 1
     lengths = layout.cu_seqlens.long().diff()
     rows = torch.repeat_interleave(torch.arange(num_rows, device=hidden.device), lengths, output_size=len(input_ids))
@@ -94,6 +93,32 @@ def weigh_tokens(
     np.cumsum(counts.cpu().numpy(), out=indptr[1:])
     indices = (keys & 0xFFFFFFFF).cpu().numpy().astype(np.uint32)
     return LexicalWeights(indptr=indptr, indices=indices, values=values.cpu().numpy())
+
+
+def weigh_positions(
+    hidden: torch.Tensor, input_ids: torch.Tensor, sparse_linear: Linear, *, special_ids: Collection[int]
+) -> torch.Tensor:
+    """Return [N] float32, the lexical weight of the token at each position: relu(sparse_linear(h)), specials 0."""
+    weights = torch.relu(sparse_linear.apply(hidden)).squeeze(-1)[: len(input_ids)].float()
+    for special in special_ids:
+        weights[input_ids == special] = 0.0
+    return weights
+
+
+@torch.inference_mode()
+def weigh_vectors(
+    model: Model,
+    batch: Batch,
+    last_hidden_state: torch.Tensor,
+    *,
+    special_ids: Collection[int],
+) -> NDArray[np.float32]:
+    """Return [N - B] the lexical weight of the token that each ColBERT vector of a batch is of, 0 for `</s>`."""
+    assert model.sparse_linear is not None
+    input_ids = torch.from_numpy(batch.input_ids).to(model.device)
+    weights = weigh_positions(last_hidden_state, input_ids, model.sparse_linear, special_ids=special_ids)
+    kept: NDArray[np.float32] = np.delete(weights.cpu().numpy(), batch.cu_seqlens[:-1])
+    return kept
 
 
 def project_tokens(hidden: torch.Tensor, layout: SequenceLayout, colbert_linear: Linear) -> torch.Tensor:

@@ -32,9 +32,13 @@ def _join_weights(parts: Sequence[LexicalWeights]) -> LexicalWeights:
 
 
 def _join_matrices(parts: Sequence[TokenMatrices]) -> TokenMatrices:
+    scales = [part.scales for part in parts if part.scales is not None]
+    weights = [part.weights for part in parts if part.weights is not None]
     return TokenMatrices(
         indptr=_join_indptr([part.indptr for part in parts]),
         vectors=np.concatenate([part.vectors for part in parts]),
+        scales=np.concatenate(scales) if scales else None,
+        weights=np.concatenate(weights) if weights else None,
     )
 
 

@@ -40,6 +40,13 @@ class Linear:
             return made
         return F.gelu(F.linear(states, self.weight, self.bias))
 
+    def apply_add(self, states: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
+        """Map [N, in] to [N, out], then add [N, out]."""
+        if self.packed:
+            made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(states, addend, self.weight, self.bias, "add")
+            return made
+        return F.linear(states, self.weight, self.bias).add_(addend)
+
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor) -> Linear:
     """Prepare an affine map where its weights lie."""

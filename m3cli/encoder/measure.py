@@ -17,7 +17,7 @@ import torch
 from m3cli.config import Dtype
 from m3cli.encoder.attention import lay_out
 from m3cli.encoder.checkpoint import Checkpoint
-from m3cli.encoder.device import auto_threads
+from m3cli.encoder.device import auto_threads, state_dtype
 
 _ROWS, _WIDTH, _COLUMNS = 4096, 1024, 4096
 _SECONDS = 0.4
@@ -62,8 +62,9 @@ def name_attention(device: str, dtype: Dtype) -> str:
     import numpy as np  # noqa: PLC0415  for two numbers
 
     cu_seqlens = np.array(_PROBE_LENGTHS, np.int32)
-    layout = lay_out(cu_seqlens, max_seqlen=2, device=torch.device(device), dtype=getattr(torch, dtype))
-    return "variable-length flash attention" if layout.varlen else "scaled dot product, one call a length"
+    place, kind = torch.device(device), state_dtype(dtype)
+    layout = lay_out(cu_seqlens, num_heads=1, max_seqlen=2, device=place, dtype=kind)
+    return "variable-length flash attention" if layout.varlen else "batched matmuls, one block a length"
 
 
 @torch.inference_mode()

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from m3cli.config import Dtype
 from m3cli.encoder.attention import SequenceLayout, attend, lay_out
 from m3cli.encoder.checkpoint import HEAD_FILES, POSITION_OFFSET, Checkpoint
+from m3cli.encoder.device import resolve_dtype, state_dtype
+from m3cli.encoder.int8 import Int8Linear, make_int8_linear
 from m3cli.encoder.linear import Linear, make_linear
 from m3cli.errors import ModelError
 from m3cli.records import Batch
@@ -29,6 +31,11 @@ TOKEN_STEP = 128
 """Packed batches are filled up to a multiple of this many tokens, which belong to no sequence and cost at most 1.5 % of
 a full batch. oneDNN prepares a kernel for each new number of rows and keeps it: without steps memory grew by 8 MB a
 shard in bfloat16, and small models spent more time preparing kernels than running them."""
+
+INNER_ROWS = 1024
+"""Tokens that go through a layer's widest tensor at once on a CPU: [1024, 4096] are 8 MiB in bfloat16, and 16 MiB in
+float32 while they are quantised. From 32 MiB on glibc maps fresh pages for every tensor, and zeroing them took 15 % of
+a bfloat16 matmul (420 to 360 GFLOP/s on one core), and twenty times what quantising did."""
 
 _PREFIXES = ("roberta.", "model.", "encoder_model.", "")
 
@@ -39,13 +46,13 @@ Norm = tuple[torch.Tensor, torch.Tensor]
 class Layer:
     """Weights of one transformer layer."""
 
-    qkv: Linear
+    qkv: Linear | Int8Linear
     "C to 3C: query, key, value"
-    attention_out: Linear
+    attention_out: Linear | Int8Linear
     attention_norm: Norm
-    intermediate: Linear
+    intermediate: Linear | Int8Linear
     "C to I"
-    output: Linear
+    output: Linear | Int8Linear
     "I to C"
     output_norm: Norm
 
@@ -74,17 +81,21 @@ def load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
 
     Raises:
         ModelError: a weight is missing or has another shape than config.json says, or a file carries code.
+        UsageError: the device cannot run the dtype.
     """
-    target, kind = torch.device(device), getattr(torch, dtype)
+    target, kind = torch.device(device), state_dtype(resolve_dtype(dtype, device))
     tensors = _Tensors(_read_weights(checkpoint), checkpoint)
     width, inner = checkpoint.hidden_size, None
 
     def put(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device=target, dtype=kind).contiguous()
 
-    def linear(names: list[str], *shape: int | None) -> Linear:
+    def linear(names: list[str], *shape: int | None, behind_gelu: bool = False) -> Linear | Int8Linear:
         weight = torch.cat([tensors.take(f"{name}.weight", *shape) for name in names])
-        return make_linear(put(weight), put(torch.cat([tensors.take(f"{name}.bias", shape[0]) for name in names])))
+        bias = torch.cat([tensors.take(f"{name}.bias", shape[0]) for name in names])
+        if dtype == "int8":
+            return make_int8_linear(weight, bias, dtype=kind, behind_gelu=behind_gelu)
+        return make_linear(put(weight), put(bias))
 
     def norm(name: str) -> Norm:
         return put(tensors.take(f"{name}.weight", width)), put(tensors.take(f"{name}.bias", width))
@@ -98,7 +109,7 @@ def load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
                 attention_out=linear([f"{at}.attention.output.dense"], width, width),
                 attention_norm=norm(f"{at}.attention.output.LayerNorm"),
                 intermediate=linear([f"{at}.intermediate.dense"], inner, width),
-                output=linear([f"{at}.output.dense"], width, inner),
+                output=linear([f"{at}.output.dense"], width, inner, behind_gelu=True),
                 output_norm=norm(f"{at}.output.LayerNorm"),
             )
         )
@@ -150,11 +161,11 @@ def _read_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path} cannot be read: {error}; download the checkpoint again") from error
         else:
-            tensors.update(_read_pickled(path))
+            tensors.update(read_pickled(path))
     return tensors
 
 
-def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
+def read_pickled(path: Path) -> dict[str, torch.Tensor]:
     """Read tensors from torch's own format; a file that carries code is refused, never run."""
     from pickle import UnpicklingError  # noqa: PLC0415, TID251  only the name of what torch raises
 
@@ -181,7 +192,7 @@ def _read_head(
 ) -> Linear | None:
     if output not in checkpoint.outputs:
         return None
-    head = _Tensors(_read_pickled(checkpoint.folder / HEAD_FILES[output]), checkpoint)
+    head = _Tensors(read_pickled(checkpoint.folder / HEAD_FILES[output]), checkpoint)
     weight = head.take("weight", rows, checkpoint.hidden_size)
     return make_linear(put(weight), put(head.take("bias", weight.shape[0])))
 
@@ -194,7 +205,13 @@ def run_model(model: Model, batch: Batch) -> tuple[torch.Tensor, SequenceLayout]
         last_hidden_state [M, C] in the model's dtype on its device, M >= N (what stands behind the batch's N tokens is
         filling), and the batch's layout there.
     """
-    layout = lay_out(batch.cu_seqlens, max_seqlen=batch.max_seqlen, device=model.device, dtype=model.dtype)
+    layout = lay_out(
+        batch.cu_seqlens,
+        num_heads=model.checkpoint.num_heads,
+        max_seqlen=batch.max_seqlen,
+        device=model.device,
+        dtype=model.dtype,
+    )
     num_tokens = len(batch.input_ids)
     filled = -(-num_tokens // TOKEN_STEP) * TOKEN_STEP
     input_ids = torch.zeros(filled, dtype=torch.int64)
@@ -221,10 +238,10 @@ def _run_layer(
 ) -> torch.Tensor:
     num_tokens, width = hidden.shape
     qkv = layer.qkv.apply(hidden).view(num_tokens, 3, num_heads, width // num_heads)
-    attended = layer.attention_out.apply(attend(qkv, layout))
-    hidden = _normalise(attended.add_(hidden), layer.attention_norm, eps)
-    inner = layer.intermediate.apply_gelu(hidden)
-    return _normalise(layer.output.apply(inner).add_(hidden), layer.output_norm, eps)
+    hidden = _normalise(layer.attention_out.apply_add(attend(qkv, layout), hidden), layer.attention_norm, eps)
+    parts = torch.split(hidden, INNER_ROWS if hidden.device.type == "cpu" else num_tokens)
+    made = [layer.output.apply_add(layer.intermediate.apply_gelu(part), part) for part in parts]
+    return _normalise(torch.cat(made) if len(made) > 1 else made[0], layer.output_norm, eps)
 
 
 def _normalise(hidden: torch.Tensor, norm: Norm, eps: float) -> torch.Tensor:

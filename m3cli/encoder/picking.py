@@ -15,13 +15,25 @@ def pick_rows(embeddings: Embeddings, places: NDArray[np.int64], *, rows: NDArra
         indptr, take = _pick_spans(lexical.indptr, places)
         lexical = LexicalWeights(indptr=indptr, indices=lexical.indices[take], values=lexical.values[take])
     if colbert is not None:
-        indptr, take = _pick_spans(colbert.indptr, places)
-        colbert = TokenMatrices(indptr=indptr, vectors=colbert.vectors[take])
+        colbert = take_vectors(colbert, *_pick_spans(colbert.indptr, places))
     return Embeddings(
         rows=rows,
         dense_vecs=None if dense is None else dense[places],
         lexical_weights=lexical,
         colbert_vecs=colbert,
+    )
+
+
+def take_vectors(
+    matrices: TokenMatrices, indptr: NDArray[np.int64], take: NDArray[np.int64] | NDArray[np.bool_] | slice
+) -> TokenMatrices:
+    """Return some of the vectors, with what belongs to each of them, as rows that begin at `indptr`."""
+    scales, weights = matrices.scales, matrices.weights
+    return TokenMatrices(
+        indptr=indptr,
+        vectors=matrices.vectors[take],
+        scales=None if scales is None else scales[take],
+        weights=None if weights is None else weights[take],
     )
 
 
@@ -37,6 +49,7 @@ def pick_chunks(chunks: Chunks, rows: NDArray[np.int64]) -> Chunks:
         char_start=chunks.char_start[rows],
         char_end=chunks.char_end[rows],
         truncated=chunks.truncated[rows],
+        num_repeated=chunks.num_repeated[rows],
     )
 
 
@@ -51,6 +64,7 @@ def join_chunks(first: Chunks, second: Chunks) -> Chunks:
         char_start=np.concatenate((first.char_start, second.char_start)),
         char_end=np.concatenate((first.char_end, second.char_end)),
         truncated=np.concatenate((first.truncated, second.truncated)),
+        num_repeated=np.concatenate((first.num_repeated, second.num_repeated)),
     )
 
 

@@ -11,7 +11,7 @@ is rebuilt if that does not agree, so a torn write does no harm.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,7 +31,7 @@ _HASH_LENGTH = 32
 class Tokenizer:
     """A loaded tokenizer: no truncation, no padding, `<s> ... </s>` around each text."""
 
-    backend: Backend
+    backend: Backend = field(repr=False)
     serialisation_hash: str
     "xxh3_128 (hex) of the backend's own serialisation"
     special_ids: frozenset[int]

@@ -3,49 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.records import Chunks, Embeddings, LexicalWeights, TokenMatrices
+from m3cli.records import Embeddings, LexicalWeights, TokenMatrices
 
 
-def order_rows(batches: Iterable[Embeddings], chunks: Chunks, *, start: int, stop: int) -> Embeddings:
+def order_rows(batches: Iterable[Embeddings], *, start: int, stop: int) -> Embeddings:
     """Collect the batches of the rows [start, stop) into one record with rows ascending.
 
-    ColBERT matrices are placed as their batch arrives, so no more than the window and one batch is held.
+    How many ColBERT vectors a row has is what its batch says. Batches are let go of one by one as their matrices are
+    put in their places, so no more than the window and one batch is held.
     """
-    rows = np.arange(start, stop)
-    indptr = chunks.cu_seqlens[start : stop + 1] - chunks.cu_seqlens[start] - np.arange(stop - start + 1)
     arrived: list[NDArray[np.int64]] = []
     dense: list[NDArray[np.float16]] = []
     lexical: list[LexicalWeights] = []
-    vectors: NDArray[np.float16] | None = None
+    matrices: list[TokenMatrices] = []
     for batch in batches:
         arrived.append(batch.rows)
         if batch.dense_vecs is not None:
             dense.append(batch.dense_vecs)
         if batch.lexical_weights is not None:
             lexical.append(batch.lexical_weights)
-        if (matrices := batch.colbert_vecs) is not None:
-            if vectors is None:
-                vectors = np.empty((int(indptr[-1]), matrices.vectors.shape[1]), matrices.vectors.dtype)
-            _place_matrices(matrices, indptr[batch.rows - start], vectors)
+        if batch.colbert_vecs is not None:
+            matrices.append(batch.colbert_vecs)
     # order[i]: where the window's row i stands among the rows as they arrived
     order = np.argsort(np.concatenate(arrived), kind="stable")
-    assert len(order) == len(rows)
+    assert len(order) == stop - start
     return Embeddings(
-        rows=rows,
+        rows=np.arange(start, stop),
         dense_vecs=np.concatenate(dense)[order] if dense else None,
         lexical_weights=_order_weights(lexical, order) if lexical else None,
-        colbert_vecs=None if vectors is None else TokenMatrices(indptr=indptr, vectors=vectors),
+        colbert_vecs=_order_matrices(matrices, order) if matrices else None,
     )
 
 
-def _place_matrices(matrices: TokenMatrices, begins: NDArray[np.int64], vectors: NDArray[np.float16]) -> None:
-    for row, begin in enumerate(begins):
-        first, last = matrices.indptr[row], matrices.indptr[row + 1]
-        vectors[begin : begin + last - first] = matrices.vectors[first:last]
+def _order_matrices(parts: list[TokenMatrices], order: NDArray[np.int64]) -> TokenMatrices:
+    """Put matrices in order, emptying `parts`."""
+    lengths = np.concatenate([np.diff(part.indptr) for part in parts])
+    indptr = np.zeros(len(order) + 1, np.int64)
+    np.cumsum(lengths[order], out=indptr[1:])
+    begins = np.empty(len(order), np.int64)
+    begins[order] = indptr[:-1]
+    first, num_vectors = parts[0], int(indptr[-1])
+    vectors = np.empty((num_vectors, first.vectors.shape[1]), first.vectors.dtype)
+    scales = None if first.scales is None else np.empty(num_vectors, np.float32)
+    weights = None if first.weights is None else np.empty(num_vectors, np.float32)
+    done = 0
+    while parts:
+        part = parts.pop(0)
+        mine = begins[done : done + len(part.indptr) - 1]
+        done += len(mine)
+        for values, into in ((part.vectors, vectors), (part.scales, scales), (part.weights, weights)):
+            if values is not None and into is not None:
+                _place(values, part.indptr, mine, into)
+    return TokenMatrices(indptr=indptr, vectors=vectors, scales=scales, weights=weights)
+
+
+def _place(values: NDArray[Any], indptr: NDArray[np.int64], begins: NDArray[np.int64], into: NDArray[Any]) -> None:
+    for row, begin in enumerate(begins.tolist()):
+        first, last = indptr[row], indptr[row + 1]
+        into[begin : begin + last - first] = values[first:last]
 
 
 def _order_weights(parts: Sequence[LexicalWeights], order: NDArray[np.int64]) -> LexicalWeights:

@@ -24,6 +24,7 @@ def as_chunks(lengths: NDArray[np.int64]) -> Chunks:
         char_start=np.zeros(rows, np.int64),
         char_end=np.zeros(rows, np.int64),
         truncated=np.zeros(rows, np.bool_),
+        num_repeated=np.zeros(rows, np.int32),
     )
 
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from m3cli.encoder.checkpoint import read_checkpoint
-from m3cli.encoder.chunker import chunk_documents, cut_windows
+from m3cli.encoder.chunker import Cutting, chunk_documents
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
 from m3cli.errors import UsageError
 from m3cli.records import Chunks, Document
@@ -30,36 +30,14 @@ def row_ids(chunks: Chunks) -> list[list[int]]:
     return [chunks.input_ids[a:b].tolist() for a, b in pairwise(chunks.cu_seqlens)]
 
 
-def test_windows_without_overlap_tile_the_tokens() -> None:
-    assert cut_windows(10, size=4, overlap=0) == [(0, 4), (4, 8), (8, 10)]
-
-
-def test_windows_repeat_exactly_the_overlap() -> None:
-    assert cut_windows(10, size=4, overlap=1) == [(0, 4), (3, 7), (6, 10)]
-
-
-@given(st.integers(1, 500), st.integers(1, 60), st.integers(0, 59))
-def test_windows_cover_everything_and_end_once(num_tokens: int, size: int, overlap: int) -> None:
-    if overlap >= size:
-        with pytest.raises(UsageError, match=f"--overlap {overlap}"):
-            cut_windows(num_tokens, size=size, overlap=overlap)
-        return
-    windows = cut_windows(num_tokens, size=size, overlap=overlap)
-    assert windows[0][0] == 0
-    assert windows[-1][1] == num_tokens
-    assert sum(stop == num_tokens for _, stop in windows) == 1
-    assert all(0 < stop - start <= size for start, stop in windows)
-    assert all(after[0] == before[1] - overlap for before, after in pairwise(windows))
-
-
 def test_model_cards_sentence_has_its_known_ids(tokenizer: Tokenizer) -> None:
-    chunks = chunk_documents(as_documents("What is BGE M3?"), tokenizer, max_length=8192)
+    chunks = chunk_documents(as_documents("What is BGE M3?"), tokenizer, Cutting(max_length=8192))
     assert row_ids(chunks) == [[0, 4865, 83, 335, 11679, 276, 363, 32, 2]]
     assert (chunks.char_start[0], chunks.char_end[0]) == (0, 15)
 
 
 def test_short_documents_are_one_row_each_in_order(tokenizer: Tokenizer) -> None:
-    chunks = chunk_documents(as_documents("one", "два", "三"), tokenizer, max_length=16)
+    chunks = chunk_documents(as_documents("one", "два", "三"), tokenizer, Cutting(max_length=16))
     assert chunks.document.tolist() == [0, 1, 2]
     assert chunks.num_chunks.tolist() == [1, 1, 1]
     assert chunks.char_end.tolist() == [3, 3, 1]
@@ -67,7 +45,7 @@ def test_short_documents_are_one_row_each_in_order(tokenizer: Tokenizer) -> None
 
 
 def test_no_documents_give_no_rows(tokenizer: Tokenizer) -> None:
-    chunks = chunk_documents([], tokenizer, max_length=16)
+    chunks = chunk_documents([], tokenizer, Cutting(max_length=16))
     assert chunks.num_rows == 0
     assert chunks.cu_seqlens.tolist() == [0]
 
@@ -78,7 +56,9 @@ TEXTS = st.text(st.sampled_from("ab cde 語日本 мир \ńé\u200b🙂 .,"), 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXTS, max_length=st.integers(5, 40), overlap=st.integers(0, 2))
 def test_long_documents_spans_and_ids(tokenizer: Tokenizer, text: str, max_length: int, overlap: int) -> None:
-    chunks = chunk_documents(as_documents(text), tokenizer, max_length=max_length, overlap=overlap)
+    chunks = chunk_documents(
+        as_documents(text), tokenizer, Cutting(max_length=max_length, overlap=overlap, split="tokens")
+    )
     assert (chunks.num_tokens <= max_length).all()
     assert chunks.chunk_index.tolist() == list(range(chunks.num_rows))
     assert set(chunks.num_chunks.tolist()) == {chunks.num_rows}
@@ -90,13 +70,15 @@ def test_long_documents_spans_and_ids(tokenizer: Tokenizer, text: str, max_lengt
         assert (chunks.char_start[1:] <= chunks.char_end[:-1]).all()
     whole = tokenizer.encode([text])[0].tolist()
     bodies = [ids[1:-1] for ids in row_ids(chunks)]
-    joined = bodies[0] + [token for body in bodies[1:] for token in body[overlap:]]
+    joined = [
+        token for body, repeated in zip(bodies, chunks.num_repeated, strict=True) for token in body[int(repeated) :]
+    ]
     assert joined == whole[1:-1]
 
 
 def test_truncate_keeps_the_first_window_and_says_so(tokenizer: Tokenizer) -> None:
     text = "alpha beta gamma delta epsilon zeta eta theta"
-    chunks = chunk_documents(as_documents(text, "short"), tokenizer, max_length=6, long_docs="truncate")
+    chunks = chunk_documents(as_documents(text, "short"), tokenizer, Cutting(max_length=6, long_docs="truncate"))
     assert chunks.truncated.tolist() == [True, False]
     assert chunks.num_chunks.tolist() == [1, 1]
     assert chunks.num_tokens[0] == 6
@@ -106,7 +88,7 @@ def test_truncate_keeps_the_first_window_and_says_so(tokenizer: Tokenizer) -> No
 
 def test_prefix_goes_before_every_chunk_and_not_into_offsets(tokenizer: Tokenizer) -> None:
     text = "alpha beta gamma delta epsilon zeta eta theta"
-    chunks = chunk_documents(as_documents(text), tokenizer, max_length=9, prefix="query: ")
+    chunks = chunk_documents(as_documents(text), tokenizer, Cutting(max_length=9, prefix="query: "))
     prefix = tokenizer.encode(["query:"])[0].tolist()[1:-1]
     assert chunks.num_rows > 1
     for ids in row_ids(chunks):
@@ -121,10 +103,76 @@ def test_prefix_goes_before_every_chunk_and_not_into_offsets(tokenizer: Tokenize
 
 def test_prefix_longer_than_a_chunk_is_a_usage_error(tokenizer: Tokenizer) -> None:
     with pytest.raises(UsageError, match="--prefix"):
-        chunk_documents(as_documents("some text that is long"), tokenizer, max_length=5, prefix="a b c d e f g ")
+        chunk_documents(
+            as_documents("some text that is long"), tokenizer, Cutting(max_length=5, prefix="a b c d e f g ")
+        )
 
 
 def test_ids_are_int32_and_offsets_int64(tokenizer: Tokenizer) -> None:
-    chunks = chunk_documents(as_documents("x"), tokenizer, max_length=5)
+    chunks = chunk_documents(as_documents("x"), tokenizer, Cutting(max_length=5))
     assert chunks.input_ids.dtype == np.int32
     assert chunks.char_start.dtype == chunks.cu_seqlens.dtype == np.int64
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=TEXTS, max_length=st.integers(10, 40), overlap=st.integers(0, 3))
+def test_sentences_tile_the_text_and_keep_its_tokens(
+    tokenizer: Tokenizer, text: str, max_length: int, overlap: int
+) -> None:
+    chunks = chunk_documents(as_documents(text), tokenizer, Cutting(max_length=max_length, overlap=overlap))
+    assert (chunks.num_tokens <= max_length).all()
+    assert (chunks.char_start[0], chunks.char_end[-1]) == (0, len(text))
+    assert (chunks.char_start[1:] <= chunks.char_end[:-1]).all()
+    if not overlap:
+        spans = zip(chunks.char_start.tolist(), chunks.char_end.tolist(), strict=True)
+        assert "".join(text[start:stop] for start, stop in spans) == text
+    bodies = zip(row_ids(chunks), chunks.num_repeated.tolist(), strict=True)
+    assert [token for ids, repeated in bodies for token in ids[1 + repeated : -1]] == tokenizer.encode([text])[
+        0
+    ].tolist()[1:-1]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=TEXTS, max_length=st.integers(10, 40))
+def test_a_chunk_cut_at_white_space_has_the_tokens_of_its_text_alone(
+    tokenizer: Tokenizer, text: str, max_length: int
+) -> None:
+    chunks = chunk_documents(as_documents(text), tokenizer, Cutting(max_length=max_length))
+    for ids, start, stop in zip(row_ids(chunks), chunks.char_start.tolist(), chunks.char_end.tolist(), strict=True):
+        before, last = text[start - 1 : start], text[stop - 1 : stop]
+        if (not before or before.isspace()) and (stop == len(text) or last.isspace()):
+            assert ids == tokenizer.encode([text[start:stop]])[0].tolist()
+
+
+def test_texts_longer_than_a_segment_are_cut_like_others(tokenizer: Tokenizer) -> None:
+    sentence = "A book has many sentences, and each of them says something. "
+    text = sentence * 2000
+    chunks = chunk_documents(as_documents("short", text, "short too"), tokenizer, Cutting(max_length=512))
+    assert chunks.document[0] == 0
+    assert chunks.document[-1] == 2
+    rows = chunks.document == 1
+    assert "".join(text[a:b] for a, b in zip(chunks.char_start[rows], chunks.char_end[rows], strict=True)) == text
+    assert (chunks.char_start[rows] % len(sentence) == 0).all()
+    assert chunks.num_tokens[rows].min() > 0.7 * chunks.num_tokens[rows].max()
+    cut = chunk_documents(as_documents(text), tokenizer, Cutting(max_length=512, long_docs="truncate"))
+    assert cut.num_tokens.tolist() == [512]
+    assert cut.truncated.tolist() == [True]
+
+
+def test_a_long_text_of_few_tokens_is_one_row(tokenizer: Tokenizer) -> None:
+    text = "end" + " " * 100_000 + "of it"
+    for long_docs in ("chunk", "truncate"):
+        cutting = Cutting(max_length=16, long_docs=long_docs)
+        chunks = chunk_documents(as_documents(text), tokenizer, cutting)
+        assert chunks.num_chunks.tolist() == [1]
+        assert chunks.char_end.tolist() == [len(text)]
+        assert not chunks.truncated.any()
+
+
+def test_the_prefix_of_later_chunks_counts_as_repeated(tokenizer: Tokenizer) -> None:
+    text = "alpha beta gamma delta epsilon zeta eta theta"
+    chunks = chunk_documents(
+        as_documents(text), tokenizer, Cutting(max_length=12, overlap=2, prefix="query: ", split="tokens")
+    )
+    prefix = len(tokenizer.encode(["query:"])[0]) - 2
+    assert chunks.num_repeated.tolist() == [0] + [prefix + 2] * (chunks.num_rows - 1)

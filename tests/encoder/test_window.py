@@ -7,12 +7,11 @@ from hypothesis import strategies as st
 from m3cli.encoder.batcher import batch_rows
 from m3cli.encoder.window import order_rows
 from m3cli.records import Embeddings, LexicalWeights, TokenMatrices
-from tests.encoder.test_batcher import LENGTHS, as_chunks
+from tests.encoder.test_batcher import LENGTHS
 
 
 @given(LENGTHS.filter(len), st.integers(2, 120), st.data())
 def test_rows_come_back_in_corpus_order(lengths: np.ndarray, budget: int, data: st.DataObject) -> None:
-    chunks = as_chunks(lengths)
     start = data.draw(st.integers(0, len(lengths) - 1))
     batches = []
     for places in batch_rows(lengths[start:], max_batch_tokens=budget):
@@ -35,7 +34,7 @@ def test_rows_come_back_in_corpus_order(lengths: np.ndarray, budget: int, data: 
                 ),
             )
         )
-    made = order_rows(iter(batches), chunks, start=start, stop=len(lengths))
+    made = order_rows(iter(batches), start=start, stop=len(lengths))
     expected = np.arange(start, len(lengths))
     assert made.dense_vecs is not None
     assert made.lexical_weights is not None

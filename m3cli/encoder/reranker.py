@@ -1,0 +1,148 @@
+"""A cross-encoder over the packed forward pass: query and passage read together, one logit a pair.
+
+BAAI/bge-reranker-v2-m3 and its like are XLM-RoBERTa with the head of `XLMRobertaForSequenceClassification` and one
+label: out_proj(tanh(dense(state of <s>))). A pair is `<s> query </s></s> passage </s>`, as XLM-R's tokenizer joins two
+texts. Queries are cut first, at three quarters of the length, then the passage at what is left, as FlagEmbedding's
+FlagReranker does. The head is computed in float32 whatever the states are in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from m3cli.config import Dtype
+from m3cli.encoder.batcher import split_batch
+from m3cli.encoder.checkpoint import Checkpoint
+from m3cli.encoder.model import Model, load_model, read_pickled, run_model
+from m3cli.errors import ModelError
+from m3cli.records import Batch
+
+PAIR_SPECIALS = 4
+"<s> and the three </s> of a pair"
+_HEAD = "classifier."
+_PARTS = ("dense.weight", "dense.bias", "out_proj.weight", "out_proj.bias")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reranker:
+    """A checkpoint with its classification head on a device. C hidden width."""
+
+    model: Model
+    dense: tuple[torch.Tensor, torch.Tensor]
+    "weight [C, C] and bias [C], float32"
+    out_proj: tuple[torch.Tensor, torch.Tensor]
+    "weight [1, C] and bias [1], float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logits:
+    """What pairs of a batch are worth."""
+
+    rows: NDArray[np.int64]
+    "[B], as in the batch"
+    values: NDArray[np.float32]
+    "[B]; NaN or infinite where the forward pass overflowed"
+
+
+def load_reranker(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Reranker:
+    """Read a checkpoint's weights and head onto a device.
+
+    Raises:
+        ModelError: there is no head, it has another number of labels than one, or a weight is misshapen.
+    """
+    head = _read_head(checkpoint)
+    width = checkpoint.hidden_size
+    shapes = dict(zip(_PARTS, ((width, width), (width,), (1, width), (1,)), strict=True))
+    for name, shape in shapes.items():
+        if name not in head:
+            raise ModelError(
+                f"{checkpoint.name} has no {_HEAD}{name}: it scores no pairs; "
+                "give a cross-encoder such as BAAI/bge-reranker-v2-m3"
+            )
+        if tuple(head[name].shape) != shape:
+            raise ModelError(
+                f"{checkpoint.name}: {_HEAD}{name} is {list(head[name].shape)}, not {list(shape)}; "
+                "give a cross-encoder with one label, such as BAAI/bge-reranker-v2-m3"
+            )
+    put = {name: tensor.to(device=device, dtype=torch.float32) for name, tensor in head.items()}
+    return Reranker(
+        model=load_model(checkpoint, device=device, dtype=dtype),
+        dense=(put["dense.weight"], put["dense.bias"]),
+        out_proj=(put["out_proj.weight"], put["out_proj.bias"]),
+    )
+
+
+def join_pair(
+    query: NDArray[np.int32], passage: NDArray[np.int32], *, max_length: int
+) -> tuple[NDArray[np.int32], bool]:
+    """Join the token ids of two texts, each with its `<s>` and `</s>`, into one pair of at most `max_length` tokens.
+
+    Returns:
+        the pair's token ids, and whether the passage lost tokens.
+    """
+    room = max_length - (len(query) - 2) - PAIR_SPECIALS
+    content = passage[1:-1]
+    end = passage[-1:]
+    return np.concatenate([query, end, content[:room], end]), len(content) > room
+
+
+def score_batch(reranker: Reranker, batch: Batch) -> Iterator[Logits]:
+    """Yield the logits of a batch's pairs, in order: at once, or in parts where memory does not hold it whole.
+
+    Raises:
+        ModelError: memory does not hold one single pair.
+    """
+    values = _run(reranker, batch)
+    if values is not None:
+        yield Logits(rows=batch.rows, values=values)
+        return
+    # Not in the handler of the error: there the traceback would keep the failed batch's tensors alive.
+    torch.cuda.empty_cache()
+    if len(batch.rows) == 1:
+        raise ModelError(
+            f"one pair of {batch.max_seqlen:,} tokens does not fit the memory of {reranker.model.device}; "
+            "lower --max-length, or use --device cpu"
+        )
+    _log.warning("out of memory with a batch of %d tokens; going on with halves of it", len(batch.input_ids))
+    for half in split_batch(batch):
+        yield from score_batch(reranker, half)
+
+
+@torch.inference_mode()
+def _run(reranker: Reranker, batch: Batch) -> NDArray[np.float32] | None:
+    """Return the logits [B], None where memory ran out."""
+    try:
+        states, _ = run_model(reranker.model, batch)
+        firsts = torch.from_numpy(batch.cu_seqlens[:-1].astype(np.int64)).to(states.device)
+        inner = torch.tanh(torch.nn.functional.linear(states[firsts].float(), *reranker.dense))
+        logits: NDArray[np.float32] = torch.nn.functional.linear(inner, *reranker.out_proj)[:, 0].cpu().numpy()
+    except torch.OutOfMemoryError:
+        return None
+    return logits
+
+
+def _read_head(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Read the head's tensors, and no others, from the weight files."""
+    found: dict[str, torch.Tensor] = {}
+    for path in checkpoint.weight_files:
+        found |= _read_mapped(path) if path.suffix == ".safetensors" else read_pickled(path)
+    return {name.removeprefix(_HEAD): tensor for name, tensor in found.items() if name.startswith(_HEAD)}
+
+
+def _read_mapped(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if name.startswith(_HEAD)}  # noqa: SIM118  no dict
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read: {error}; download the checkpoint again") from error

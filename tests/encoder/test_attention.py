@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m3cli.encoder import attention
+from m3cli.encoder.attention import LENGTH_STEP, attend, lay_out, plan_blocks
+
+LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=40).map(lambda found: sorted(found, reverse=True))
+
+
+def to_borders(lengths: list[int]) -> np.ndarray:
+    return np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+
+
+def attend_one_by_one(qkv: torch.Tensor, borders: np.ndarray) -> torch.Tensor:
+    out = []
+    for first, last in pairwise(borders):
+        q, k, v = qkv[first:last].double().permute(1, 2, 0, 3)
+        scores = torch.softmax(q @ k.transpose(1, 2) / q.shape[-1] ** 0.5, -1)
+        out.append((scores @ v).transpose(0, 1).reshape(last - first, -1))
+    return torch.cat(out)
+
+
+@settings(deadline=None, max_examples=40)
+@given(lengths=LENGTHS, most_scores=st.integers(1, 40_000))
+def test_attention_equals_one_sequence_after_the_other(lengths: list[int], most_scores: int) -> None:
+    borders = to_borders(lengths)
+    generator = torch.Generator().manual_seed(sum(lengths))
+    qkv = torch.randn(int(borders[-1]) + 3, 3, 2, 8, generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(attention.BLOCK_SCORES, "cpu", most_scores)
+        patch.setattr(attention, "LEAST_QUERIES", LENGTH_STEP)
+        layout = lay_out(borders, num_heads=2, max_seqlen=lengths[0], device=torch.device("cpu"), dtype=torch.float32)
+        made = attend(qkv, layout)
+    assert torch.allclose(made[: borders[-1]].double(), attend_one_by_one(qkv, borders), atol=1e-5)
+    assert not made[borders[-1] :].any()
+
+
+@given(lengths=st.lists(st.integers(1, 8192), min_size=1, max_size=200), most_scores=st.integers(1, 1 << 20))
+def test_blocks_hold_every_sequence_once_in_few_shapes(lengths: list[int], most_scores: int) -> None:
+    blocks = plan_blocks(np.array(lengths, np.int32), most_scores=most_scores)
+    assert [place for first, last, _ in blocks for place in range(first, last)] == list(range(len(lengths)))
+    for first, last, length in blocks:
+        count = last - first
+        assert count & (count - 1) == 0
+        assert length % LENGTH_STEP == 0
+        assert count == 1 or count * length**2 <= most_scores
+        assert all(length - LENGTH_STEP < one <= length for one in lengths[first:last])
+
+
+def test_what_is_no_number_stays_in_its_sequence() -> None:
+    borders = to_borders([20, 19, 18, 3])
+    qkv = torch.randn(60, 3, 2, 8)
+    qkv[25] = torch.nan
+    layout = lay_out(borders, num_heads=2, max_seqlen=20, device=torch.device("cpu"), dtype=torch.float32)
+    made = attend(qkv, layout)
+    assert made[20:39].isnan().any(-1).all()
+    assert made[:20].isfinite().all()
+    assert made[39:].isfinite().all()

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from m3cli.encoder import segments
+from m3cli.encoder.checkpoint import read_checkpoint
+from m3cli.encoder.segments import cut_segments, read_tokens
+from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_m3: Path) -> Tokenizer:
+    return load_tokenizer(read_checkpoint(tiny_m3))
+
+
+@pytest.fixture
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "SEGMENT_CHARS", 64)
+
+
+WORDS = st.lists(st.sampled_from(["alpha", "мир", "日本語", "e\u0301", "<mask>", "\u0301", "Ω.", "㍿"]), max_size=80)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(words=WORDS, blanks=st.lists(st.sampled_from([" ", "\n", "\r\n", "  ", "\t"]), min_size=80, max_size=80))
+def test_segments_at_white_space_have_the_tokens_of_the_whole_text(
+    tokenizer: Tokenizer, short_segments: None, words: list[str], blanks: list[str]
+) -> None:
+    text = "".join(word + blank for word, blank in zip(words, blanks, strict=False))
+    found = read_tokens(text, tokenizer)
+    whole = tokenizer.encode_with_offsets(text)
+    assert found.input_ids.tolist() == whole.ids
+    assert found.starts[1:].tolist() == [first for first, _ in whole.offsets][1:]
+
+
+def test_a_run_of_blanks_is_not_parted(tokenizer: Tokenizer, short_segments: None) -> None:
+    text = "alpha " * 10 + "mu  <mask> omega\r\n \tend " * 8
+    found, whole = read_tokens(text, tokenizer), tokenizer.encode_with_offsets(text)
+    assert found.input_ids.tolist() == whole.ids
+    assert found.starts[1:].tolist() == [first for first, _ in whole.offsets][1:]
+
+
+def test_blanks_that_fill_segments_are_cut_all_the_same(short_segments: None) -> None:
+    spans = list(cut_segments("a" + " " * 300 + "b"))
+    assert spans[-1][1] == 302
+    assert all(0 < stop - start <= 64 for start, stop in spans)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.sampled_from("ab 語。\n\u0301🇩🇪"), max_size=500))
+def test_segments_tile_a_text(short_segments: None, text: str) -> None:
+    spans = list(cut_segments(text))
+    assert spans[0][0] == 0
+    assert spans[-1][1] == len(text)
+    assert all(before[1] == after[0] for before, after in pairwise(spans))
+    assert all(0 < stop - start <= 64 for start, stop in spans) or not text
+
+
+def test_without_white_space_only_tokens_at_the_cuts_may_differ(tokenizer: Tokenizer, short_segments: None) -> None:
+    text = "山路を登りながらこう考えた智に働けば角が立つ情に棹させば流される" * 20
+    found, whole = read_tokens(text, tokenizer), tokenizer.encode_with_offsets(text)
+    joined = [tokenizer.token(token).replace("▁", "") for token in found.input_ids.tolist()]
+    assert "".join(joined) == text
+    cuts = len(list(cut_segments(text))) - 1
+    places = {first for first, _ in whole.offsets}
+    assert len(set(found.starts.tolist()) - places) <= 2 * cuts
+
+
+def test_enough_tokens_are_read_and_no_more(tokenizer: Tokenizer) -> None:
+    text = "some words of a book. " * 20_000
+    found = read_tokens(text, tokenizer, enough=100)
+    assert 100 < len(found.input_ids) < 20_000
+    blank = read_tokens(" " * 200_000 + "end of it", tokenizer, enough=2)
+    assert len(blank.input_ids) == 3
+
+
+def test_a_prefix_is_apart_and_offsets_are_of_the_text(tokenizer: Tokenizer, short_segments: None) -> None:
+    text = "alpha beta gamma delta " * 20
+    found = read_tokens(text, tokenizer, prefix="query: ")
+    assert found.prefix_ids.tolist() == tokenizer.encode(["query:"])[0].tolist()[1:-1]
+    assert found.input_ids.tolist() == tokenizer.encode_with_offsets(text).ids
+    assert found.starts[0] == 0
+    assert (np.diff(found.starts) >= 0).all()
