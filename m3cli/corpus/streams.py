@@ -128,6 +128,19 @@ def read_head(source: Source, size: int, *, stdin: PeekableStream | None = None)
     return head[:size]
 
 
+def measure_ratio(source: Source, *, size: int) -> float:
+    """Return how many bytes come out of each byte of a file when it is decompressed, by its first `size` bytes.
+
+    A little more is read from the disk than was decompressed; a file that is no longer is decompressed whole.
+    """
+    with name_faults(source), Path(source.path).open("rb") as file:
+        decompressed, length = _decompress(file, source.compression), 0
+        whole = source.size <= size
+        while (whole or file.tell() < size) and (part := decompressed.read(BLOCK_BYTES)):
+            length += len(part)
+        return length / max(file.tell(), 1)
+
+
 def check_unchanged(source: Source) -> None:
     """Refuse a file that is gone or has another size than when it was planned."""
     if source.path == "-":

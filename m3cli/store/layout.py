@@ -3,7 +3,8 @@
     rows/shard-0000000.parquet            one row a chunk; with the parquet format the vectors are columns here
     dense_vecs/shard-0000000.npy          npy format
     lexical_weights/shard-0000000.npz     npy format
-    colbert_vecs/shard-0000000.npy        npy format, with shard-0000000.indptr.npy beside it
+    colbert_vecs/shard-0000000.npy        npy format, with shard-0000000.indptr.npy beside it, and where vectors are
+                                          int8 shard-0000000.scales.npy
     _m3/run.json _m3/done/ _m3/skipped/ _m3/hashes/ _m3/manifest.json _m3/lock* _m3/metrics.json _m3/tmp/<worker>/
 
 A name is a path below the folder with '/', as done entries spell it. `text` is reserved even when no text is kept, so
@@ -18,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from m3cli.config import Format, VectorDtype
+from m3cli.config import PLAIN_COLBERT, ColbertForm, Format, VectorCompression, VectorDtype
 from m3cli.records import Output
 
 FORMAT_VERSION = 1
@@ -44,7 +45,10 @@ ROW_COLUMNS: tuple[tuple[str, Any], ...] = (
 )
 TEXT_COLUMN = "text"
 VECTOR_COLUMNS: dict[Output, str] = {"dense": "dense_vecs", "sparse": "lexical_weights", "colbert": "colbert_vecs"}
-RESERVED_COLUMNS = frozenset([*(name for name, _ in ROW_COLUMNS), TEXT_COLUMN, *VECTOR_COLUMNS.values()])
+SCALES_COLUMN = "colbert_scales"
+"beside `colbert_vecs` where those are int8"
+RESERVED_COLUMNS = frozenset([*(name for name, _ in ROW_COLUMNS), TEXT_COLUMN, *VECTOR_COLUMNS.values(), SCALES_COLUMN])
+SCALE_BYTES = 4
 
 # Assumed, on the high side. Measured on 8,927 English docstrings and licences cut at 1,500 characters: rows with ids of
 # one pattern take 5 bytes, text shrinks to 0.30 under zstd; but ids may be random, and other text repeats itself less.
@@ -70,6 +74,28 @@ class RowForm:
     keep_text: bool = False
     kept: Any = None
     "pyarrow.Schema of the kept fields, None if nothing is kept"
+    colbert: ColbertForm = PLAIN_COLBERT
+    compression: VectorCompression = "none"
+    "of the vectors in Parquet"
+    exact_vectors: bool = True
+    "whether a row has a ColBERT vector for every token but <s>"
+
+    @property
+    def scaled(self) -> bool:
+        """Whether each ColBERT vector has a scale beside it."""
+        return "colbert" in self.outputs and self.colbert.dtype == "int8"
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of a stored ColBERT vector, without its scale."""
+        return self.colbert.vector_bytes(self.dim)
+
+
+def vector_layout(form: RowForm) -> tuple[str, int]:
+    """Return NumPy's name for the type of stored ColBERT vectors, and how many numbers of it a vector is."""
+    if form.colbert.dtype == "binary":
+        return "uint8", form.dim // 8
+    return form.colbert.dtype, form.dim
 
 
 def shard_stem(index: int) -> str:
@@ -100,6 +126,11 @@ def colbert_name(index: int) -> str:
 def indptr_name(index: int) -> str:
     """Name the places where rows begin in the shard's ColBERT vectors, in the npy format."""
     return f"colbert_vecs/{shard_stem(index)}.indptr.npy"
+
+
+def scales_name(index: int) -> str:
+    """Name the scales of the shard's ColBERT vectors in the npy format; only there where those are int8."""
+    return f"colbert_vecs/{shard_stem(index)}.scales.npy"
 
 
 def done_name(index: int) -> str:
@@ -140,9 +171,20 @@ def _vector_fields(form: RowForm) -> list[pa.Field]:
         "sparse": pa.field(
             "lexical_weights", pa.struct([("indices", pa.list_(pa.uint32())), ("values", pa.list_(pa.float32()))])
         ),
-        "colbert": pa.field("colbert_vecs", pa.large_binary(), metadata={"dtype": "float16", "dim": str(form.dim)}),
+        "colbert": pa.field("colbert_vecs", pa.large_binary(), metadata=_describe_vectors(form)),
     }
-    return [kinds[output] for output in VECTOR_COLUMNS if output in form.outputs]
+    fields = [kinds[output] for output in VECTOR_COLUMNS if output in form.outputs]
+    if form.scaled:
+        fields.append(pa.field(SCALES_COLUMN, pa.large_binary(), metadata={"dtype": "float32"}))
+    return fields
+
+
+def _describe_vectors(form: RowForm) -> dict[str, str]:
+    dtype, width = vector_layout(form)
+    described = {"dtype": dtype, "dim": str(form.dim)}
+    if width != form.dim:
+        described["width"] = str(width)
+    return described
 
 
 def clashing_fields(kept: Iterable[str]) -> list[str]:
@@ -158,5 +200,15 @@ def estimate_bytes(form: RowForm, *, rows: int, tokens: int, text_bytes: int = 0
     if "sparse" in form.outputs:
         sizes["sparse"] = int(tokens * WEIGHTS_PER_TOKEN) * WEIGHT_BYTES + rows * 4
     if "colbert" in form.outputs:
-        sizes["colbert"] = (tokens - rows) * form.dim * 2 + rows * 8
+        vector = form.vector_bytes + (SCALE_BYTES if form.scaled else 0)
+        sizes["colbert"] = _estimate_vectors(form, rows=rows, tokens=tokens) * vector + rows * 8
     return sizes
+
+
+def _estimate_vectors(form: RowForm, *, rows: int, tokens: int) -> int:
+    """Estimate ColBERT vectors on the high side: what a least weight leaves out is not known before."""
+    vectors, colbert = tokens - rows, form.colbert
+    if colbert.top_k is not None:
+        vectors = min(vectors, rows * colbert.top_k)
+    # Rounded up row by row, with a protected vector in each.
+    return vectors if colbert.pool == 1 else min(vectors, vectors // colbert.pool + 2 * rows)

@@ -8,6 +8,7 @@ weights are equal bytes.
 
 from __future__ import annotations
 
+import io
 import zipfile
 from typing import IO, Any, cast
 
@@ -17,36 +18,52 @@ from numpy.typing import NDArray
 
 from m3cli.records import Document, Embeddings, LexicalWeights
 from m3cli.store.commit import output_errors
+from m3cli.store.layout import RowForm, vector_layout
 from m3cli.store.staging import StagedFile
 
 
 class ArrayFile:
-    """An open .npy of a known shape, written front to back."""
+    """An open .npy written front to back, [length, *shape]; without a length its header is mended at the end.
 
-    def __init__(self, staged: StagedFile, *, shape: tuple[int, ...], dtype: str) -> None:
+    NumPy pads a header for the longest first axis there can be, so that it has the same length whatever stands in it.
+    """
+
+    def __init__(self, staged: StagedFile, *, length: int | None, shape: tuple[int, ...] = (), dtype: str) -> None:
         self._staged = staged
+        self._length = length
+        self._shape = shape
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._missing = int(np.prod(shape)) * self._dtype.itemsize
-        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(cast(IO[bytes], staged), header)
+        self._written = 0
+        self._header_bytes = staged.write(self._header(length or 0))
 
     def write(self, values: NDArray[Any]) -> None:
         """Append values along the first axis."""
         plain = values.astype(self._dtype, order="C", copy=False)
-        self._missing -= plain.nbytes
+        self._written += len(plain)
         self._staged.write(plain.data)
 
     def finish(self) -> None:
-        """Hold the header to its word."""
-        if self._missing:
-            raise ValueError(f"{self._staged.name}: {self._missing} bytes missing of what its header says")
+        """Hold the header to its word, or give it the word it lacks."""
+        if self._length is None:
+            header = self._header(self._written)
+            assert len(header) == self._header_bytes
+            self._staged.amend(header)
+        elif self._written != self._length:
+            raise ValueError(f"{self._staged.name}: its header says {self._length}, {self._written} were written")
+
+    def _header(self, length: int) -> bytes:
+        descr = np.lib.format.dtype_to_descr(self._dtype)
+        buffer = io.BytesIO()
+        content = {"descr": descr, "fortran_order": False, "shape": (length, *self._shape)}
+        np.lib.format.write_array_header_1_0(buffer, content)
+        return buffer.getvalue()
 
 
 class DenseFile:
     """An open `dense_vecs/*.npy`."""
 
     def __init__(self, staged: StagedFile, *, rows: int, dim: int, dtype: str) -> None:
-        self._array = ArrayFile(staged, shape=(rows, dim), dtype=dtype)
+        self._array = ArrayFile(staged, length=rows, shape=(dim,), dtype=dtype)
 
     def append(self, _rows: pa.Table, embeddings: Embeddings) -> None:
         """Append a window."""
@@ -62,19 +79,34 @@ class DenseFile:
 
 
 class ColbertFiles:
-    """An open `colbert_vecs/*.npy` and the places where rows begin in it."""
+    """An open `colbert_vecs/*.npy`, the places where rows begin in it, and with int8 the scales of its vectors."""
 
-    def __init__(self, vectors: StagedFile, indptr: StagedFile, *, rows: int, num_vectors: int, dim: int) -> None:
-        self._vectors = ArrayFile(vectors, shape=(num_vectors, dim), dtype="float16")
-        self._indptr = ArrayFile(indptr, shape=(rows + 1,), dtype="int64")
+    def __init__(
+        self,
+        vectors: StagedFile,
+        indptr: StagedFile,
+        scales: StagedFile | None,
+        *,
+        form: RowForm,
+        rows: int,
+        num_vectors: int | None,
+    ) -> None:
+        dtype, width = vector_layout(form)
+        self._vectors = ArrayFile(vectors, length=num_vectors, shape=(width,), dtype=dtype)
+        self._indptr = ArrayFile(indptr, length=rows + 1, dtype="int64")
         self._indptr.write(np.zeros(1, dtype=np.int64))
+        self._scales = None if scales is None else ArrayFile(scales, length=num_vectors, dtype="float32")
         self._end = 0
 
     def append(self, _rows: pa.Table, embeddings: Embeddings) -> None:
         """Append a window."""
         assert embeddings.colbert_vecs is not None
         indptr = embeddings.colbert_vecs.indptr
-        self._vectors.write(embeddings.colbert_vecs.vectors[indptr[0] : indptr[-1]])
+        span = slice(indptr[0], indptr[-1])
+        self._vectors.write(embeddings.colbert_vecs.vectors[span])
+        if self._scales is not None:
+            assert embeddings.colbert_vecs.scales is not None
+            self._scales.write(embeddings.colbert_vecs.scales[span])
         self._indptr.write(indptr[1:] - indptr[0] + self._end)
         self._end += int(indptr[-1] - indptr[0])
 
@@ -82,6 +114,8 @@ class ColbertFiles:
         """Check that all is there."""
         self._vectors.finish()
         self._indptr.finish()
+        if self._scales is not None:
+            self._scales.finish()
 
     def discard(self) -> None:
         """Nothing waits."""
@@ -128,6 +162,6 @@ def _join(parts: list[NDArray[Any]], kind: type[Any]) -> NDArray[Any]:
 
 def write_hashes(staged: StagedFile, documents: tuple[Document, ...]) -> None:
     """Write `_m3/hashes/*.npy`: [documents, 2] uint64, high and low half of each text's xxh3_128."""
-    array = ArrayFile(staged, shape=(len(documents), 2), dtype="uint64")
+    array = ArrayFile(staged, length=len(documents), shape=(2,), dtype="uint64")
     array.write(np.array([document.text_hash for document in documents], dtype=np.uint64).reshape(-1, 2))
     array.finish()

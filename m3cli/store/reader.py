@@ -6,10 +6,12 @@ parquet format is read a row group (64 MiB of vectors) at a time by `iter_parts`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -21,12 +23,14 @@ from m3cli.errors import DamageFound, UsageError
 from m3cli.records import DoneEntry, Embeddings, LexicalWeights, Output, ShardCounts, TokenMatrices
 from m3cli.store.entries import is_ours, read_entries, read_manifest, read_run
 from m3cli.store.layout import (
+    SCALES_COLUMN,
     VECTOR_COLUMNS,
     colbert_name,
     dense_name,
     indptr_name,
     lexical_name,
     rows_name,
+    scales_name,
 )
 
 
@@ -73,11 +77,24 @@ def open_folder(path: Path) -> OutputFolder:
 
 
 def iter_parts(
-    folder: OutputFolder, *, outputs: Sequence[Output] = ALL_OUTPUTS, columns: Sequence[str] | None = None
+    folder: OutputFolder,
+    *,
+    outputs: Sequence[Output] = ALL_OUTPUTS,
+    columns: Sequence[str] | None = None,
+    wanted: Mapping[int, NDArray[np.int64]] | None = None,
 ) -> Iterator[ShardArrays]:
-    """Read all done shards in order, each in parts small enough to hold; a shard without rows gives none."""
+    """Read all done shards in order, each in parts small enough to hold; a shard without rows gives none.
+
+    Args:
+        folder: the folder.
+        outputs: vectors to read.
+        columns: other columns to read; None: all.
+        wanted: of each shard the rows that matter, ascending; parts without any are passed over. None: all.
+    """
     for index in folder.entries:
-        yield from _iter_shard(folder.path, index, outputs=outputs, columns=columns)
+        rows = None if wanted is None else wanted.get(index, np.empty(0, np.int64))
+        if rows is None or len(rows):
+            yield from _iter_shard(folder, index, outputs=outputs, columns=columns, wanted=rows)
 
 
 def read_shard(
@@ -86,22 +103,59 @@ def read_shard(
     """Read one done shard whole; `columns` names the columns wanted beside the vectors, None for all of them."""
     if index not in folder.entries:
         raise UsageError(f"{folder.path}: shard {index} is not done")
-    with _open_rows(folder.path, index) as file:
+    _refuse_damaged(folder, index)
+    with _reading(folder, index), _open_rows(folder.path, index) as file:
         names = _choose_columns(file.schema_arrow, outputs=outputs, columns=columns)
         table = file.read(columns=names, use_threads=False)
-    return _to_arrays(folder.path, index, table, outputs=outputs, first_row=0)
+        return _to_arrays(folder.path, index, table, outputs=outputs, first_row=0)
+
+
+def _refuse_damaged(folder: OutputFolder, index: int) -> None:
+    """Refuse a shard with a file that is gone or not as long as it was; what else may be wrong, `m3 check` finds."""
+    for record in folder.entries[index].files:
+        path = folder.path / record.name
+        length = path.stat().st_size if path.exists() else None
+        if length != record.length:
+            found = "is gone" if length is None else f"has {length:,} bytes where {record.length:,} were written"
+            raise DamageFound(f"{path} {found}; {_remedy(folder)}")
+
+
+@contextmanager
+def _reading(folder: OutputFolder, index: int) -> Iterator[None]:
+    """Say of a shard that does not read as it was written that it is damaged."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, KeyError, BadZipFile) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DamageFound(f"{folder.path}: shard {index} cannot be read: {reason}; {_remedy(folder)}") from error
+
+
+def _remedy(folder: OutputFolder) -> str:
+    return f"'m3 check {folder.path}' lists all damage, with --repair the next m3 encode makes it again"
 
 
 def _iter_shard(
-    root: Path, index: int, *, outputs: Sequence[Output], columns: Sequence[str] | None
+    folder: OutputFolder,
+    index: int,
+    *,
+    outputs: Sequence[Output],
+    columns: Sequence[str] | None,
+    wanted: NDArray[np.int64] | None = None,
 ) -> Iterator[ShardArrays]:
     first_row = 0
-    with _open_rows(root, index) as file:
+    _refuse_damaged(folder, index)
+    with _reading(folder, index):
+        file = _open_rows(folder.path, index)
         names = _choose_columns(file.schema_arrow, outputs=outputs, columns=columns)
+    with file:
         for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns=names, use_threads=False)
-            yield _to_arrays(root, index, table, outputs=outputs, first_row=first_row)
-            first_row += table.num_rows
+            num_rows = file.metadata.row_group(group).num_rows
+            if wanted is None or np.diff(np.searchsorted(wanted, [first_row, first_row + num_rows]))[0]:
+                with _reading(folder, index):
+                    table = file.read_row_group(group, columns=names, use_threads=False)
+                    part = _to_arrays(folder.path, index, table, outputs=outputs, first_row=first_row)
+                yield part
+            first_row += num_rows
 
 
 def _open_rows(root: Path, index: int) -> pq.ParquetFile:
@@ -110,7 +164,9 @@ def _open_rows(root: Path, index: int) -> pq.ParquetFile:
 
 def _choose_columns(schema: pa.Schema, *, outputs: Sequence[Output], columns: Sequence[str] | None) -> list[str]:
     vectors = [VECTOR_COLUMNS[output] for output in outputs]
-    scalars = [name for name in schema.names if name not in VECTOR_COLUMNS.values()]
+    if "colbert" in outputs:
+        vectors.append(SCALES_COLUMN)
+    scalars = [name for name in schema.names if name not in VECTOR_COLUMNS.values() and name != SCALES_COLUMN]
     unknown = [name for name in columns or () if name not in scalars]
     if unknown:
         raise UsageError(f"no column {unknown[0]!r}; there are {', '.join(scalars)}")
@@ -120,7 +176,7 @@ def _choose_columns(schema: pa.Schema, *, outputs: Sequence[Output], columns: Se
 
 def _to_arrays(root: Path, index: int, table: pa.Table, *, outputs: Sequence[Output], first_row: int) -> ShardArrays:
     stop = first_row + table.num_rows
-    present = [name for name in VECTOR_COLUMNS.values() if name in table.column_names]
+    present = [name for name in (*VECTOR_COLUMNS.values(), SCALES_COLUMN) if name in table.column_names]
     vectors = _from_columns(table.select(present)) if present else _from_files(root, index, outputs, first_row, stop)
     embeddings = Embeddings(
         rows=np.arange(first_row, stop, dtype=np.int64),
@@ -133,11 +189,15 @@ def _to_arrays(root: Path, index: int, table: pa.Table, *, outputs: Sequence[Out
 
 def _from_columns(table: pa.Table) -> dict[str, Any]:
     readers = {"dense": _read_dense, "sparse": _read_lexical, "colbert": _read_colbert}
-    return {
+    vectors: dict[str, Any] = {
         output: readers[output](_whole(table.column(name)), table.field(name))
         for output, name in VECTOR_COLUMNS.items()
         if name in table.column_names
     }
+    if SCALES_COLUMN in table.column_names:
+        _, scales = _read_blobs(_whole(table.column(SCALES_COLUMN)), np.dtype("<f4"), width=1)
+        vectors["colbert"] = replace(vectors["colbert"], scales=scales.reshape(-1))
+    return vectors
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:
@@ -160,14 +220,20 @@ def _read_lexical(array: pa.Array, _field: pa.Field) -> LexicalWeights:
 
 
 def _read_colbert(array: pa.Array, field: pa.Field) -> TokenMatrices:
-    dim, dtype = int(field.metadata[b"dim"]), np.dtype(field.metadata[b"dtype"].decode()).newbyteorder("<")
+    described = field.metadata
+    dtype = np.dtype(described[b"dtype"].decode()).newbyteorder("<")
+    indptr, vectors = _read_blobs(array, dtype, width=int(described.get(b"width", described[b"dim"])))
+    return TokenMatrices(indptr=indptr, vectors=vectors)
+
+
+def _read_blobs(array: pa.Array, dtype: np.dtype[Any], *, width: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Return where rows begin [R + 1] among the items of a binary array, and those [N, width]."""
     _, places, data = array.buffers()
-    if not len(array):
-        return TokenMatrices(indptr=np.zeros(1, dtype=np.int64), vectors=np.empty((0, dim), dtype=dtype))
+    if not len(array) or data is None:  # nothing in any row
+        return np.zeros(len(array) + 1, dtype=np.int64), np.empty((0, width), dtype=dtype)
     offsets = np.frombuffer(places, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
     raw = np.frombuffer(data, dtype=np.uint8)[offsets[0] : offsets[-1]]
-    indptr = (offsets - offsets[0]) // (dim * dtype.itemsize)
-    return TokenMatrices(indptr=indptr, vectors=raw.view(dtype).reshape(-1, dim))
+    return (offsets - offsets[0]) // (width * dtype.itemsize), raw.view(dtype).reshape(-1, width)
 
 
 def _from_files(root: Path, index: int, outputs: Sequence[Output], first: int, stop: int) -> dict[str, Any]:
@@ -182,8 +248,13 @@ def _from_files(root: Path, index: int, outputs: Sequence[Output], first: int, s
         vectors["sparse"] = LexicalWeights(indptr=indptr - indptr[0], indices=indices, values=values)
     if "colbert" in outputs and (root / colbert_name(index)).exists():
         indptr = np.load(root / indptr_name(index))[first : stop + 1]
-        mapped = _map_array(root / colbert_name(index))[indptr[0] : indptr[-1]]
-        vectors["colbert"] = TokenMatrices(indptr=indptr - indptr[0], vectors=mapped)
+        span = slice(indptr[0], indptr[-1])
+        scales = root / scales_name(index)
+        vectors["colbert"] = TokenMatrices(
+            indptr=indptr - indptr[0],
+            vectors=_map_array(root / colbert_name(index))[span],
+            scales=np.load(scales)[span] if scales.exists() else None,
+        )
     return vectors
 
 

@@ -1,8 +1,9 @@
 """Writes one shard, window by window, into the worker's tmp folder; nothing of it is believed before its commit.
 
-A window is a run of consecutive rows. The shard's row and vector counts are known from its chunks before the first
-window, so every file is written front to back once, and what is held is a window and at most one row group. Equal
-rows and vectors give equal bytes, in whatever windows they come: no clock, host, path or window border is in a file.
+A window is a run of consecutive rows. The shard's rows are known before the first window, and its vectors too unless
+they were chosen, pooled or merged, so every file is written front to back once (in the npy format the header of vectors
+whose number is not known is mended at the end), and what is held is a window and at most one row group. Equal rows and
+vectors give equal bytes, in whatever windows they come: no clock, host, path or window border is in a file.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from m3cli.store.layout import (
     indptr_name,
     lexical_name,
     rows_name,
+    scales_name,
     skipped_name,
 )
 from m3cli.store.npy import ColbertFiles, DenseFile, LexicalFile, write_hashes
@@ -69,8 +71,9 @@ class ShardWriter:
             self._parts.append(LexicalFile(self._stage(lexical_name(index)), vocabulary=form.vocabulary))
         if "colbert" in form.outputs:
             vectors, indptr = self._stage(colbert_name(index)), self._stage(indptr_name(index))
-            num_vectors = len(self._chunks.input_ids) - rows  # all but each row's <s>
-            self._parts.append(ColbertFiles(vectors, indptr, rows=rows, num_vectors=num_vectors, dim=form.dim))
+            scales = self._stage(scales_name(index)) if form.scaled else None
+            num_vectors = _count_vectors(self._chunks) if form.exact_vectors else None
+            self._parts.append(ColbertFiles(vectors, indptr, scales, form=form, rows=rows, num_vectors=num_vectors))
 
     def _stage(self, name: str) -> StagedFile:
         staged = StagedFile(self._staging, name)
@@ -107,7 +110,7 @@ class ShardWriter:
             counts=ShardCounts(
                 documents=len(text.documents),
                 chunks=chunks.num_rows,
-                tokens=len(chunks.input_ids),
+                tokens=int(chunks.num_tokens[chunks.chunk_index >= 0].sum()),
                 skipped=len(text.skipped),
                 truncated=int(chunks.truncated.sum()),
                 missing_ids=sum(not document.has_own_id for document in text.documents),
@@ -134,6 +137,11 @@ class ShardWriter:
     ) -> None:
         """Leave nothing open; only `finish` makes files good."""
         self.discard()
+
+
+def _count_vectors(chunks: Chunks) -> int:
+    """Count the ColBERT vectors of rows that have one for every token but `<s>`; documents' own rows have none."""
+    return int((chunks.num_tokens - 1)[chunks.chunk_index >= 0].sum())
 
 
 def _check_outputs(form: RowForm, embeddings: Embeddings) -> None:

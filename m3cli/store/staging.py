@@ -32,7 +32,8 @@ class StagedFile:
         self._muted = False
         self._length = 0
         self._handed_over = 0
-        self._digest = xxhash.xxh3_128()
+        self._digest: xxhash.xxh3_128 | None = xxhash.xxh3_128()
+        "of what was written; None once that was amended"
         with output_errors(self.path):
             self._file = self.path.open("wb", buffering=0)
 
@@ -47,7 +48,8 @@ class StagedFile:
         return view.nbytes
 
     def _write_piece(self, piece: memoryview) -> None:
-        self._digest.update(piece)
+        if self._digest is not None:
+            self._digest.update(piece)
         self._length += len(piece)
         while piece:
             piece = piece[self._file.write(piece) :]
@@ -56,6 +58,13 @@ class StagedFile:
             span = self._length - self._handed_over
             os.posix_fadvise(self._file.fileno(), self._handed_over, span, os.POSIX_FADV_DONTNEED)
             self._handed_over = self._length
+
+    def amend(self, data: bytes) -> None:
+        """Write the file's first bytes anew. What has passed has another hash then: `seal` reads the file again."""
+        if not self._muted:
+            with output_errors(self.path):
+                os.pwrite(self._file.fileno(), data, 0)
+            self._digest = None
 
     def tell(self) -> int:
         """How many bytes were written."""
@@ -86,7 +95,8 @@ class StagedFile:
         with output_errors(self.path):
             sync_file(self._file.fileno())
             self.close()
-        return FileRecord(name=self.name, length=self._length, xxh3_128=self._digest.hexdigest())
+            digest = self._digest or _hash_file(self.path)
+        return FileRecord(name=self.name, length=self._length, xxh3_128=digest.hexdigest())
 
     def mute(self) -> None:
         """Swallow what is written from here on: a writer that is given up still wants to write its footer."""
@@ -97,3 +107,11 @@ class StagedFile:
         self.mute()
         self.close()
         self.path.unlink(missing_ok=True)
+
+
+def _hash_file(path: Path) -> xxhash.xxh3_128:
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    return digest

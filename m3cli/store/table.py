@@ -7,7 +7,6 @@ empty cell, null in JSON and Parquet.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from m3cli.errors import UsageError
-from m3cli.store.commit import output_errors, publish_file, remove, sync_file
+from m3cli.store.commit import publish_beside
 
 TABLE_FORMATS = {".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
 
@@ -45,11 +44,20 @@ class TableWriter(Protocol):
 
 def table_format(out: str | None) -> str:
     """Return tsv, jsonl or parquet by a file's ending; tsv for standard output."""
+    return choose_format(out, TABLE_FORMATS, stdout="tsv")
+
+
+def choose_format(out: str | None, formats: Mapping[str, str], *, stdout: str) -> str:
+    """Return what stands for a file's ending, or for standard output (None, '-').
+
+    Raises:
+        UsageError: nothing does.
+    """
     if out is None or out == "-":
-        return "tsv"
-    found = TABLE_FORMATS.get(Path(out).suffix.lower())
+        return stdout
+    found = formats.get(Path(out).suffix.lower())
     if found is None:
-        raise UsageError(f"--out {out}: its ending tells the format, one of {', '.join(TABLE_FORMATS)}")
+        raise UsageError(f"--out {out}: its ending tells the format, one of {', '.join(formats)}")
     return found
 
 
@@ -74,23 +82,15 @@ def open_table(
         yield writer
         writer.finish()
         return
-    final = Path(out).absolute()
-    temp = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    try:
-        with output_errors(final), temp.open("wb") as file:
-            if kind == "tsv":
-                writer = TsvTable(file, columns, score_names)
-            elif kind == "jsonl":
-                writer = JsonTable(file, columns, score_names)
-            else:
-                writer = ParquetTable(file, columns, schema, score_names)
-            yield writer
-            writer.finish()
-            file.flush()
-            sync_file(file.fileno())
-        publish_file(temp, final)
-    finally:
-        remove(temp)
+    with publish_beside(Path(out).absolute()) as file:
+        if kind == "tsv":
+            writer = TsvTable(file, columns, score_names)
+        elif kind == "jsonl":
+            writer = JsonTable(file, columns, score_names)
+        else:
+            writer = ParquetTable(file, columns, schema, score_names)
+        yield writer
+        writer.finish()
 
 
 class TsvTable:

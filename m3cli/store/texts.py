@@ -65,6 +65,7 @@ class TextIndex:
             char_start=char_start,
             char_end=char_end,
             truncated=truncated.astype(np.bool_),
+            num_repeated=np.zeros(len(document), np.int32),
         )
         return chunks, Origins(rows=np.arange(len(document)), shard=origin[0, order], row=origin[1, order])
 
@@ -82,7 +83,7 @@ class TextIndex:
         table = read_shard(self._folder, shard, outputs=(), columns=_COLUMNS).rows
         columns = [table.column(name).to_numpy(zero_copy_only=False).astype(np.int64) for name in _COLUMNS]
         index = columns[0]
-        starts = np.flatnonzero(np.concatenate(([True], np.diff(index) <= 0))) if len(index) else np.empty(0, np.int64)
+        starts = np.flatnonzero(index == 0)
         if len(starts) != self._folder.entries[shard].counts.documents:
             raise DamageFound(f"{self._folder.path}: the rows of shard {shard} are not those of its documents")
         return np.append(starts, len(index)), columns

@@ -98,6 +98,7 @@ def make_chunks(text: ShardText, *, lengths: Sequence[Sequence[int]]) -> Chunks:
         char_start=np.array([size // 3 for size in sizes], dtype=np.int64),
         char_end=np.array(sizes, dtype=np.int64),
         truncated=np.array([length % 3 == 0 for length in flat], dtype=np.bool_),
+        num_repeated=np.zeros(len(flat), np.int32),
     )
 
 

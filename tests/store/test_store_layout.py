@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from m3cli.config import ColbertForm
 from m3cli.store.layout import RESERVED_COLUMNS, clashing_fields, estimate_bytes, row_schema
 from tests.store import samples
 from tests.store.test_store_shard import write_folder
@@ -29,7 +31,8 @@ def test_npy_rows_have_no_vector_columns() -> None:
 
 
 def test_every_column_of_ours_is_reserved() -> None:
-    assert set(row_schema(samples.make_form(keep_text=True)).names) == RESERVED_COLUMNS
+    form = replace(samples.make_form(keep_text=True), colbert=ColbertForm(dtype="int8"))
+    assert set(row_schema(form).names) == RESERVED_COLUMNS
     assert clashing_fields(["lang", "text", "id"]) == ["text", "id"]
 
 

@@ -114,3 +114,27 @@ def test_description_adds_up(tmp_path: Path, format: Format) -> None:  # noqa: A
     assert seen.bytes["dense"] >= 10 * samples.DIM * 2
     assert seen.bytes["colbert"] >= 30 * samples.DIM * 2
     assert seen.token_histogram == {2: 2, 4: 4, 8: 4}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("fault", ["gone", "cut", "longer", "garbled"])
+def test_a_damaged_shard_is_said_to_be_so(tmp_path: Path, format: Format, fault: str) -> None:  # noqa: A002
+    write_shards(tmp_path / "out", format=format)
+    folder = open_folder(tmp_path / "out")
+    for record in folder.entries[0].files:
+        path = folder.path / record.name
+        whole = path.read_bytes()
+        if fault == "gone":
+            path.unlink()
+        elif fault == "garbled":
+            if "_m3" in record.name:
+                continue
+            path.write_bytes(b"\xff" * len(whole))
+        else:
+            path.write_bytes(whole[:-3] if fault == "cut" else whole + b"x")
+        for read in (lambda: list(iter_parts(folder)), lambda: read_shard(folder, 0)):
+            with pytest.raises(DamageFound, match=r"'m3 check .*out' lists all damage") as found:
+                read()
+            assert fault == "garbled" or record.name in str(found.value)
+        path.write_bytes(whole)
+    assert list(iter_parts(folder))

@@ -40,7 +40,7 @@ Change = Callable[[ShardText, Chunks, Embeddings], tuple[ShardText, Chunks, Embe
 
 
 def expect(chosen: Format) -> Expected:
-    return Expected(form=samples.make_form(chosen), kept=(), max_length=12)
+    return Expected(form=samples.make_form(chosen), kept=(), max_length=12, merged=False)
 
 
 def unit(vectors: NDArray[np.float16]) -> NDArray[np.float16]:

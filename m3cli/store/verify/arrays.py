@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.store.layout import RowForm, colbert_name, dense_name, indptr_name, lexical_name
+from m3cli.records import TokenMatrices
+from m3cli.store.layout import (
+    RowForm,
+    colbert_name,
+    dense_name,
+    indptr_name,
+    lexical_name,
+    scales_name,
+    vector_layout,
+)
 from m3cli.store.verify.faults import ShardCheck
 from m3cli.store.verify.vectors import check_dense, check_matrices, check_weights
 
@@ -30,6 +39,7 @@ class ArraysCheck:
         self._dense: _Mapped | None = None
         self._vectors: _Mapped | None = None
         self._indptr: NDArray[np.int64] | None = None
+        self._scales: _Mapped | None = None
         self._weights: dict[str, NDArray[Any]] | None = None
         if form.format != "npy":
             return
@@ -43,11 +53,19 @@ class ArraysCheck:
         if "colbert" in form.outputs:
             with check.reading(indptr_name(index)):
                 self._indptr = _open_indptr(root / indptr_name(index), num_rows=num_rows)
-                with check.reading(colbert_name(index)):
-                    shape = (int(self._indptr[-1]), form.dim)
-                    self._vectors = open_array(root / colbert_name(index), shape=shape, dtype="<f2")
+                self._open_vectors(root, num_vectors=int(self._indptr[-1]))
 
-    def check(self, num_tokens: NDArray[Any], first_row: int) -> None:
+    def _open_vectors(self, root: Path, *, num_vectors: int) -> None:
+        check, index = self._check, self._check.index
+        dtype, width = vector_layout(self._form)
+        kind = np.dtype(dtype).newbyteorder("<").str
+        with check.reading(colbert_name(index)):
+            if self._form.scaled:
+                with check.reading(scales_name(index)):
+                    self._scales = open_array(root / scales_name(index), shape=(num_vectors,), dtype="<f4")
+            self._vectors = open_array(root / colbert_name(index), shape=(num_vectors, width), dtype=kind)
+
+    def check(self, num_tokens: NDArray[Any], chunk_index: NDArray[Any], first_row: int) -> None:
         """Check the rows of one row group."""
         ends = np.cumsum(np.maximum(num_tokens, 1))
         tokens = max(1, PIECE_BYTES // (self._form.dim * 2))
@@ -55,10 +73,10 @@ class ArraysCheck:
         while start < len(num_tokens):
             before = int(ends[start - 1]) if start else 0
             stop = max(start + 1, int(np.searchsorted(ends, before + tokens, side="right")))
-            self._check_piece(num_tokens[start:stop], first_row + start)
+            self._check_piece(num_tokens[start:stop], chunk_index[start:stop], first_row + start)
             start = stop
 
-    def _check_piece(self, num_tokens: NDArray[Any], first_row: int) -> None:
+    def _check_piece(self, num_tokens: NDArray[Any], chunk_index: NDArray[Any], first_row: int) -> None:
         index, stop = self._check.index, first_row + len(num_tokens)
         if self._dense is not None:
             self._check.say(dense_name(index), *check_dense(self._dense.take(first_row, stop), first_row=first_row))
@@ -74,10 +92,17 @@ class ArraysCheck:
                 first_row=first_row,
             )
             self._check.say(lexical_name(index), *found)
-        if self._indptr is not None and self._vectors is not None:
+        if self._indptr is not None and self._vectors is not None and (self._scales is not None) == self._form.scaled:
             indptr = self._indptr[first_row : stop + 1]
-            vectors = self._vectors.take(int(indptr[0]), int(indptr[-1]))
-            found = check_matrices(indptr, vectors, num_tokens=num_tokens, first_row=first_row)
+            span = int(indptr[0]), int(indptr[-1])
+            matrices = TokenMatrices(
+                indptr=indptr - indptr[0],
+                vectors=self._vectors.take(*span),
+                scales=None if self._scales is None else self._scales.take(*span),
+            )
+            found = check_matrices(
+                matrices, self._form, num_tokens=num_tokens, chunk_index=chunk_index, first_row=first_row
+            )
             self._check.say(colbert_name(index), *found)
 
 

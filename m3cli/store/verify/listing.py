@@ -27,13 +27,14 @@ from m3cli.store.layout import (
     indptr_name,
     lexical_name,
     rows_name,
+    scales_name,
     skipped_name,
 )
 from m3cli.store.verify.faults import Fault
 from m3cli.store.verify.ledger import Ledger
 
 DATA_NAMES: tuple[Callable[[int], str], ...] = (
-    *(rows_name, dense_name, lexical_name, colbert_name, indptr_name),
+    *(rows_name, dense_name, lexical_name, colbert_name, indptr_name, scales_name),
     *(skipped_name, hashes_name),
 )
 "every file that a shard can have beside its done entry"

@@ -1,5 +1,7 @@
 """The columns of a shard's rows that are no vectors: do they tell of whole documents, one after the other.
 
+A document's chunks come in order; its own row, chunk_index -1, may follow them. A merged row is a document's only one.
+
 Rows come a row group at a time; the last row of each is kept for the first row of the next. Every check is a mask over
 a group; what is reported is the first row that fails it, and how many fail.
 """
@@ -33,8 +35,9 @@ def name_rows(bad: Mask, *, first_row: int, what: str) -> list[str]:
 class RowsCheck:
     """What has been seen of a shard's rows so far."""
 
-    def __init__(self, *, max_length: int) -> None:
+    def __init__(self, *, max_length: int, merged: bool) -> None:
         self._max_length = max_length
+        self._merged = merged
         self._before: pa.Table | None = None
         self.counts = ShardCounts()
         self.id_hashes: list[NDArray[np.int64]] = []
@@ -53,7 +56,7 @@ class RowsCheck:
         found += self._check_order(rows, first_row)
         self.counts += ShardCounts(
             chunks=rows.num_rows,
-            tokens=int(columns["num_tokens"].sum(dtype=np.int64)),
+            tokens=int(columns["num_tokens"][columns["chunk_index"] >= 0].sum(dtype=np.int64)),
             truncated=int(columns["truncated"].sum()),
         )
         self._before = rows.slice(rows.num_rows - 1)
@@ -74,8 +77,11 @@ class RowsCheck:
         tokens, start, end = columns["num_tokens"], columns["char_start"], columns["char_end"]
         index, number = columns["chunk_index"], columns["num_chunks"]
         limit = f"num_tokens is not between {MIN_TOKENS} and {self._max_length:,}"
+        long = (tokens > self._max_length) & (index >= 0) & (not self._merged)
+        several = (number > 1) & self._merged
         return [
-            *name_rows((tokens < MIN_TOKENS) | (tokens > self._max_length), first_row=first_row, what=limit),
+            *name_rows((tokens < MIN_TOKENS) | long, first_row=first_row, what=limit),
+            *name_rows(several, first_row=first_row, what="num_chunks is not 1 in a folder of merged documents"),
             *name_rows((start < 0) | (end < start), first_row=first_row, what="char_end before char_start"),
             *name_rows((index < -1) | (index >= number), first_row=first_row, what="chunk_index not below num_chunks"),
         ]
@@ -87,10 +93,12 @@ class RowsCheck:
         index, number = both.column("chunk_index").to_numpy(), both.column("num_chunks").to_numpy()
         ids = both.column("id")
         same = pc.equal(ids.slice(1), ids.slice(0, len(ids) - 1)).to_numpy().astype(np.bool_)
-        goes_on = (index[1:] == index[:-1] + 1) & (number[1:] == number[:-1]) & same
-        begins = index[1:] <= 0
+        next_chunk = (index[1:] == index[:-1] + 1) & (index[:-1] >= 0)
+        own_row = (index[1:] == -1) & (index[:-1] == number[:-1] - 1)
+        goes_on = (next_chunk | own_row) & (number[1:] == number[:-1]) & same
+        begins = index[1:] == 0
         wrong = ~goes_on & ~(begins & _ends_document(both)[:-1])
-        first_begins = np.array([index[0] <= 0]) if not known else np.empty(0, np.bool_)
+        first_begins = np.array([index[0] == 0]) if not known else np.empty(0, np.bool_)
         starts = np.concatenate([first_begins, ~goes_on])
         self.counts += ShardCounts(documents=int(np.count_nonzero(starts)))
         own = both if not known else both.slice(1)
@@ -104,7 +112,8 @@ class RowsCheck:
 
 
 def _ends_document(rows: pa.Table) -> Mask:
-    ends: Mask = rows.column("chunk_index").to_numpy() == rows.column("num_chunks").to_numpy() - 1
+    index = rows.column("chunk_index").to_numpy()
+    ends: Mask = (index == rows.column("num_chunks").to_numpy() - 1) | (index == -1)
     return ends
 
 

@@ -16,9 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from m3cli.records import DoneEntry
+from m3cli.records import DoneEntry, TokenMatrices
 from m3cli.store.layout import (
     ROW_COLUMNS,
+    SCALE_BYTES,
+    SCALES_COLUMN,
     VECTOR_COLUMNS,
     RowForm,
     colbert_name,
@@ -28,7 +30,9 @@ from m3cli.store.layout import (
     lexical_name,
     row_schema,
     rows_name,
+    scales_name,
     skipped_name,
+    vector_layout,
 )
 from m3cli.store.verify.arrays import ArraysCheck, open_array
 from m3cli.store.verify.faults import ShardCheck
@@ -44,6 +48,8 @@ class Expected:
     "without the kept fields, whose types only the input knows"
     kept: tuple[str, ...]
     max_length: int
+    merged: bool
+    "whether a row is a document, of any length"
 
 
 def check_contents(root: Path, entry: DoneEntry, expected: Expected) -> ShardCheck:
@@ -58,7 +64,7 @@ def check_contents(root: Path, entry: DoneEntry, expected: Expected) -> ShardChe
         names = {
             "dense": [dense_name(index)],
             "sparse": [lexical_name(index)],
-            "colbert": [colbert_name(index), indptr_name(index)],
+            "colbert": [colbert_name(index), indptr_name(index), *([scales_name(index)] if form.scaled else [])],
         }
         wanted.update(name for output in form.outputs for name in names[output])
     if named != wanted:
@@ -77,7 +83,7 @@ def check_contents(root: Path, entry: DoneEntry, expected: Expected) -> ShardChe
 
 def _check_rows(check: ShardCheck, root: Path, entry: DoneEntry, expected: Expected) -> None:
     name = rows_name(check.index)
-    rows = RowsCheck(max_length=expected.max_length)
+    rows = RowsCheck(max_length=expected.max_length, merged=expected.merged)
     check.id_hashes = rows.id_hashes
     with pq.ParquetFile(root / name, pre_buffer=False) as file:
         odd = _compare_columns(file.schema_arrow, expected)
@@ -96,7 +102,7 @@ def _check_rows(check: ShardCheck, root: Path, entry: DoneEntry, expected: Expec
             if expected.form.format == "parquet":
                 check.say(name, *_check_columns(table, expected.form, num_tokens=num_tokens, first_row=first_row))
             else:
-                arrays.check(num_tokens, first_row)
+                arrays.check(num_tokens, table.column("chunk_index").to_numpy(), first_row)
         check.say(name, *rows.finish(entry.counts))
 
 
@@ -124,7 +130,7 @@ def _check_columns(table: pa.Table, form: RowForm, *, num_tokens: NDArray[Any], 
         elif output == "sparse":
             found += _check_lists(column, form, num_tokens=num_tokens, first_row=first_row)
         else:
-            found += _check_blobs(column, form, num_tokens=num_tokens, first_row=first_row)
+            found += _check_blobs(table, form, num_tokens=num_tokens, first_row=first_row)
     return found
 
 
@@ -143,19 +149,36 @@ def _check_lists(column: pa.Array, form: RowForm, *, num_tokens: NDArray[Any], f
     )
 
 
-def _check_blobs(column: pa.Array, form: RowForm, *, num_tokens: NDArray[Any], first_row: int) -> list[str]:
-    _, places, data = column.buffers()
-    offsets = np.frombuffer(places, dtype=np.int64)[column.offset : column.offset + len(column) + 1]
-    width = form.dim * 2
-    if (np.diff(offsets) % width).any():
-        return [f"colbert_vecs has values that are no rows of {form.dim} float16"]
-    raw = np.frombuffer(data, dtype=np.uint8)[offsets[0] : offsets[-1]] if data is not None else np.empty(0, np.uint8)
+def _check_blobs(table: pa.Table, form: RowForm, *, num_tokens: NDArray[Any], first_row: int) -> list[str]:
+    dtype, width = vector_layout(form)
+    kind = np.dtype(dtype).newbyteorder("<")
+    indptr, raw = _read_blobs(table.column(VECTOR_COLUMNS["colbert"]), width * kind.itemsize)
+    if raw is None:
+        return [f"colbert_vecs has values that are no rows of {width} {dtype}"]
+    scales = None
+    if form.scaled:
+        scale_indptr, scale_bytes = _read_blobs(table.column(SCALES_COLUMN), SCALE_BYTES)
+        if scale_bytes is None or not np.array_equal(scale_indptr, indptr):
+            return [f"{SCALES_COLUMN} has values that are not a float32 for each vector"]
+        scales = scale_bytes.view("<f4")
     return check_matrices(
-        (offsets - offsets[0]) // width,
-        raw.view("<f2").reshape(-1, form.dim),
+        TokenMatrices(indptr=indptr, vectors=raw.view(kind).reshape(-1, width), scales=scales),
+        form,
         num_tokens=num_tokens,
+        chunk_index=table.column("chunk_index").to_numpy(),
         first_row=first_row,
     )
+
+
+def _read_blobs(column: pa.ChunkedArray, size: int) -> tuple[NDArray[np.int64], NDArray[np.uint8] | None]:
+    """Return where rows begin among items of `size` bytes, and those; None: they are not of that size."""
+    array = column.combine_chunks()
+    _, places, data = array.buffers()
+    offsets = np.frombuffer(places, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
+    indptr = (offsets - offsets[0]) // size
+    if array.null_count or (np.diff(offsets) % size).any():
+        return indptr, None
+    return indptr, np.frombuffer(data or b"", dtype=np.uint8)[offsets[0] : offsets[-1]]
 
 
 def _check_skipped(check: ShardCheck, path: Path, expected: int) -> None:

@@ -1,7 +1,8 @@
 """Vectors and weights of some rows: of norm 1, finite, above 0, ascending, as many as the rows have tokens.
 
 Norms are taken in float32 over blocks that stay in the processor's cache: 1.4 GB/s of float16 on one core. Rounding a
-vector of norm 1 to float16 changes its norm by 2^-11 at most; NORM_TOLERANCE is twice that.
+vector of norm 1 to float16 changes its norm by 2^-11 at most; NORM_TOLERANCE is twice that. An int8 vector has norm 1
+once it is multiplied by its scale; signs have it always.
 """
 
 from __future__ import annotations
@@ -11,20 +12,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from m3cli.records import TokenMatrices
+from m3cli.store.layout import RowForm
 from m3cli.store.verify.rows import Mask, name_rows
 
 NORM_TOLERANCE = 1e-3
 BLOCK_BYTES = 1 << 20
 
 
-def check_norms(vectors: NDArray[Any]) -> Mask:
-    """Tell which vectors [N, D] are not of norm 1; NaN and infinity are not."""
+def check_norms(vectors: NDArray[Any], scales: NDArray[Any] | None = None) -> Mask:
+    """Tell which vectors [N, D], times their scales [N], are not of norm 1; NaN and infinity are not."""
     bad = np.empty(len(vectors), np.bool_)
     step = max(1, BLOCK_BYTES // max(1, vectors.shape[1] * 4))
     for start in range(0, len(vectors), step):
         block = vectors[start : start + step].astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             norms = np.sqrt(np.einsum("ij,ij->i", block, block))
+            if scales is not None:
+                norms *= scales[start : start + step]
             bad[start : start + step] = ~(np.abs(norms - 1) <= NORM_TOLERANCE)
     return bad
 
@@ -71,16 +76,22 @@ def check_weights(
 
 
 def check_matrices(
-    indptr: NDArray[Any], vectors: NDArray[Any], *, num_tokens: NDArray[Any], first_row: int
+    matrices: TokenMatrices, form: RowForm, *, num_tokens: NDArray[Any], chunk_index: NDArray[Any], first_row: int
 ) -> list[str]:
-    """Check ColBERT matrices: indptr [R + 1] places in vectors [V, D], which are those of these rows only."""
-    lengths = np.diff(indptr)
-    if len(lengths) != len(num_tokens) or (lengths < 0).any() or indptr[-1] - indptr[0] != len(vectors):
+    """Check ColBERT matrices of rows with so many tokens; a document's own row beside its chunks has none."""
+    lengths, vectors = np.diff(matrices.indptr), matrices.vectors
+    if len(lengths) != len(num_tokens) or (lengths < 0).any() or matrices.indptr[-1] != len(vectors):
         return ["the places where rows begin do not ascend to the number of vectors"]
-    bad = check_norms(vectors)
+    signs = form.colbert.dtype == "binary"
+    bad = np.zeros(len(vectors), np.bool_) if signs else check_norms(vectors, matrices.scales)
     rows = np.zeros(len(lengths), np.bool_)
-    rows[np.searchsorted(indptr - indptr[0], np.flatnonzero(bad), side="right") - 1] = True
+    rows[np.searchsorted(matrices.indptr, np.flatnonzero(bad), side="right") - 1] = True
+    most = np.where(chunk_index >= 0, num_tokens - 1, 0)
+    if form.exact_vectors:
+        wrong, what = lengths != most, "not one ColBERT vector a token but <s>"
+    else:
+        wrong, what = (lengths > most) | (lengths < np.minimum(most, 1)), "no ColBERT vector, or more than tokens"
     return [
-        *name_rows(lengths != num_tokens - 1, first_row=first_row, what="not one ColBERT vector a token but <s>"),
+        *name_rows(wrong, first_row=first_row, what=what),
         *name_rows(rows, first_row=first_row, what="a ColBERT vector's norm is not 1"),
     ]

@@ -1,0 +1,140 @@
+"""Judgements of which document answers which query, in the shapes that benchmarks give them, told apart by content.
+
+    TREC, MIRACL   four columns `query iteration document relevance`, tabs or blanks between them
+    BEIR           tab-separated `query document score` under a header such as `query-id corpus-id score`
+    MLDR           JSON lines with `query_id` and `positive_passages` (relevance 1), `negative_passages` (0)
+    FlagEmbedding  JSON lines `{"qid": ..., "docid": ..., "relevance": ...}`, and the names of BEIR's header
+
+A file that begins with '{' is JSON lines; else the first line tells how many columns there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+from m3cli.corpus.jsonl import parse_json_line
+from m3cli.corpus.rows import Fault
+from m3cli.corpus.streams import PeekableStream
+from m3cli.corpus.trec import read_lines, split_cells
+from m3cli.errors import CorpusError
+from m3cli.records import Judgements
+
+QUERY_NAMES = ("query-id", "query_id", "qid")
+DOCUMENT_NAMES = ("corpus-id", "corpus_id", "docid", "doc_id", "did", "pid")
+RELEVANCE_NAMES = ("score", "relevance", "rel", "label")
+MAX_RELEVANCE = 1_000_000
+"trec_eval counts the documents of each level up to the highest of a query"
+_PASSAGES = {"positive_passages": 1, "negative_passages": 0}
+_REMEDY = (
+    "expected TREC's 'query 0 document relevance', BEIR's header 'query-id corpus-id score', "
+    "or JSON lines with query_id and positive_passages (MLDR)"
+)
+
+_Judgement = tuple[str, str, int]
+_Parser = Callable[[str], Iterator[_Judgement]]
+
+
+def read_qrels(given: str, *, stdin: PeekableStream | None = None) -> Judgements:
+    """Read judgements: for each query its judged documents with their relevance, 0 for not relevant.
+
+    Raises:
+        CorpusError: a line is no judgement, two judgements of one document differ, or there are none.
+    """
+    judgements: dict[str, dict[str, int]] = {}
+    lines = read_lines(given, stdin=stdin)
+    head = next(lines, None)
+    if head is None:
+        raise CorpusError(f"{given} holds no judgements; {_REMEDY}")
+    number, line = head
+    parse, is_header = _choose_parser(given, number, line)
+    try:
+        for number, line in lines if is_header else chain([head], lines):
+            for query, document, relevance in parse(line):
+                judged = judgements.setdefault(query, {})
+                if judged.setdefault(document, relevance) != relevance:
+                    raise CorpusError(
+                        f"{given} line {number:,}: document {document[:80]!r} of query {query[:80]!r} has relevance "
+                        f"{relevance}, and {judged[document]} in a line before; leave one of them out"
+                    )
+    except _NoJudgement as fault:
+        raise CorpusError(f"{given} line {number:,}: {fault}; {_REMEDY}") from fault
+    if not judgements:
+        raise CorpusError(f"{given} holds no judgements; {_REMEDY}")
+    return judgements
+
+
+class _NoJudgement(Exception):
+    """What is wrong with a line."""
+
+
+def _choose_parser(given: str, number: int, line: str) -> tuple[_Parser, bool]:
+    """Return how lines are read, and whether the first is a header."""
+    if line.lstrip().startswith("{"):
+        return _parse_json, False
+    cells = [cell.strip().lower() for cell in split_cells(line, 3)]
+    if len(cells) == 3 and cells[0] in QUERY_NAMES and cells[1] in DOCUMENT_NAMES:
+        return _parse_three, True
+    if len(split_cells(line, 4)) == 4:
+        return _parse_four, False
+    raise CorpusError(f"{given} line {number:,}: {len(cells)} columns without a known header; {_REMEDY}")
+
+
+def _parse_three(line: str) -> Iterator[_Judgement]:
+    query, document, relevance = _take_cells(line, 3)
+    yield query, document, _read_relevance(relevance)
+
+
+def _parse_four(line: str) -> Iterator[_Judgement]:
+    query, _, document, relevance = _take_cells(line, 4)
+    yield query, document, _read_relevance(relevance)
+
+
+def _take_cells(line: str, num_columns: int) -> list[str]:
+    cells = split_cells(line, num_columns)
+    if len(cells) != num_columns:
+        raise _NoJudgement(f"{len(cells)} columns, not {num_columns}")
+    return cells
+
+
+def _parse_json(line: str) -> Iterator[_Judgement]:
+    row = parse_json_line(line.encode())
+    if isinstance(row, Fault):
+        raise _NoJudgement(row.reason)
+    query = _spell_id(_find(row, QUERY_NAMES))
+    if "positive_passages" not in row:
+        yield query, _spell_id(_find(row, DOCUMENT_NAMES)), _read_relevance(_find(row, RELEVANCE_NAMES))
+        return
+    for name, relevance in _PASSAGES.items():
+        passages = row.get(name) or []
+        if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
+            raise _NoJudgement(f"{name} is no list of objects")
+        for passage in passages:
+            yield query, _spell_id(_find(passage, DOCUMENT_NAMES)), relevance
+
+
+def _find(row: dict[str, Any], names: tuple[str, ...]) -> Any:
+    found = next((row[name] for name in names if name in row), None)
+    if found is None:
+        raise _NoJudgement(f"none of {', '.join(names)}")
+    return found
+
+
+def _spell_id(value: Any) -> str:
+    if type(value) not in (str, int):
+        raise _NoJudgement(f"id {value!r:.40} is neither a string nor an integer")
+    return str(value)
+
+
+def _read_relevance(value: Any) -> int:
+    """Read a whole number, which some files spell '1.0'."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.5
+    if not number.is_integer():
+        raise _NoJudgement(f"relevance {value!r:.40} is no whole number")
+    if abs(number) > MAX_RELEVANCE:
+        raise _NoJudgement(f"relevance {value!r:.40} is out of reach: at most {MAX_RELEVANCE:,}")
+    return int(number)

@@ -1,0 +1,122 @@
+"""Rows of a folder as search knows them: by place in the corpus and by document, in parts, and a few of them again.
+
+A place is (shard << 32) + row, so places ascend as the corpus does. A document is all rows of one id: documents that
+share an id are one here, as the lines of a run could not tell them apart. Keys are hashes of ids, good for this
+process; that two of 2^64 fall together in the list of one query is left to chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from m3cli.records import Embeddings, Output
+from m3cli.store.layout import TEXT_COLUMN
+from m3cli.store.reader import OutputFolder, ShardArrays, iter_parts
+from m3cli.store.verify.rows import hash_ids
+
+Rows = NDArray[np.int64]
+_ROW_BITS = 32
+_PLACED = ("id", "chunk_index")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedPart:
+    """Some consecutive rows of a folder; R of them."""
+
+    embeddings: Embeddings
+    places: Rows
+    "[R]; negative for a row that is not to be found: a document's own row beside its chunks"
+    keys: Rows
+    "[R] of the document, or of the row itself where chunks are searched for"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowWords:
+    """What some rows say of themselves; F of them, by place, ascending."""
+
+    places: Rows
+    "[F]"
+    ids: tuple[str, ...]
+    chunk_index: Rows
+    "[F]"
+    char_start: Rows
+    "[F]"
+    char_end: Rows
+    "[F]"
+    texts: tuple[str | None, ...]
+
+
+def iter_placed(
+    folder: OutputFolder, *, outputs: Sequence[Output], chunks: bool, wanted: Rows | None = None
+) -> Iterator[PlacedPart]:
+    """Read a folder part by part.
+
+    Args:
+        folder: the folder.
+        outputs: vectors to read.
+        chunks: each row is a hit of its own.
+        wanted: places that matter, ascending; parts without any are passed over. None: all.
+    """
+    by_shard = None if wanted is None else split_places(wanted)
+    for part in iter_parts(folder, outputs=outputs, columns=_PLACED, wanted=by_shard):
+        places, keys = _place_rows(folder, part, chunks=chunks)
+        yield PlacedPart(embeddings=part.embeddings, places=places, keys=keys)
+
+
+def _place_rows(folder: OutputFolder, part: ShardArrays, *, chunks: bool) -> tuple[Rows, Rows]:
+    """Return the places and the keys of a part's rows."""
+    places = (part.shard << _ROW_BITS) + part.embeddings.rows
+    keys = places if chunks else hash_ids(part.rows.column("id"))
+    if folder.run is not None and folder.run["meaning"]["long_docs"] == "both":
+        places = np.where(part.rows.column("chunk_index").to_numpy() < 0, -1, places)
+    return places, keys
+
+
+def find_rows(folder: OutputFolder, keys: Rows, *, chunks: bool) -> tuple[Rows, Rows]:
+    """Return [F] the places of all rows with one of these keys, ascending, and [F] their keys."""
+    if chunks:
+        return np.unique(keys), np.unique(keys)
+    found: list[tuple[Rows, Rows]] = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+    distinct = np.unique(keys)
+    for part in iter_placed(folder, outputs=(), chunks=False):
+        hits = np.isin(part.keys, distinct) & (part.places >= 0)
+        found.append((part.places[hits], part.keys[hits]))
+    places, owners = zip(*found, strict=True)
+    return np.concatenate(places), np.concatenate(owners)
+
+
+def read_words(folder: OutputFolder, places: Rows, *, text: bool) -> RowWords:
+    """Read what rows say of themselves; `places` are distinct and ascending, `text` asks for the kept text."""
+    columns = ("id", "chunk_index", "char_start", "char_end", *((TEXT_COLUMN,) if text else ()))
+    found: list[pa.Table] = []
+    by_shard = split_places(places)
+    for part in iter_parts(folder, outputs=(), columns=columns, wanted=by_shard):
+        rows = part.embeddings.rows
+        mine = by_shard[part.shard]
+        first, last = np.searchsorted(mine, [rows[0], rows[-1] + 1])
+        found.append(part.rows.take(pa.array(mine[first:last] - rows[0])))
+    table = pa.concat_tables(found) if found else pa.table({name: pa.array([], pa.int64()) for name in columns})
+    numbers = {name: table.column(name).to_numpy().astype(np.int64) for name in columns[1:4]}
+    texts = table.column(TEXT_COLUMN).to_pylist() if text else [None] * len(places)
+    return RowWords(places=places, ids=tuple(table.column("id").to_pylist()), texts=tuple(texts), **numbers)
+
+
+def iter_texts(folder: OutputFolder, *, chunks: bool) -> Iterator[tuple[list[str], Rows, Rows]]:
+    """Yield the kept texts of rows that are to be found, with their places and keys, part by part."""
+    for part in iter_parts(folder, outputs=(), columns=(*_PLACED, TEXT_COLUMN)):
+        places, keys = _place_rows(folder, part, chunks=chunks)
+        found = np.flatnonzero(places >= 0)
+        yield part.rows.column(TEXT_COLUMN).take(pa.array(found)).to_pylist(), places[found], keys[found]
+
+
+def split_places(places: Rows) -> dict[int, Rows]:
+    """Return ascending places as rows by shard."""
+    shards, starts = np.unique(places >> _ROW_BITS, return_index=True)
+    bounds = np.append(starts, len(places))
+    rows = places & ((1 << _ROW_BITS) - 1)
+    return {int(shard): rows[bounds[turn] : bounds[turn + 1]] for turn, shard in enumerate(shards)}

@@ -1,0 +1,111 @@
+"""Writes what a search found, query after query: a TREC run or JSON lines, to standard output or to a file.
+
+A TREC line is `query Q0 document rank score tag`; where an id holds blanks its line has tabs between the columns, which
+`m3 eval` reads and which is the best a run can do. Scores have nine digits, which tell all float32 apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import orjson
+
+from m3cli.errors import UsageError
+from m3cli.records import QueryHits
+from m3cli.store.commit import publish_beside
+from m3cli.store.table import choose_format
+
+RANKING_FORMATS = {".trec": "trec", ".run": "trec", ".txt": "trec", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+SNIPPET_LENGTH = 200
+"Unicode code points"
+_BREAKS = re.compile(r"[\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+_BLANK = re.compile(r"\s")
+
+
+class RankingWriter(Protocol):
+    """An open ranking."""
+
+    blanks: int
+    "ids that hold blanks, counted as often as they were written"
+
+    def write(self, found: QueryHits) -> None:
+        """Write what was found for a query."""
+
+
+def ranking_format(out: str | None) -> str:
+    """Return trec or jsonl by a file's ending; trec for standard output."""
+    return choose_format(out, RANKING_FORMATS, stdout="trec")
+
+
+@contextmanager
+def open_ranking(out: str | None, stdout: BinaryIO, *, tag: str) -> Iterator[RankingWriter]:
+    """Open a ranking; a file is there when it is whole.
+
+    Raises:
+        UsageError: no format has that ending.
+        OutputError: the file cannot be written.
+    """
+    kind = ranking_format(out)
+    if out is None or out == "-":
+        yield TrecRanking(stdout, tag)
+        stdout.flush()
+        return
+    with publish_beside(Path(out).absolute()) as file:
+        yield TrecRanking(file, tag) if kind == "trec" else JsonRanking(file)
+
+
+class TrecRanking:
+    """A TREC run."""
+
+    def __init__(self, stream: BinaryIO, tag: str) -> None:
+        self.blanks = 0
+        self._stream, self._tag = stream, tag
+
+    def write(self, found: QueryHits) -> None:
+        """Write what was found for a query."""
+        for rank, (name, score) in enumerate(zip(found.ids, found.scores.tolist(), strict=True), start=1):
+            if _BREAKS.search(found.query) or _BREAKS.search(name):
+                raise UsageError(
+                    f"the ids {found.query[:80]!r} and {name[:80]!r}: a TREC run cannot hold tabs and line breaks; "
+                    "write --out NAME.jsonl"
+                )
+            blank = bool(_BLANK.search(found.query) or _BLANK.search(name))
+            self.blanks += blank
+            cells = (found.query, "Q0", name, str(rank), f"{score:.9g}", self._tag)
+            line = ("\t" if blank else " ").join(cells) + "\n"
+            self._stream.write(line.encode(errors="surrogateescape"))
+
+
+class JsonRanking:
+    """JSON lines, one object a query."""
+
+    blanks = 0
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def write(self, found: QueryHits) -> None:
+        """Write what was found for a query."""
+        hits = [_describe_hit(found, place) for place in range(len(found.ids))]
+        document = {"id": found.query, "query": found.text, "hits": hits}
+        self._stream.write(orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def _describe_hit(found: QueryHits, place: int) -> dict[str, Any]:
+    start, end, text = int(found.char_start[place]), int(found.char_end[place]), found.texts[place]
+    hit: dict[str, Any] = {
+        "id": found.ids[place],
+        "rank": place + 1,
+        "score": float(found.scores[place]),
+        "scores": {name: float(values[place]) for name, values in found.parts.items()},
+        "chunk_index": int(found.chunk_index[place]),
+        "char_start": start,
+        "char_end": end,
+    }
+    if text is not None:
+        hit["snippet"] = text[:SNIPPET_LENGTH]
+    return hit

@@ -1,0 +1,69 @@
+"""A document's chunks are put together again, whatever they share and whatever lies between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from m3cli.errors import UsageError
+from m3cli.store.passages import _Document, iter_passages
+from m3cli.store.reader import open_folder
+from tests.conftest import Completed
+
+LONG = "Der schnelle braune Fuchs springt über den faulen Hund, und 数据 werden gelesen. " * 4
+ROWS = [
+    {"_id": "a", "title": "Titel", "text": LONG},
+    {"_id": "b", "text": "short"},
+    {"_id": "a", "text": "another with the same id"},
+    {"_id": "c", "text": "not wanted"},
+]
+
+
+@given(st.text(min_size=1), st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), max_size=12))
+def test_spans_that_overlap_give_the_text(text: str, steps: list[tuple[int, int]]) -> None:
+    document = _Document(id="d")
+    spans = [(0, 1)]
+    for length, overlap in steps:
+        start = max(spans[-1][0] + 1, spans[-1][1] - overlap)
+        if start >= len(text):
+            break
+        spans.append((start, max(spans[-1][1], min(len(text), start + length))))
+    spans.append((spans[-1][1], len(text)))
+    for number, (first, last) in enumerate(spans):
+        assert document.continues("d", number)
+        document.add(chunk_index=number, char_start=first, char_end=last, text=text[first:last])
+    assert document.text == text
+
+
+def test_a_gap_is_a_blank_and_the_own_row_is_not_needed() -> None:
+    document = _Document(id="d")
+    document.add(chunk_index=-1, char_start=0, char_end=7, text="one\ntwo")
+    assert (document.text or document.own) == "one\ntwo"
+    document.add(chunk_index=0, char_start=0, char_end=3, text="one")
+    document.add(chunk_index=1, char_start=4, char_end=7, text="two")
+    assert document.text == "one two"
+    assert not document.continues("d", 0)
+    assert not document.continues("e", 2)
+
+
+@pytest.mark.parametrize("form", ["parquet", "npy"])
+def test_a_folder_gives_its_texts_back(m3: Callable[..., Completed], tiny_m3: Path, tmp_path: Path, form: str) -> None:
+    (tmp_path / "c.jsonl").write_bytes(b"\n".join(orjson.dumps(row) for row in ROWS))
+    flags = ("--outputs", "dense", "--max-length", 16, "--overlap", 3, "--format", form, "--model", tiny_m3)
+    assert m3("encode", "c.jsonl", *flags, "--keep-text").returncode == 0
+    found = list(iter_passages(open_folder(tmp_path / "c.m3"), {"a", "b", "nowhere"}))
+    assert [name for name, _ in found] == ["a", "b", "a"]
+    assert found[0][1].split() == f"Titel\n{LONG}".split()
+    assert [text for _, text in found[1:]] == ["short", "another with the same id"]
+
+
+def test_a_folder_without_texts_says_so(m3: Callable[..., Completed], tiny_m3: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_bytes(b'{"_id": "b", "text": "short"}')
+    assert m3("encode", "c.jsonl", "--outputs", "dense", "--model", tiny_m3).returncode == 0
+    with pytest.raises(UsageError, match=r"c\.m3 has kept no texts; .* --keep-text"):
+        list(iter_passages(open_folder(tmp_path / "c.m3"), {"b"}))

@@ -1,0 +1,59 @@
+"""Rankings as they are written: columns, digits, ids that a line cannot hold."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from m3cli.corpus.trec import read_run
+from m3cli.errors import UsageError
+from m3cli.records import QueryHits
+from m3cli.store.ranking import open_ranking, ranking_format
+
+
+def make_hits(query: str, ids: tuple[str, ...], scores: list[float]) -> QueryHits:
+    zeros = np.zeros(len(ids), np.int64)
+    return QueryHits(
+        query=query,
+        text=None,
+        ids=ids,
+        scores=np.array(scores, np.float32),
+        parts={},
+        chunk_index=zeros,
+        char_start=zeros,
+        char_end=zeros,
+        texts=(None,) * len(ids),
+    )
+
+
+def test_a_run_reads_back_as_it_was(tmp_path: Path) -> None:
+    close = [0.7, float(np.nextafter(np.float32(0.7), np.float32(0)))]
+    with open_ranking(str(tmp_path / "x.trec"), io.BytesIO(), tag="t") as ranking:
+        ranking.write(make_hits("q", ("b", "a c"), close))
+        ranking.write(make_hits("none", (), []))
+        assert ranking.blanks == 1
+    lines = (tmp_path / "x.trec").read_text().splitlines()
+    assert lines[0].split(" ")[:4] == ["q", "Q0", "b", "1"]
+    back = read_run(str(tmp_path / "x.trec"))
+    assert list(back["q"]) == ["b", "a c"]
+    assert back["q"]["b"] > back["q"]["a c"], "float32 next to each other stay apart"
+    assert list(back) == ["q"]
+
+
+@pytest.mark.parametrize("name", ["a\tb", "a\nb", "a\u2028b"])
+def test_ids_that_break_lines_are_refused_and_leave_nothing(tmp_path: Path, name: str) -> None:
+    with (
+        pytest.raises(UsageError, match=r"cannot hold tabs and line breaks; write --out NAME\.jsonl"),
+        open_ranking(str(tmp_path / "x.trec"), io.BytesIO(), tag="t") as ranking,
+    ):
+        ranking.write(make_hits("q", (name,), [1.0]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_endings() -> None:
+    assert [ranking_format(out) for out in (None, "-", "x.RUN", "x.jsonl")] == ["trec", "trec", "trec", "jsonl"]
+    with pytest.raises(UsageError, match=r"x.tsv: its ending tells the format"):
+        ranking_format("x.tsv")
