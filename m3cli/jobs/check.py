@@ -155,9 +155,13 @@ def _expect(run: Run) -> Expected:
         dim=run.dim,
         vocabulary=run.vocabulary,
         dense_dtype=meaning.dense_dtype,
+        colbert=meaning.colbert_form,
+        compression=meaning.compression,
+        exact_vectors=meaning.exact_vectors,
         keep_text=meaning.keep_text,
     )
-    return Expected(form=form, kept=meaning.fields.kept, max_length=meaning.max_length)
+    merged = meaning.long_docs == "merge"
+    return Expected(form=form, kept=meaning.fields.kept, max_length=meaning.max_length, merged=merged)
 
 
 def _count_bytes(ledger: Ledger) -> int:

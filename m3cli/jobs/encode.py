@@ -142,7 +142,6 @@ def encode(
     """Encode what is left, and say what was done."""
     # torch, and what speaks it, only where there is work
     from m3cli.encoder import device as machine  # noqa: PLC0415
-    from m3cli.encoder.encode import BatchEncoder  # noqa: PLC0415
     from m3cli.encoder.model import load_model  # noqa: PLC0415
     from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415
     from m3cli.jobs import stages  # noqa: PLC0415
@@ -159,7 +158,13 @@ def encode(
         since = open_since(run, request.since_run, out=opened.name)
         estimate = estimate_corpus(run, opened.form, tokenizer)
     if request.space_check and estimate:
-        refuse_full_disk(opened.folder.path, estimate.bytes_on_disk, todo=todo, num_shards=opened.num_shards)
+        refuse_full_disk(
+            opened.folder.path,
+            estimate.bytes_on_disk,
+            todo=todo,
+            num_shards=opened.num_shards,
+            bytes_done=sum(file.length for entry in opened.done.values() for file in entry.files),
+        )
     progress.show_plan(
         describe_run(
             run,
@@ -174,14 +179,9 @@ def encode(
     with watch.count("loading"):
         machine.set_threads(run.threads)
         model = load_model(checkpoint, device=device, dtype=meaning.dtype)
-    encoder = BatchEncoder(
-        model,
-        outputs=meaning.outputs,
-        special_ids=tokenizer.special_ids,
-        dense_dtype=meaning.dense_dtype,
-        load_float32=partial(load_model, checkpoint, device=device, dtype="float32")
-        if meaning.dtype != "float32"
-        else None,
+    load_float32 = partial(load_model, checkpoint, device=device, dtype="float32")
+    encoder = stages.make_encoder(
+        model, tokenizer, meaning=meaning, load_float32=load_float32 if meaning.dtype != "float32" else None
     )
     work.stop.check()
     progress.start(shards_todo=todo)
@@ -216,13 +216,21 @@ def write_shards(
     opened: Opened, batches: Iterator[EncodedBatch], request: EncodeRequest, *, todo: int | None, work: Work
 ) -> None:
     """Write and commit each shard as its batches come."""
-    from m3cli.jobs.stages import write_shard  # noqa: PLC0415  it speaks to torch
+    from m3cli.jobs.writing import write_shard  # noqa: PLC0415  it speaks to torch
 
     before = sum((entry.counts for entry in opened.done.values()), start=ShardCounts())
     committed = 0
     for shard, parts in groupby(attend(batches, opened, work), key=lambda batch: batch.shard):
         source = opened.run.sources[shard.text.shard.source].name
-        entry = write_shard(opened.folder, shard, parts, form=opened.form, source=source, watch=work.watch)
+        entry = write_shard(
+            opened.folder,
+            shard,
+            parts,
+            form=opened.form,
+            meaning=opened.run.meaning,
+            source=source,
+            watch=work.watch,
+        )
         if entry is None:
             continue
         committed += 1

@@ -111,6 +111,9 @@ def make_form(run: Run) -> RowForm:
         dim=run.dim,
         vocabulary=run.vocabulary,
         dense_dtype=meaning.dense_dtype,
+        colbert=meaning.colbert_form,
+        compression=meaning.compression,
+        exact_vectors=meaning.exact_vectors,
         keep_text=meaning.keep_text,
         kept=kept_schema(run.sources, meaning.fields) if meaning.fields.kept else None,
     )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from m3cli.config import EncodeRequest
 from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder import device as machine
 from m3cli.encoder.tokenizer import load_tokenizer
-from m3cli.jobs.estimate import Estimate, estimate_corpus
+from m3cli.jobs.estimate import Estimate, estimate_choices, estimate_corpus
 from m3cli.jobs.opening import choose_out, make_form, plan_run, settle
 from m3cli.jobs.run import Run, adopt_run, open_checkpoint, parse_run, refuse_other_checkpoint
+from m3cli.jobs.space import find_free_bytes
 from m3cli.records import RunPlan
 from m3cli.store.entries import read_entries, read_run
 
@@ -26,16 +30,20 @@ def plan_corpus(request: EncodeRequest, *, stdin: PeekableStream | None = None) 
         done = len(read_entries(out)[0])
     checkpoint = open_checkpoint(request)
     refuse_other_checkpoint(run, checkpoint, out=out.name)
-    plan = plan_run(run)
-    return describe_run(
+    plan, form = plan_run(run), make_form(run)
+    estimate = estimate_corpus(run, form, load_tokenizer(checkpoint))
+    described = describe_run(
         run,
         out=str(out),
         device=machine.resolve_device(request.device),
-        estimate=estimate_corpus(run, make_form(run), load_tokenizer(checkpoint)),
+        estimate=estimate,
         num_shards=len(plan.shards) if plan.complete else None,
         shards_done=done,
         resumed=document is not None,
     )
+    if estimate is None or "colbert" not in run.meaning.outputs:
+        return described
+    return replace(described, colbert_choices=estimate_choices(form, estimate))
 
 
 def describe_run(
@@ -66,5 +74,7 @@ def describe_run(
         num_shards=num_shards,
         shards_done=shards_done,
         bytes_on_disk=estimate.bytes_on_disk if estimate else None,
+        free_bytes=find_free_bytes(Path(out)),
+        colbert_choices=None,
         resumed=resumed,
     )

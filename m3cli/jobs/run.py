@@ -20,12 +20,15 @@ import xxhash
 import m3cli
 from m3cli.config import (
     AUTO_SHARD_SIZE,
+    COLBERT_MEMBERS,
     DEFAULT_MODEL,
+    DEFAULT_SPLIT,
     EncodeRequest,
     Meaning,
 )
 from m3cli.corpus.fields import resolve_fields
 from m3cli.corpus.streams import PeekableStream
+from m3cli.encoder.batcher import fit_length
 from m3cli.encoder.checkpoint import Checkpoint, find_checkpoint, identify_checkpoint, read_checkpoint
 from m3cli.encoder.chunker import NUM_SPECIALS
 from m3cli.errors import ForeignFolder, ModelError, UsageError
@@ -35,10 +38,13 @@ from m3cli.store.layout import RESERVED_COLUMNS
 _FLAGS = {"id_field": "id", "text_field": "text", "title_field": "title"}
 "flags whose settled value is a member of Fields"
 _PLAIN = (
-    *("outputs", "format", "max_length", "long_docs", "overlap", "dtype", "dense_dtype"),
+    *("outputs", "format", "max_length", "long_docs", "overlap", "split", "mcls", "dtype", "dense_dtype"),
+    *(*COLBERT_MEMBERS, "compression"),
     *("title_sep", "keep_text", "prefix", "limit", "shard_size", "max_row_bytes", "dedupe"),
 )
 "flags whose settled value is a member of Meaning of the same name"
+MOST = (1 << 31) - 1
+"that a number of tokens, vectors or weight can be"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +69,7 @@ class Run:
     def fingerprint(self) -> str:
         """xxh3_128 (hex) of all that the folder's bytes mean."""
         sources = [[source.name, source.size, source.format, source.compression] for source in self.sources]
-        parts = [self.meaning.to_json(), self.hashes, self.tokenizer_hash, sources]
+        parts = [self.meaning.to_identity(), self.hashes, self.tokenizer_hash, sources]
         return xxhash.xxh3_128_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
 
     def to_json(self) -> dict[str, Any]:
@@ -143,15 +149,25 @@ def settle_run(
     """Settle a new folder's run: flags, then defaults, then what corpus, checkpoint and machine say."""
     from m3cli.encoder import device as machine  # noqa: PLC0415  torch, only for a run that will need it
 
+    refuse_endless(request)
     device = machine.resolve_device(request.device)
     outputs = request.outputs or checkpoint.outputs
-    max_length = request.max_length or checkpoint.default_max_length
+    longest = checkpoint.max_length
+    if request.mcls:
+        longest = fit_length(longest, every=request.mcls)
+    max_length = request.max_length or min(checkpoint.default_max_length, longest)
     check_outputs(outputs, checkpoint)
-    check_lengths(max_length, request.overlap or 0, checkpoint)
+    check_colbert(request, outputs, checkpoint)
+    if request.compression == "zstd" and request.format == "npy":
+        raise UsageError(
+            "--compression zstd is for --format parquet: arrays that are mapped into memory are not compressed"
+        )
+    check_lengths(max_length, request, checkpoint, longest=longest)
     settled: dict[str, Any] = {
         "outputs": outputs,
         "max_length": max_length,
-        "dtype": request.dtype or machine.auto_dtype(device),
+        "split": request.split or DEFAULT_SPLIT,
+        "dtype": machine.resolve_dtype(request.dtype, device),
         "shard_size": request.shard_size or auto_shard_size(device, outputs),
     }
     typed = {name: getattr(request, name) for name in _PLAIN if getattr(request, name) is not None}
@@ -199,12 +215,46 @@ def check_outputs(outputs: Sequence[Output], checkpoint: Checkpoint) -> None:
         )
 
 
-def check_lengths(max_length: int, overlap: int, checkpoint: Checkpoint) -> None:
+def check_colbert(request: EncodeRequest, outputs: Sequence[Output], checkpoint: Checkpoint) -> None:
+    """Refuse ways to store ColBERT vectors that these outputs or this checkpoint do not have."""
+    refuse_colbert_flags(request, outputs)
+    if request.colbert_dtype == "binary" and checkpoint.hidden_size % 8:
+        raise UsageError(
+            f"--colbert-dtype binary: signs are stored eight to a byte, and the vectors of {checkpoint.name} are "
+            f"{checkpoint.hidden_size} wide; use int8"
+        )
+    if (request.colbert_min_weight or request.colbert_top_k) and "sparse" not in checkpoint.outputs:
+        flag = "--colbert-min-weight" if request.colbert_min_weight else "--colbert-top-k"
+        raise UsageError(
+            f"{flag} goes by lexical weights, and {checkpoint.folder} has no head for them (no sparse_linear.pt); "
+            "use --colbert-pool, or a checkpoint such as BAAI/bge-m3"
+        )
+
+
+def refuse_endless(request: EncodeRequest) -> None:
+    """Refuse numbers that arrays and run.json cannot hold, infinity among them."""
+    for name in ("mcls", "colbert_pool", "colbert_min_weight", "colbert_top_k"):
+        value = getattr(request, name)
+        if value is not None and value > MOST:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: at most {MOST}")
+
+
+def refuse_colbert_flags(request: EncodeRequest, outputs: Sequence[Output]) -> None:
+    """Refuse flags that say how to store an output that there will not be."""
+    typed = [name for name in COLBERT_MEMBERS if getattr(request, name) is not None]
+    if typed and "colbert" not in outputs:
+        flag = typed[0].replace("_", "-")
+        raise UsageError(f"--{flag} {getattr(request, typed[0])} needs colbert among the outputs {','.join(outputs)}")
+
+
+def check_lengths(max_length: int, request: EncodeRequest, checkpoint: Checkpoint, *, longest: int) -> None:
     """Refuse a length that the checkpoint has no positions for, and an overlap that leaves nothing new in a chunk."""
-    if max_length > checkpoint.max_length:
+    overlap = request.overlap or 0
+    if max_length > longest:
+        added = f" beside the <s> that --mcls {request.mcls} adds" if request.mcls else ""
         raise UsageError(
             f"--max-length {max_length}: {checkpoint.name} has {checkpoint.num_positions} positions, "
-            f"so a chunk holds at most {checkpoint.max_length} tokens"
+            f"so a chunk holds at most {longest} tokens{added}"
         )
     if overlap >= max_length - NUM_SPECIALS:
         raise UsageError(
@@ -219,6 +269,7 @@ def adopt_run(run: Run, request: EncodeRequest, *, sources: tuple[Source, ...], 
     Raises:
         ForeignFolder: a typed setting, or the input, is another than the folder's.
     """
+    refuse_colbert_flags(request, request.outputs or run.meaning.outputs)
     for flag in _PLAIN:
         _refuse_other(flag, getattr(request, flag), getattr(run.meaning, flag), out)
     for flag, member in _FLAGS.items():

@@ -8,31 +8,48 @@ lexical weights of a row may also differ by WEIGHT_TOLERANCE each, as a row may 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.config import CheckRequest, EncodeRequest
-from m3cli.corpus.reader import Action, read_shards
+from m3cli.config import CheckRequest, ColbertForm, EncodeRequest
 from m3cli.encoder import device as machine
 from m3cli.encoder.batcher import batch_rows, pack_rows
-from m3cli.encoder.chunker import chunk_documents
-from m3cli.encoder.heads import compute_embeddings
-from m3cli.encoder.model import Model, load_model, run_model
+from m3cli.encoder.chunker import chunk_documents, cutting_of
+from m3cli.encoder.encode import BatchEncoder, FailedRow
+from m3cli.encoder.merge import plan_rows
+from m3cli.encoder.model import Model, load_model
+from m3cli.encoder.picking import pick_chunks
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
-from m3cli.errors import CorpusError, ForeignFolder
-from m3cli.jobs.opening import make_form, plan_run
-from m3cli.jobs.run import Run, adopt_run, open_checkpoint, refuse_other_checkpoint, refuse_other_tokenizer
-from m3cli.records import Chunks, Document, DoneEntry, Embeddings, LexicalWeights, Shard, ShardText, TokenMatrices
+from m3cli.errors import ForeignFolder, ModelError
+from m3cli.jobs.input_again import find_input, read_texts
+from m3cli.jobs.run import Run, open_checkpoint, refuse_other_checkpoint, refuse_other_tokenizer
+from m3cli.jobs.stages import EncodedBatch, TokenisedShard, make_encoder
+from m3cli.jobs.writing import finish_windows
+from m3cli.records import (
+    Document,
+    DoneEntry,
+    Embeddings,
+    LexicalWeights,
+    Origins,
+    ShardText,
+    TokenMatrices,
+)
+from m3cli.retrieval.maxsim import decode_vectors
 from m3cli.store.layout import hashes_name, rows_name
 from m3cli.store.reader import OutputFolder, iter_parts
 from m3cli.store.verify.faults import Fault
 
 COSINE = 0.999
 "at least, of a dense vector, and of a row's ColBERT vectors on average"
+COMPRESSED_COSINE = 0.95
+"at least, where vectors are signs, chosen or pooled: one sign in a hundred may turn from batch to batch in bfloat16"
+COUNT_TOLERANCE = 0.05
+"part of the vectors that may be more or fewer where they are chosen or pooled"
 WEIGHT_COSINE = 0.99
 WEIGHT_TOLERANCE = 0.01
 BATCH_TOKENS = 8192
@@ -47,7 +64,7 @@ class _StoredRow:
     chunk_index: int
     dense: NDArray[Any] | None
     weights: tuple[NDArray[np.uint32], NDArray[np.float32]] | None
-    matrix: NDArray[Any] | None
+    matrix: NDArray[np.float32] | None
 
 
 def sample_rows(
@@ -59,7 +76,7 @@ def sample_rows(
         CorpusError, ForeignFolder, ModelError: input or model are gone, or others than the folder's.
     """
     chosen = _choose_rows(entries, number=request.sample, seed=request.seed)
-    run = _find_input(run, root)
+    run = find_input(run, root, otherwise="check without --sample")
     asked = EncodeRequest(inputs=(), model=request.model, revision=request.revision)
     checkpoint = open_checkpoint(asked)
     refuse_other_checkpoint(run, checkpoint, out=root.name)
@@ -68,7 +85,7 @@ def sample_rows(
     machine.set_threads(run.threads)
     model = load_model(checkpoint, device=machine.resolve_device(request.device), dtype=run.meaning.dtype)
     faults: list[Fault] = []
-    for text in _read_texts(run, chosen):
+    for text in read_texts(run, chosen):
         index = text.shard.index
         entry = entries[index]
         if text.input_hash != entry.input_hash:
@@ -95,47 +112,14 @@ def _choose_rows(entries: Mapping[int, DoneEntry], *, number: int, seed: int) ->
     return chosen
 
 
-def _find_input(run: Run, root: Path) -> Run:
-    """Return the run with its sources as they are today."""
-    if any(source.path == "-" for source in run.sources):
-        raise CorpusError(f"{root.name} was made from standard input, which --sample cannot read again")
-    now = []
-    for source in run.sources:
-        path = Path(source.path)
-        if not path.is_file():
-            raise CorpusError(f"{path} is gone: put {source.name} back there, or check without --sample")
-        status = path.stat()
-        now.append(replace(source, size=status.st_size, mtime_ns=status.st_mtime_ns))
-    return adopt_run(run, EncodeRequest(inputs=()), sources=tuple(now), out=root.name)
-
-
-def _read_texts(run: Run, chosen: Mapping[int, list[int]]) -> Iterator[ShardText]:
-    def ask(shard: Shard) -> Action:
-        return "read" if shard.index in chosen else "skip"
-
-    meaning = run.meaning
-    texts = read_shards(
-        run.sources,
-        plan=plan_run(run),
-        fields=meaning.fields,
-        schema=make_form(run).kept,
-        title_sep=meaning.title_sep,
-        max_row_bytes=meaning.max_row_bytes,
-        ask=ask,
-    )
-    return (text for text in texts if text.shard.index in chosen)
-
-
 def _read_stored(root: Path, entry: DoneEntry, rows: list[int]) -> dict[int, _StoredRow]:
     """Read some rows of a shard, a row group at a time."""
     folder = OutputFolder(path=root, run=None, entries={entry.shard.index: entry}, manifest=None)
     stored: dict[int, _StoredRow] = {}
-    documents, before = -1, 0
+    documents = -1
     for part in iter_parts(folder, columns=["chunk_index"]):
         index = part.rows.column("chunk_index").to_numpy()
-        # A document begins with chunk 0, or with -1 and chunk 0 behind it.
-        begins = (index <= 0) & ~(np.concatenate([[before], index[:-1]]) == -1)
-        numbers = documents + np.cumsum(begins)
+        numbers = documents + np.cumsum(index == 0)
         first = int(part.embeddings.rows[0]) if len(index) else 0
         for row in rows:
             if first <= row < first + len(index):
@@ -143,7 +127,7 @@ def _read_stored(root: Path, entry: DoneEntry, rows: list[int]) -> dict[int, _St
                     part.embeddings, row - first, int(numbers[row - first]), int(index[row - first])
                 )
         if len(index):
-            documents, before = int(numbers[-1]), int(index[-1])
+            documents = int(numbers[-1])
     return stored
 
 
@@ -158,9 +142,8 @@ def _take_row(embeddings: Embeddings, place: int, document: int, chunk_index: in
     )
 
 
-def _take_matrix(matrices: TokenMatrices, place: int) -> NDArray[Any]:
-    matrix: NDArray[Any] = matrices.vectors[matrices.indptr[place] : matrices.indptr[place + 1]].copy()
-    return matrix
+def _take_matrix(matrices: TokenMatrices, place: int) -> NDArray[np.float32]:
+    return decode_vectors(matrices, slice(matrices.indptr[place], matrices.indptr[place + 1])).copy()
 
 
 def _take_weights(weights: LexicalWeights, place: int) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
@@ -176,25 +159,25 @@ def _compare_shard(
     documents, row_documents = _find_documents(root, text, stored)
     for row in stored.keys() - row_documents.keys():
         yield f"row {row:,}: the input has no document of its text's hash"
-    chunks = chunk_documents(
-        documents,
-        tokenizer,
-        max_length=meaning.max_length,
-        overlap=meaning.overlap,
-        long_docs=meaning.long_docs,
-        prefix=meaning.prefix,
-    )
-    cut = zip(chunks.document.tolist(), chunks.chunk_index.tolist(), strict=True)
-    places = {pair: place for place, pair in enumerate(cut)}
+    chunks = chunk_documents(documents, tokenizer, cutting_of(meaning))
     pairs = {row: (document, stored[row].chunk_index) for row, document in row_documents.items()}
+    if not meaning.merges:
+        wanted = set(pairs.values())
+        cut = zip(chunks.document.tolist(), chunks.chunk_index.tolist(), strict=True)
+        chunks = pick_chunks(chunks, np.array([place for place, pair in enumerate(cut) if pair in wanted], np.int64))
+    none = np.empty(0, np.int64)
+    rows = plan_rows(chunks, long_docs=meaning.long_docs, taken=none)
+    cut = zip(rows.document.tolist(), rows.chunk_index.tolist(), strict=True)
+    places = {pair: place for place, pair in enumerate(cut)}
     for row, pair in pairs.items():
         if pair not in places:
             yield f"row {row:,}: its document has no chunk {pair[1]} when it is cut again"
-    again = [places[pair] for pair in sorted({*pairs.values()} & places.keys())]
-    made = dict(_encode_rows(chunks, again, run=run, model=model, tokenizer=tokenizer))
+    form = meaning.colbert_form
+    shard = TokenisedShard(text=text, chunks=chunks, origins=Origins(rows=none, shard=none, row=none))
+    made = dict(_encode_rows(shard, run=run, model=model, tokenizer=tokenizer))
     for row, pair in pairs.items():
         if pair in places:
-            yield from (f"row {row:,}: {what}" for what in _compare_row(stored[row], made[places[pair]]))
+            yield from (f"row {row:,}: {what}" for what in _compare_row(stored[row], made[places[pair]], form))
 
 
 def _find_documents(
@@ -213,21 +196,27 @@ def _find_documents(
 
 
 def _encode_rows(
-    chunks: Chunks, rows: list[int], *, run: Run, model: Model, tokenizer: Tokenizer
+    shard: TokenisedShard, *, run: Run, model: Model, tokenizer: Tokenizer
 ) -> Iterator[tuple[int, _StoredRow]]:
-    """Encode some rows of `chunks`."""
-    places = np.array(rows, np.int64)
-    for batch_places in batch_rows(chunks.num_tokens[places], max_batch_tokens=BATCH_TOKENS):
-        batch = pack_rows(chunks, places[batch_places])
-        states, layout = run_model(model, batch)
-        made = compute_embeddings(
-            model, batch, states, layout, outputs=run.meaning.outputs, special_ids=tokenizer.special_ids
-        )
-        for place, row in enumerate(batch.rows.tolist()):
-            yield row, _take_row(made, place, document=0, chunk_index=0)
+    """Encode a shard's rows, and merge them where the folder has them merged."""
+    encoder = make_encoder(model, tokenizer, meaning=run.meaning)
+    batches = (
+        _encode_batch(shard, places, encoder)
+        for places in batch_rows(shard.chunks.num_tokens, max_batch_tokens=BATCH_TOKENS)
+    )
+    for window in finish_windows(shard, chain.from_iterable(batches), meaning=run.meaning):
+        for place, row in enumerate(window.rows.tolist()):
+            yield row, _take_row(window, place, document=0, chunk_index=0)
 
 
-def _compare_row(stored: _StoredRow, made: _StoredRow) -> Iterator[str]:
+def _encode_batch(shard: TokenisedShard, rows: NDArray[np.int64], encoder: BatchEncoder) -> Iterator[EncodedBatch]:
+    for made in encoder.encode(pack_rows(shard.chunks, rows)):
+        if isinstance(made, FailedRow):
+            raise ModelError(f"{made.reason}: {made.detail}")
+        yield EncodedBatch(shard=shard, start=0, stop=shard.chunks.num_rows, embeddings=made)
+
+
+def _compare_row(stored: _StoredRow, made: _StoredRow, form: ColbertForm) -> Iterator[str]:
     """Say in what a stored row is another than the one just made."""
     if stored.dense is not None and made.dense is not None:
         cosine = _cosines(stored.dense[None], made.dense[None])[0]
@@ -240,12 +229,24 @@ def _compare_row(stored: _StoredRow, made: _StoredRow) -> Iterator[str]:
     ):
         yield what
     if stored.matrix is not None and made.matrix is not None:
-        if stored.matrix.shape != made.matrix.shape:
-            yield f"encoded again, it has {len(made.matrix):,} ColBERT vectors, {len(stored.matrix):,} are stored"
-        else:
-            cosine = _cosines(stored.matrix, made.matrix).mean()
-            if not cosine >= COSINE:
-                yield f"encoded again, its ColBERT vectors have cosine {cosine:.4f} with the stored ones"
+        yield from _compare_matrices(stored.matrix, made.matrix, form)
+
+
+def _compare_matrices(stored: NDArray[np.float32], made: NDArray[np.float32], form: ColbertForm) -> Iterator[str]:
+    """Hold the vectors of a row against those just made.
+
+    Where tokens are chosen or pooled, the last bits of a number may decide which: then each stored vector is held
+    against the one just made that is most like it, and some may be more or fewer.
+    """
+    exact = form.pool == 1 and not form.by_weight
+    if abs(len(stored) - len(made)) > (0 if exact else max(1, int(COUNT_TOLERANCE * len(made)))):
+        yield f"encoded again, it has {len(made):,} ColBERT vectors, {len(stored):,} are stored"
+        return
+    if not len(stored):
+        return
+    cosine = (_cosines(stored, made) if exact else (stored @ made.T).max(axis=1)).mean()
+    if not cosine >= (COSINE if exact and form.dtype != "binary" else COMPRESSED_COSINE):
+        yield f"encoded again, its ColBERT vectors have cosine {cosine:.4f} with the stored ones"
 
 
 def _compare_weights(stored: tuple[NDArray[Any], NDArray[Any]], made: tuple[NDArray[Any], NDArray[Any]]) -> str | None:

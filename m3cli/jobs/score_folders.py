@@ -22,7 +22,8 @@ from m3cli.errors import UsageError
 from m3cli.jobs.chunk_pairs import ChunkPairs, join_chunks, merge_chunks
 from m3cli.jobs.score import ScoreRequest, WindowScores
 from m3cli.progress import Progress
-from m3cli.records import Embeddings, Output
+from m3cli.records import Embeddings, Output, TokenMatrices
+from m3cli.retrieval.maxsim import decode_vectors
 from m3cli.retrieval.score import score_rows
 from m3cli.store.lookup import FoundRows, RowLookup, read_parts
 from m3cli.store.reader import OutputFolder, open_folder
@@ -46,7 +47,7 @@ class FolderScorer:
         assert request.corpus is not None
         self._chunks = request.chunks
         self._queries, self._corpus = open_folder(Path(request.queries)), open_folder(Path(request.corpus))
-        _refuse_strangers(self._queries, self._corpus)
+        refuse_strangers(self._queries, self._corpus)
         self._lookups = RowLookup(self._queries), RowLookup(self._corpus)
         shared = set(_outputs_of(self._queries)) & set(_outputs_of(self._corpus))
         self.outputs: tuple[Output, ...] = tuple(output for output in ALL_OUTPUTS if output in shared)
@@ -146,7 +147,7 @@ def _widen(held: Embeddings) -> Embeddings:
     """Turn ColBERT vectors to float32 once, as each is multiplied with many passages."""
     if (matrices := held.colbert_vecs) is None:
         return held
-    return replace(held, colbert_vecs=replace(matrices, vectors=matrices.vectors.astype(np.float32, copy=False)))
+    return replace(held, colbert_vecs=TokenMatrices(indptr=matrices.indptr, vectors=decode_vectors(matrices)))
 
 
 def number_ids(ids: Sequence[str]) -> tuple[list[str], Rows]:
@@ -167,7 +168,7 @@ def _outputs_of(folder: OutputFolder) -> Sequence[Output]:
     return outputs
 
 
-def _refuse_strangers(queries: OutputFolder, corpus: OutputFolder) -> None:
+def refuse_strangers(queries: OutputFolder, corpus: OutputFolder) -> None:
     """Refuse folders of different checkpoints: their vectors have nothing to do with each other."""
     ours, theirs = _run_of(queries)["checkpoint"], _run_of(corpus)["checkpoint"]
     for what in ("hashes", "tokenizer_hash"):

@@ -88,7 +88,7 @@ class TextScorer:
         """Load tokenizer and model."""
         self._wanted = tuple(wanted)
         self._tokenizer = load_tokenizer(self._checkpoint)
-        dtype = self._request.dtype or machine.auto_dtype(self._device)
+        dtype = machine.resolve_dtype(self._request.dtype, self._device)
         self._progress.say(f"{self._checkpoint.name}, {dtype} on {self._device}")
         self._encoder = BatchEncoder(
             load_model(self._checkpoint, device=self._device, dtype=dtype),
@@ -101,6 +101,11 @@ class TextScorer:
 
     def _load_float32(self) -> Model:
         return load_model(self._checkpoint, device=self._device, dtype="float32")
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """Hash of the loaded tokenizer, as run.json has it."""
+        return self._tokenizer.serialisation_hash
 
     def describe(self) -> str:
         """Say what was encoded."""

@@ -25,7 +25,10 @@ from m3cli.store.reader import OutputFolder, open_folder
 from m3cli.store.texts import TextIndex
 
 MAY_DIFFER = frozenset(
-    ("fields", "outputs", "title_sep", "keep_text", "limit", "shard_size", "max_row_bytes", "format", "dedupe", "since")
+    (
+        *("fields", "outputs", "title_sep", "keep_text", "limit", "shard_size", "max_row_bytes"),
+        *("format", "compression", "dedupe", "since"),
+    )
 )
 "settings that do not change the vectors of a text"
 MAX_RUNS = 64

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 from typing import TypeVar
 
 import numpy as np
@@ -14,23 +12,24 @@ from numpy.typing import NDArray
 
 from m3cli.config import Meaning
 from m3cli.corpus.rows import ROW_HEAD_BYTES
-from m3cli.encoder.batcher import WINDOW_BYTES, batch_rows, pack_rows, plan_windows
-from m3cli.encoder.chunker import chunk_documents
+from m3cli.encoder.batcher import WINDOW_BYTES, batch_rows, count_with_added, pack_rows, plan_windows
+from m3cli.encoder.chunker import chunk_documents, cutting_of
 from m3cli.encoder.encode import NOT_A_NUMBER, OUT_OF_MEMORY, BatchEncoder, FailedRow
+from m3cli.encoder.merge import merge_chunks
+from m3cli.encoder.model import Model
 from m3cli.encoder.picking import pick_chunks, pick_rows
 from m3cli.encoder.tokenizer import Tokenizer
-from m3cli.encoder.window import order_rows
 from m3cli.errors import CorpusError, ModelError
 from m3cli.jobs.since import Since
 from m3cli.progress import Progress, Stage, Stopwatch
-from m3cli.records import Chunks, DoneEntry, Embeddings, Origins, ShardText, SkippedRow, Source
-from m3cli.store.folder import RunFolder
-from m3cli.store.layout import RowForm
+from m3cli.records import Chunks, Embeddings, Origins, ShardText, SkippedRow, Source
+from m3cli.store.layout import MAX_MATRIX_BYTES
 
 T = TypeVar("T")
 
 COLBERT_ITEM_BYTES = 2
 "float16"
+TOO_LARGE = "merged ColBERT matrix too large"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,10 +60,6 @@ class EncodedBatch:
     "a document of the shard cannot be encoded: the shard comes once more, without it"
 
 
-class _GivenUp(Exception):
-    """The shard that is being written comes once more."""
-
-
 def count_seconds(items: Iterator[T], watch: Stopwatch, stage: Stage) -> Iterator[T]:
     """Yield items, counting the time it takes to make each."""
     while True:
@@ -80,14 +75,7 @@ def tokenise_shards(
     texts: Iterator[ShardText], tokenizer: Tokenizer, *, meaning: Meaning, since: Since | None = None
 ) -> Iterator[TokenisedShard]:
     """Cut the documents of each shard into rows of tokens, and find those that an older folder has."""
-    cut = partial(
-        chunk_documents,
-        tokenizer=tokenizer,
-        max_length=meaning.max_length,
-        overlap=meaning.overlap,
-        long_docs=meaning.long_docs,
-        prefix=meaning.prefix,
-    )
+    cut = partial(chunk_documents, tokenizer=tokenizer, cutting=cutting_of(meaning))
     none = np.empty(0, np.int64)
     for text in texts:
         refuse_hopeless(text)
@@ -119,6 +107,23 @@ def refuse_hopeless(text: ShardText) -> None:
         )
 
 
+def make_encoder(
+    model: Model, tokenizer: Tokenizer, *, meaning: Meaning, load_float32: Callable[[], Model] | None = None
+) -> BatchEncoder:
+    """Make the encoder that a folder's rows go through; what is merged or compressed later leaves it in float32."""
+    form = meaning.colbert_form
+    return BatchEncoder(
+        model,
+        outputs=meaning.outputs,
+        special_ids=tokenizer.special_ids,
+        dense_dtype="float32" if meaning.merges else meaning.dense_dtype,
+        colbert_dtype="float16" if form.plain else "float32",
+        colbert_weights=form.by_weight,
+        mcls=meaning.mcls,
+        load_float32=load_float32,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """What the rows of every shard go through, and in what portions."""
@@ -128,6 +133,8 @@ class Route:
     dedupe: bool
     max_batch_tokens: int
     window_tokens: int | None
+    max_merged_tokens: int | None
+    "of a merged row; None: there is no limit"
     watch: Stopwatch
     progress: Progress
 
@@ -142,16 +149,19 @@ def plan_route(
     progress: Progress,
 ) -> Route:
     """Say what every shard goes through."""
-    window_tokens = None
+    window_tokens = max_merged_tokens = None
     if "colbert" in meaning.outputs:
         vector_bytes = encoder.model.checkpoint.hidden_size * COLBERT_ITEM_BYTES
         window_tokens = WINDOW_BYTES[encoder.model.device.type] // vector_bytes
+        if meaning.long_docs == "merge" and meaning.colbert_top_k is None:
+            max_merged_tokens = MAX_MATRIX_BYTES // vector_bytes
     return Route(
         encoder=encoder,
         since=since,
         dedupe=meaning.dedupe,
         max_batch_tokens=max_batch_tokens,
         window_tokens=window_tokens,
+        max_merged_tokens=max_merged_tokens,
         watch=watch,
         progress=progress,
     )
@@ -162,12 +172,28 @@ def encode_batches(
 ) -> Iterator[EncodedBatch]:
     """Run each shard's rows through the model; one with documents that fail there comes again without them."""
     for shard in shards:
-        failed: list[FailedRow] | None = None
-        while failed is None or failed:
+        failed = list(find_oversized(shard.chunks, max_tokens=route.max_merged_tokens))
+        done = False
+        while failed or not done:
             if failed:
                 shard = drop_documents(shard, failed, source=sources[shard.text.shard.source].name)  # noqa: PLW2901
                 refuse_hopeless(shard.text)
             failed = yield from encode_shard(shard, route)
+            done = True
+
+
+def find_oversized(chunks: Chunks, *, max_tokens: int | None) -> Iterator[FailedRow]:
+    """Yield the first row of each document that has more tokens than its merged ColBERT matrix may have."""
+    if max_tokens is None or len(chunks.input_ids) <= max_tokens:
+        return
+    merged = merge_chunks(chunks)
+    for number in np.flatnonzero(merged.num_tokens > max_tokens).tolist():
+        yield FailedRow(
+            row=int(np.searchsorted(chunks.document, merged.document[number])),
+            reason=TOO_LARGE,
+            detail=f"merged, its {merged.num_tokens[number]:,} tokens make a ColBERT matrix of more than 2^31 bytes; "
+            "use --long-docs chunk or both, or keep fewer vectors with --colbert-top-k",
+        )
 
 
 def encode_shard(shard: TokenisedShard, route: Route) -> Generator[EncodedBatch, None, list[FailedRow]]:
@@ -209,7 +235,9 @@ def encode_window(shard: TokenisedShard, route: Route, *, start: int, stop: int)
     originals = find_originals(shard, rows) if route.dedupe else rows
     limit = min(route.max_batch_tokens, route.encoder.max_tokens or route.max_batch_tokens)
     single = np.unique(originals)
-    for group in batch_rows(shard.chunks.num_tokens[single], max_batch_tokens=limit):
+    for group in batch_rows(
+        count_with_added(shard.chunks.num_tokens[single], every=route.encoder.mcls), max_batch_tokens=limit
+    ):
         batch = pack_rows(shard.chunks, single[group])
         for made in count_seconds(route.encoder.encode(batch), route.watch, "encoding"):
             yield from copy_rows(made, rows, originals) if route.dedupe else (made,)
@@ -272,37 +300,3 @@ def _skip_document(shard: TokenisedShard, number: int, fault: FailedRow, *, sour
         detail=fault.detail,
         row=document.text.encode()[:ROW_HEAD_BYTES],
     )
-
-
-def write_shard(
-    folder: RunFolder,
-    shard: TokenisedShard,
-    batches: Iterator[EncodedBatch],
-    *,
-    form: RowForm,
-    source: str,
-    watch: Stopwatch,
-) -> DoneEntry | None:
-    """Write a shard's windows as they come, and commit it; None if it was given up on the way."""
-    with (
-        folder.open_shard(form=form, text=shard.text, chunks=shard.chunks, source=source) as writer,
-        suppress(_GivenUp),
-    ):
-        for (start, stop), window in groupby(_go_on(batches), key=lambda batch: (batch.start, batch.stop)):
-            parts = (batch.embeddings for batch in window if batch.embeddings is not None)
-            if start < stop:
-                ordered = order_rows(parts, shard.chunks, start=start, stop=stop)
-                with watch.count("writing"):
-                    writer.append(ordered)
-        with watch.count("writing"):
-            entry = writer.finish()
-            folder.commit(entry)
-        return entry
-    return None
-
-
-def _go_on(batches: Iterator[EncodedBatch]) -> Iterator[EncodedBatch]:
-    for batch in batches:
-        if batch.given_up:
-            raise _GivenUp
-        yield batch

@@ -5,7 +5,9 @@ and keep the diagonal. One difference: the reference has no mask on the passage 
 vector, so where a passage was padded in its batch, a query token's maximum is floored at 0 there. Here nothing is
 padded and nothing is floored, as in its own `colbert_score` for two single matrices.
 
-Values are float16 or float32 as they come, multiplied as float32. Shapes: P pairs, R rows, D width of a vector.
+Values are float16 or float32 as they come, multiplied as float32; ColBERT vectors that are stored as int8 or as signs
+are numbers again first, each side for itself: a query keeps its precision before a corpus of signs. Shapes: P pairs,
+R rows, D width of a vector.
 """
 
 from __future__ import annotations
@@ -63,6 +65,24 @@ def score_sparse(queries: LexicalWeights, passages: LexicalWeights, query_rows: 
     return scores
 
 
+def decode_vectors(matrices: TokenMatrices, places: slice | NDArray[np.int64] = slice(None), /) -> NDArray[np.float32]:
+    """Return some of the vectors as float32 [V, D] of norm 1, whatever they are stored as.
+
+    int8 vectors are multiplied by their scales; signs, the first one in the highest bit of a byte, are
+    +-1 / sqrt(D).
+    """
+    vectors = np.asarray(matrices.vectors)[places]  # memory-mapped arrays slice slowly
+    wide: NDArray[np.float32]
+    if vectors.dtype == np.uint8:
+        wide = np.unpackbits(vectors, axis=1).astype(np.float32)
+        unit = np.float32(1 / np.sqrt(max(wide.shape[1], 1)))
+        wide *= 2 * unit
+        wide -= unit
+        return wide
+    wide = vectors.astype(np.float32, copy=False)
+    return wide if matrices.scales is None else wide * matrices.scales[places, None]
+
+
 def score_colbert(queries: TokenMatrices, passages: TokenMatrices, query_rows: Rows, passage_rows: Rows, /) -> Scores:
     """Return [P] means over the query's vectors of the greatest inner product with a vector of the passage.
 
@@ -82,7 +102,6 @@ def _score_matrices(queries: TokenMatrices, passages: TokenMatrices, query_rows:
     lengths = np.diff(queries.indptr)[query_rows]
     take, owner = expand_rows(queries.indptr[query_rows], lengths)
     best = np.empty(len(take), np.float32)
-    left, right = np.asarray(queries.vectors), np.asarray(passages.vectors)  # memory-mapped arrays slice slowly
     ends = np.concatenate(([0], np.cumsum(lengths)))
     firsts = np.flatnonzero(np.diff(passage_rows, prepend=-1))
     for first, last in zip(firsts, [*firsts[1:], len(passage_rows)], strict=True):
@@ -91,8 +110,7 @@ def _score_matrices(queries: TokenMatrices, passages: TokenMatrices, query_rows:
         if begin == end:
             best[run] = np.nan
             continue
-        side = left[take[run]].astype(np.float32, copy=False)
-        other = right[begin:end].astype(np.float32, copy=False)
+        side, other = decode_vectors(queries, take[run]), decode_vectors(passages, slice(begin, end))
         (side @ other.T).max(axis=1, out=best[run])
     sums = np.bincount(owner, weights=best, minlength=len(query_rows))
     means = np.full(len(query_rows), np.nan)

@@ -33,6 +33,7 @@ def make_shard(texts: list[str], rows_of: list[int]) -> TokenisedShard:
             char_start=np.arange(num_rows),
             char_end=np.arange(num_rows) + 1,
             truncated=np.zeros(num_rows, np.bool_),
+            num_repeated=np.zeros(num_rows, np.int32),
         ),
         origins=Origins(rows=np.array([0, 4]), shard=np.array([7, 8]), row=np.array([70, 80])),
     )

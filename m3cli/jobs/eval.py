@@ -1,0 +1,100 @@
+"""`m3 eval`: what runs are worth by judgements, each run beside the first.
+
+Runs are read one after the other; of each only its queries' values are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from m3cli.corpus.qrels import read_qrels
+from m3cli.corpus.streams import PeekableStream
+from m3cli.corpus.trec import read_run
+from m3cli.errors import CorpusError, UsageError
+from m3cli.retrieval.measures import (
+    Values,
+    compare_queries,
+    count_missing,
+    count_without_relevant,
+    measure_queries,
+    parse_measures,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunWorth:
+    """What one run is worth."""
+
+    run: str
+    measures: dict[str, float]
+    "means over all judged queries"
+    p: dict[str, float] | None
+    "of the paired t-test against the first run, None for the first"
+    missing: int
+    "judged queries that the run lacks, which count as 0"
+    not_judged: int
+    "queries of the run that no judgement names, which do not count"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What `m3 eval` found."""
+
+    qrels: str
+    queries: int
+    "judged; every mean is over all of them"
+    without_relevant: int
+    "judged queries no document of which is relevant: 0 by every measure, for every run"
+    runs: list[RunWorth] = field(default_factory=list)
+
+    def describe(self) -> list[str]:
+        """Say what the means hide, a line each."""
+        lines = [f"{self.queries:,} judged queries in {self.qrels}, which every mean is over"]
+        if self.without_relevant:
+            lines.append(f"{self.without_relevant:,} of them have no relevant document and are 0 for every run")
+        for worth in self.runs:
+            if worth.missing:
+                lines.append(f"{worth.run} lacks {worth.missing:,} judged queries, which count as 0")
+            if worth.not_judged:
+                lines.append(f"{worth.run} has {worth.not_judged:,} queries without judgements, which do not count")
+        return lines
+
+
+def evaluate_runs(
+    runs: Sequence[str], qrels: str, *, measures: Sequence[str], stdin: PeekableStream | None = None
+) -> Evaluation:
+    """Measure runs by the same judgements.
+
+    Raises:
+        UsageError: a measure that is not known, or a file that is named twice.
+        CorpusError: a file that cannot be read, or a run without any judged query.
+        M3Error: the package that measures is not installed.
+    """
+    named = [*runs, qrels]
+    if len(set(named)) < len(named):
+        raise UsageError(f"{next(name for name in named if named.count(name) > 1)} is named twice; name it once")
+    parsed = parse_measures(measures)
+    judgements = read_qrels(qrels, stdin=stdin)
+    found = Evaluation(qrels=qrels, queries=len(judgements), without_relevant=count_without_relevant(judgements))
+    base: Mapping[str, Values] | None = None
+    for run in runs:
+        rankings = read_run(run, stdin=stdin)
+        missing, not_judged = count_missing(rankings, judgements)
+        if missing == len(judgements):
+            raise CorpusError(
+                f"{run}: none of its queries (such as {next(iter(rankings))[:60]!r}) is in {qrels} "
+                f"(such as {next(iter(judgements))[:60]!r}); give the judgements of the queries that were searched"
+            )
+        values = measure_queries(rankings, judgements, parsed)
+        found.runs.append(
+            RunWorth(
+                run=run,
+                measures={name: float(each.mean()) for name, each in values.items()},
+                p=None if base is None else {name: compare_queries(base[name], values[name]) for name in values},
+                missing=missing,
+                not_judged=not_judged,
+            )
+        )
+        base = values if base is None else base
+    return found

@@ -1,0 +1,286 @@
+"""`m3 rerank`: the best documents of a run, put in order anew by a cross-encoder.
+
+    run -> window of queries -> passages by id, tokenised once -> pairs of some queries -> logits -> run
+
+Of the corpus only the tokens of a window's candidates are held (`HELD_TOKENS`), and it is read once a window; of pairs,
+those of some queries at a time (`GROUP_PAIRS`), sorted by length and packed. A candidate whose text is not there has no
+place in the new run; it is counted, and the exit code is 3.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3cli.config import EncodeRequest
+from m3cli.corpus.streams import PeekableStream
+from m3cli.corpus.trec import read_run
+from m3cli.encoder import device as machine
+from m3cli.encoder.reranker import PAIR_SPECIALS, Reranker, join_pair, load_reranker, score_batch
+from m3cli.encoder.texts import TokenisedTexts, pack_texts, tokenise_texts
+from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
+from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, CorpusError, UsageError
+from m3cli.jobs.run import open_checkpoint
+from m3cli.jobs.texts_by_id import TextSource
+from m3cli.progress import Progress
+from m3cli.records import Rankings
+from m3cli.store.commit import publish_beside
+
+DEFAULT_RERANKER = "BAAI/bge-reranker-v2-m3"
+DEFAULT_LENGTH = 1024
+"tokens of a pair"
+HELD_TOKENS = 64 << 20
+"of candidates' passages, 4 bytes each"
+GROUP_PAIRS = 4096
+"whose tokens are put together before they are sorted and scored"
+TAG = "m3-rerank"
+_TEXTS = 512
+"tokenised together"
+_NAMED = 3
+
+Ids = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RerankRequest:
+    """What a user typed; None is a flag that was not given."""
+
+    run: str
+    queries: TextSource
+    corpus: TextSource
+    out: str | None = None
+    model: str | None = None
+    revision: str | None = None
+    top_k: int = 100
+    "candidates of a query, those of the best scores"
+    max_length: int | None = None
+    "tokens of a pair"
+    normalise: bool = False
+    dtype: Any = None
+    device: str | None = None
+    max_batch_tokens: int | None = None
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What a run came to."""
+
+    pairs: int = 0
+    tokens: int = 0
+    cut: Counter[str] = field(default_factory=Counter)
+    "queries, and pairs whose passage, lost tokens"
+    faults: Counter[str] = field(default_factory=Counter)
+    named: dict[str, list[str]] = field(default_factory=dict)
+    "the first few ids of each fault"
+
+    def note(self, fault: str, identifier: str, *, count: int = 1) -> None:
+        """Count candidates that have no score."""
+        self.faults[fault] += count
+        named = self.named.setdefault(fault, [])
+        if len(named) < _NAMED:
+            named.append(identifier)
+
+    def describe_faults(self) -> str:
+        """Say how many candidates are left out and why."""
+        reasons = ", ".join(
+            f"{count:,} {fault} (such as {', '.join(self.named[fault])})" for fault, count in self.faults.most_common()
+        )
+        return f"{self.faults.total():,} candidates have no place in the new run: {reasons}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Setup:
+    """What is loaded once."""
+
+    tokenizer: Tokenizer
+    reranker: Reranker
+    max_length: int
+    max_batch_tokens: int
+    progress: Progress
+    tally: _Tally
+
+
+def rerank_run(
+    request: RerankRequest, *, progress: Progress, stdout: BinaryIO, stdin: PeekableStream | None = None
+) -> int:
+    """Score the best candidates of each query anew and write them as a run.
+
+    Returns:
+        the exit code: 0, or 3 if candidates have no score.
+
+    Raises:
+        UsageError: flags that cannot be meant together.
+        CorpusError: run, queries or corpus cannot be read, or hold nothing of each other.
+        ModelError: the checkpoint is no cross-encoder.
+    """
+    checkpoint = open_checkpoint(
+        EncodeRequest(inputs=(), model=request.model or DEFAULT_RERANKER, revision=request.revision)
+    )
+    max_length = request.max_length or min(DEFAULT_LENGTH, checkpoint.max_length)
+    if max_length > checkpoint.max_length:
+        raise UsageError(f"--max-length {max_length}: {checkpoint.name} holds at most {checkpoint.max_length} tokens")
+    rankings = read_run(request.run, stdin=stdin, top_k=request.top_k)
+    began = time.perf_counter()
+    device = machine.resolve_device(request.device)
+    dtype = machine.resolve_dtype(request.dtype, device)
+    setup = _Setup(
+        tokenizer=load_tokenizer(checkpoint),
+        reranker=load_reranker(checkpoint, device=device, dtype=dtype),
+        max_length=max_length,
+        max_batch_tokens=request.max_batch_tokens or machine.auto_batch_tokens(device),
+        progress=progress,
+        tally=_Tally(),
+    )
+    progress.say(f"{checkpoint.name}, {dtype} on {device}, pairs of up to {max_length:,} tokens")
+    with _open_output(request.out, stdout) as output:
+        progress.start(shards_todo=None)
+        try:
+            _rerank(rankings, request, setup, output)
+        finally:
+            progress.stop()
+    tally, seconds = setup.tally, time.perf_counter() - began
+    progress.say(
+        f"{tally.pairs:,} pairs, {tally.tokens:,} tokens in {seconds:.1f} s (loading included); "
+        f"{tally.cut['queries']:,} queries and the passages of {tally.cut['pairs']:,} pairs were truncated"
+    )
+    if tally.faults:
+        progress.say(tally.describe_faults())
+    return EXIT_ROWS_SKIPPED if tally.faults else EXIT_DONE
+
+
+@contextmanager
+def _open_output(out: str | None, stdout: BinaryIO) -> Iterator[BinaryIO]:
+    if out is None or out == "-":
+        yield stdout
+    else:
+        with publish_beside(Path(out).absolute()) as file:
+            yield file
+
+
+def _rerank(rankings: Rankings, request: RerankRequest, setup: _Setup, output: BinaryIO) -> None:
+    queries = _read_queries(rankings, request, setup)
+    finish = _sigmoid if request.normalise else float
+    for window in _cut_windows({query: rankings[query] for query in queries}, setup.max_length):
+        wanted = {document for query in window for document in rankings[query]}
+        passages = dict(_tokenise(request.corpus.find_texts(wanted), setup, max_length=setup.max_length)[0])
+        for group in _cut_groups(window, rankings):
+            candidates = {query: _keep_known(query, rankings[query], passages, setup.tally) for query in group}
+            scored = _score_group(candidates, queries, passages, setup)
+            for query, scores in scored.items():
+                _write_query(output, query, scores, finish)
+            output.flush()
+    if not setup.tally.pairs:
+        raise CorpusError(
+            f"--corpus {request.corpus.given} has none of the documents of {request.run} "
+            f"(such as {next(iter(next(iter(rankings.values()))))[:60]!r}); give the corpus that was searched"
+        )
+
+
+def _read_queries(rankings: Rankings, request: RerankRequest, setup: _Setup) -> dict[str, Ids]:
+    """Return the token ids of the run's queries in the run's order."""
+    longest = setup.max_length * 3 // 4 + 2  # <s> and </s> not counted, as in FlagEmbedding
+    longest = min(longest, setup.max_length - PAIR_SPECIALS)
+    pairs, truncated = _tokenise(request.queries.find_texts(rankings), setup, max_length=longest)
+    setup.tally.cut["queries"] = truncated
+    found = dict(pairs)
+    if not found:
+        raise CorpusError(
+            f"--queries {request.queries.given} has none of the queries of {request.run} "
+            f"(such as {next(iter(rankings))[:60]!r}); give the queries that were searched for"
+        )
+    for query in rankings:
+        if query not in found:
+            setup.tally.note("of a query without text", query, count=len(rankings[query]))
+    return {query: found[query] for query in rankings if query in found}
+
+
+def _tokenise(texts: Iterator[tuple[str, str]], setup: _Setup, *, max_length: int) -> tuple[list[tuple[str, Ids]], int]:
+    """Tokenise texts as they come, and cut them; return them by id, and how many lost tokens."""
+    made: list[tuple[str, Ids]] = []
+    truncated = 0
+    while some := list(islice(texts, _TEXTS)):
+        tokenised = tokenise_texts([text for _, text in some], setup.tokenizer, max_length=max_length)
+        truncated += tokenised.truncated
+        made += zip((name for name, _ in some), tokenised.input_ids, strict=True)
+    return made, truncated
+
+
+def _cut_windows(rankings: Rankings, max_length: int) -> Iterator[list[str]]:
+    """Cut queries into runs whose candidates can be held."""
+    window: list[str] = []
+    documents: set[str] = set()
+    for query, ranking in rankings.items():
+        if window and len(documents | ranking.keys()) * max_length > HELD_TOKENS:
+            yield window
+            window, documents = [], set()
+        window.append(query)
+        documents |= ranking.keys()
+    if window:
+        yield window
+
+
+def _cut_groups(window: Sequence[str], rankings: Rankings) -> Iterator[list[str]]:
+    group: list[str] = []
+    num_pairs = 0
+    for query in window:
+        group.append(query)
+        num_pairs += len(rankings[query])
+        if num_pairs >= GROUP_PAIRS:
+            yield group
+            group, num_pairs = [], 0
+    if group:
+        yield group
+
+
+def _keep_known(query: str, ranking: Mapping[str, float], passages: Mapping[str, Ids], tally: _Tally) -> list[str]:
+    for document in ranking.keys() - passages.keys():
+        tally.note("without text", f"{document} of query {query}")
+    return [document for document in ranking if document in passages]
+
+
+def _score_group(
+    candidates: Mapping[str, Sequence[str]], queries: Mapping[str, Ids], passages: Mapping[str, Ids], setup: _Setup
+) -> dict[str, list[tuple[str, float]]]:
+    """Return the scored candidates of each query, in their old order."""
+    names = [(query, document) for query, documents in candidates.items() for document in documents]
+    joined = [join_pair(queries[query], passages[name], max_length=setup.max_length) for query, name in names]
+    logits = np.full(len(names), np.nan, np.float32)
+    pairs = TokenisedTexts(input_ids=tuple(ids for ids, _ in joined), truncated=sum(cut for _, cut in joined))
+    for batch in pack_texts(pairs, max_batch_tokens=setup.max_batch_tokens):
+        for made in score_batch(setup.reranker, batch):
+            logits[made.rows] = made.values
+        setup.progress.advance(documents=len(batch.rows), tokens=len(batch.input_ids), shards=0.0)
+        setup.tally.tokens += len(batch.input_ids)
+    setup.tally.pairs += len(names)
+    setup.tally.cut["pairs"] += pairs.truncated
+    scored: dict[str, list[tuple[str, float]]] = {query: [] for query in candidates}
+    for (query, document), logit in zip(names, logits.tolist(), strict=True):
+        if np.isfinite(logit):
+            scored[query].append((document, logit))
+        else:
+            setup.tally.note("whose score is not a finite number, try --dtype float32", f"{document} of query {query}")
+    return scored
+
+
+def _write_query(
+    output: BinaryIO, query: str, scores: list[tuple[str, float]], finish: Callable[[float], float]
+) -> None:
+    """Write a query's documents, best first; of equal scores the one that was before is."""
+    ranked = sorted(scores, key=lambda entry: -entry[1])
+    output.writelines(
+        f"{query}\tQ0\t{document}\t{rank}\t{finish(logit):.9g}\t{TAG}\n".encode()
+        for rank, (document, logit) in enumerate(ranked, start=1)
+    )
+
+
+def _sigmoid(logit: float) -> float:
+    return float(1 / (1 + np.exp(-np.float64(logit))))

@@ -1,0 +1,183 @@
+"""`m3 search`: queries against an encoded folder, exactly, to a ranking of its documents.
+
+queries (texts, encoded here; or vectors) -> one pass over the folder -> hits -> TREC run, JSON lines or a table
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO, get_args
+
+from m3cli.config import ALL_OUTPUTS
+from m3cli.corpus.streams import PeekableStream
+from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError
+from m3cli.jobs.search_queries import Queries, encode_queries, open_queries, read_vectors
+from m3cli.jobs.search_request import Mode, SearchRequest
+from m3cli.progress import Progress
+from m3cli.records import Output, QueryHits
+from m3cli.store.ranking import open_ranking, ranking_format
+from m3cli.store.reader import OutputFolder, open_folder
+
+CANDIDATES = 200
+MOST_SHOWN = 20
+"queries whose hits are a table on a terminal; of more it is a run"
+
+
+Show = Callable[[Sequence[QueryHits]], None]
+
+
+def search_corpus(
+    request: SearchRequest,
+    *,
+    progress: Progress,
+    stdout: BinaryIO,
+    stdin: PeekableStream | None = None,
+    show: Show | None = None,
+) -> int:
+    """Search a folder.
+
+    Args:
+        request: what was typed.
+        progress: where words go.
+        stdout: where the ranking goes without `out`.
+        stdin: standard input, if the queries come from there.
+        show: what draws a table of a few queries in place of a run, on a terminal.
+
+    Returns:
+        the exit code: 0, or 3 if some rows are no queries.
+
+    Raises:
+        UsageError: flags that cannot be meant together, or a folder without what they need.
+        CorpusError: no queries.
+        ForeignFolder: the queries' model is another than the corpus'.
+    """
+    ranking_format(request.out)
+    folder = open_corpus(request, progress)
+    mode = settle_mode(request, folder)
+    given = open_queries(request, progress=progress, stdin=stdin)
+    began = time.perf_counter()
+    queries, hits = _search(request, folder, mode, given, progress)
+    seconds = time.perf_counter() - began
+    unfound = sum(not found.ids for found in hits)
+    words = f"; {unfound:,} without a hit" if unfound else ""
+    progress.say(f"{mode}: {len(hits):,} queries, {folder.counts.chunks:,} rows, {seconds:.1f} s in all{words}")
+    if show is not None and request.out is None and len(hits) <= MOST_SHOWN:
+        show(hits)
+    else:
+        with open_ranking(request.out, stdout, tag=f"m3-{mode}") as ranking:
+            for found in hits:
+                ranking.write(found)
+        if ranking.blanks:
+            progress.say(f"{ranking.blanks:,} lines have an id with blanks: their columns stand between tabs")
+    return EXIT_ROWS_SKIPPED if queries.skipped else EXIT_DONE
+
+
+def open_corpus(request: SearchRequest, progress: Progress) -> OutputFolder:
+    """Open the folder; one that holds no rows is refused."""
+    folder = open_folder(Path(request.folder))
+    if folder.run is None or not folder.counts.chunks:
+        raise UsageError(f"{request.folder}: nothing has been encoded there yet; run m3 encode")
+    if folder.manifest is None:
+        progress.say(f"{folder.path.name} is not complete: only what is encoded so far is searched")
+    return folder
+
+
+def settle_mode(request: SearchRequest, folder: OutputFolder) -> Mode:
+    """Return the mode: what was asked for, or hybrid where the folder has several outputs.
+
+    Raises:
+        UsageError: the folder lacks the output, or flags are for another mode.
+    """
+    outputs = outputs_of(folder)
+    mode: Mode = request.mode or ("hybrid" if len(outputs) > 1 else outputs[0])
+    if mode in get_args(Output) and mode not in outputs:
+        wanted = ",".join(output for output in ALL_OUTPUTS if output in {*outputs, mode})
+        raise UsageError(
+            f"--mode {mode}: {folder.path.name} has no {mode}, only {', '.join(outputs)}; encode the corpus again with "
+            f"--outputs {wanted}"
+        )
+    for flag, value, owner in (
+        ("--weights", request.weights, "hybrid"),
+        ("--fusion", request.fusion, "hybrid"),
+        ("--candidates", request.candidates, "hybrid"),
+        ("--tokenizer", request.tokenizer, "bm25"),
+        ("--input", request.corpus_input, "bm25"),
+    ):
+        if value is not None and mode != owner:
+            raise UsageError(f"{flag} is for --mode {owner}, and this is {mode}")
+    return mode
+
+
+def outputs_of(folder: OutputFolder) -> tuple[Output, ...]:
+    """Return what a folder has, in the order dense, sparse, colbert."""
+    assert folder.run is not None
+    return tuple(folder.run["meaning"]["outputs"])
+
+
+def _search(
+    request: SearchRequest, folder: OutputFolder, mode: Mode, given: Queries | OutputFolder, progress: Progress
+) -> tuple[Queries, list[QueryHits]]:
+    if mode == "bm25":
+        return _search_words(request, folder, given, progress)
+    # torch: not before all that can be wrong with flags and folder has been said
+    from m3cli.encoder.device import resolve_device  # noqa: PLC0415
+    from m3cli.jobs.search_folder import Blend, Target, describe_hits, search_hybrid, search_single  # noqa: PLC0415
+    from m3cli.retrieval.fusion import settle_weights  # noqa: PLC0415
+
+    assert folder.run is not None
+    chunks = request.level == "chunk"
+    target = Target(
+        folder=folder,
+        vocabulary=folder.run["checkpoint"]["vocabulary"],
+        device=resolve_device(request.device),
+        top_k=request.top_k,
+        chunks=chunks,
+    )
+    if mode == "hybrid":
+        weights = settle_weights(request.weights, outputs_of(folder))
+        # Dense and sparse find candidates whatever they weigh; ColBERT, the dearest to read, only ranks them.
+        outputs = tuple(output for output in outputs_of(folder) if output != "colbert" or weights[2])
+        blend = Blend(
+            outputs=outputs,
+            candidates=request.candidates or max(CANDIDATES, request.top_k),
+            fusion="rrf" if request.fusion == "rrf" else "weighted",
+            weights=weights,
+        )
+        queries = _embed(request, folder, given, outputs, progress)
+        assert queries.embeddings is not None
+        found = search_hybrid(target, queries.embeddings, blend)
+    else:
+        queries = _embed(request, folder, given, (mode,), progress)
+        assert queries.embeddings is not None
+        found = search_single(target, queries.embeddings, mode)
+    return queries, describe_hits(found, folder, ids=queries.ids, texts=queries.texts, chunks=chunks)
+
+
+def _embed(
+    request: SearchRequest,
+    folder: OutputFolder,
+    given: Queries | OutputFolder,
+    outputs: tuple[Output, ...],
+    progress: Progress,
+) -> Queries:
+    if isinstance(given, OutputFolder):
+        return read_vectors(given, folder, outputs, progress)
+    return encode_queries(given, folder, outputs, request, progress)
+
+
+def _search_words(
+    request: SearchRequest, folder: OutputFolder, given: Queries | OutputFolder, progress: Progress
+) -> tuple[Queries, list[QueryHits]]:
+    from m3cli.jobs.search_folder import describe_hits  # noqa: PLC0415
+    from m3cli.jobs.search_words import open_terms, search_input, search_texts  # noqa: PLC0415
+
+    if isinstance(given, OutputFolder):
+        raise UsageError("--mode bm25 searches words: give --queries a file of texts or the words of a query")
+    terms = open_terms(folder, request)
+    if request.corpus_input is not None:
+        return given, search_input(folder, given, terms, request, progress)
+    found = search_texts(folder, given, terms, request)
+    chunks = request.level == "chunk"
+    return given, describe_hits(found, folder, ids=given.ids, texts=given.texts, chunks=chunks)

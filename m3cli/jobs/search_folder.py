@@ -1,0 +1,195 @@
+"""A folder searched in one pass: part after part is scored against all queries, and the best rows are remembered.
+
+    parts (read ahead) -> scan by one output, or by dense and sparse at once -> lists of the best
+    hybrid: the lists' documents -> their rows, read again -> scores by all outputs -> one list
+
+What is held: one part, the one being read, the queries, and the lists; never the corpus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from m3cli.ahead import run_ahead
+from m3cli.jobs.search_request import Fusion
+from m3cli.records import Embeddings, Output, QueryHits
+from m3cli.retrieval.fusion import average_scores, fuse_ranks
+from m3cli.retrieval.maxsim import Rows, expand_rows
+from m3cli.retrieval.modes import Weights
+from m3cli.retrieval.score import score_rows
+from m3cli.retrieval.search.kernels import open_scan, scan_part
+from m3cli.retrieval.search.top import Ranked, Scores, TopRows, number_runs, rank_rows
+from m3cli.store.hits import find_rows, iter_placed, read_words
+from m3cli.store.reader import OutputFolder
+
+CANDIDATE_OUTPUTS: tuple[Output, ...] = ("dense", "sparse")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What is searched, and how."""
+
+    folder: OutputFolder
+    vocabulary: int
+    device: str
+    top_k: int
+    chunks: bool
+    "a hit is a chunk, not a document"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blend:
+    """How a hybrid search makes one list."""
+
+    outputs: tuple[Output, ...]
+    "that the scores are made of, and the candidates of"
+    candidates: int
+    "of a query by each of dense and sparse"
+    fusion: Fusion
+    weights: Weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The hits of all queries; H of them, sorted by query, best first."""
+
+    ranked: Ranked
+    parts: dict[str, Scores]
+    "[H] each"
+
+
+def search_single(target: Target, queries: Embeddings, output: Output) -> Found:
+    """Rank by one output."""
+    ranked = scan_folder(target, queries, (output,), limit=target.top_k)[output]
+    return Found(ranked=ranked, parts={output: ranked.score})
+
+
+def scan_folder(target: Target, queries: Embeddings, outputs: Sequence[Output], *, limit: int) -> dict[Output, Ranked]:
+    """Pass the folder once; return the `limit` best of each query by each output.
+
+    A row without a token in common with the query is never found by sparse.
+    """
+    scans = {
+        output: open_scan(output, queries, vocabulary=target.vocabulary, device=target.device) for output in outputs
+    }
+    floors = {output: 0.0 if output == "sparse" else -np.inf for output in outputs}
+    tops = {output: TopRows(len(queries.rows), limit=limit, floor=floor) for output, floor in floors.items()}
+    parts = run_ahead(iter_placed(target.folder, outputs=outputs, chunks=target.chunks), depth=1, name="read ahead")
+    seen = 0
+    for part in parts:
+        for output, scan in scans.items():
+            scan_part(scan, part.embeddings, tops[output], rows=part.places, keys=part.keys, seen=seen)
+        seen += len(part.places)
+    return {output: top.finish() for output, top in tops.items()}
+
+
+def search_hybrid(target: Target, queries: Embeddings, blend: Blend) -> Found:
+    """Rank the best candidates by dense and sparse by all outputs together, as the M3 paper does."""
+    sources = [output for output in CANDIDATE_OUTPUTS if output in blend.outputs]
+    lists = scan_folder(target, queries, sources, limit=blend.candidates)
+    stacked = np.concatenate([np.stack([found.query, found.key], axis=1) for found in lists.values()])
+    pairs, numbers = np.unique(stacked, axis=0, return_inverse=True)
+    query, key = pairs[:, 0], pairs[:, 1]
+    best_place, parts = score_candidates(target, queries, blend, query=query, key=key)
+    if blend.fusion == "weighted":
+        score = average_scores(parts, blend.weights)
+    else:
+        ends = np.cumsum([len(found.query) for found in lists.values()])
+        ranks = {}
+        for (output, found), mine in zip(lists.items(), np.split(numbers.ravel(), ends[:-1]), strict=True):
+            ranks[output] = np.full(len(query), -1, np.int64)
+            ranks[output][mine] = found.rank
+        for output in set(blend.outputs) - set(lists):
+            ranks[output] = _rank_candidates(query, best_place, parts[output], limit=blend.candidates)
+        score = fuse_ranks(ranks, blend.weights)
+    by_place = np.lexsort((best_place, query))  # so that the number of a candidate stands for its place
+    ranked = rank_rows(query[by_place], np.arange(len(query)), key[by_place], score[by_place], limit=target.top_k)
+    chosen = by_place[ranked.row]
+    ranked = Ranked(query=ranked.query, row=best_place[chosen], key=ranked.key, score=ranked.score)
+    return Found(ranked=ranked, parts={output: values[chosen] for output, values in parts.items()})
+
+
+def _rank_candidates(query: Rows, place: Rows, score: Scores, *, limit: int) -> Rows:
+    """Return [C] ranks of candidates by one output, -1 beyond `limit`."""
+    order = np.lexsort((place, -score, query))
+    ranks = np.empty(len(query), np.int64)
+    ranks[order] = number_runs(query[order])
+    return np.where(ranks < limit, ranks, -1)
+
+
+def score_candidates(
+    target: Target, queries: Embeddings, blend: Blend, *, query: Rows, key: Rows
+) -> tuple[Rows, dict[Output, Scores]]:
+    """Score candidates, pairs of a query and a document's key, by all outputs.
+
+    Returns:
+        [C] the place of each candidate's best chunk by the weighted average, and [C] scores by each output, each the
+        best of the document's chunks.
+    """
+    places, owners = find_rows(target.folder, key, chunks=target.chunks)
+    by_owner = np.argsort(owners, kind="stable")
+    places, owners = places[by_owner], owners[by_owner]
+    begins = np.searchsorted(owners, key)
+    take, candidate = expand_rows(begins, np.searchsorted(owners, key, side="right") - begins)
+    place = places[take]
+    scores = score_places(target, queries, blend.outputs, query=query[candidate], place=place)
+    if not len(candidate):
+        return place, scores
+    starts = np.flatnonzero(np.diff(candidate, prepend=-1))
+    fused = average_scores(scores, blend.weights)
+    order = np.lexsort((place, -fused, candidate))
+    best = {output: np.maximum.reduceat(values, starts) for output, values in scores.items()}
+    return place[order][starts], best
+
+
+def score_places(
+    target: Target, queries: Embeddings, outputs: tuple[Output, ...], *, query: Rows, place: Rows
+) -> dict[Output, Scores]:
+    """Return [P] scores of pairs of a query and a row, reading only the parts that hold such rows."""
+    scores: dict[Output, Scores] = {output: np.zeros(len(place), np.float32) for output in outputs}
+    order = np.argsort(place, kind="stable")
+    ordered = place[order]
+    parts = iter_placed(target.folder, outputs=outputs, chunks=True, wanted=np.unique(place))
+    for part in run_ahead(parts, depth=1, name="read ahead"):
+        first, last = np.searchsorted(ordered, [part.keys[0], part.keys[-1] + 1])
+        mine = order[first:last]
+        made = score_rows(queries, part.embeddings, query[mine], place[mine] - part.keys[0], outputs=outputs)
+        for output, values in made.items():
+            scores[output][mine] = np.nan_to_num(values, nan=0.0)  # a row without ColBERT vectors
+    return scores
+
+
+def describe_hits(
+    found: Found, folder: OutputFolder, *, ids: Sequence[str], texts: Sequence[str | None], chunks: bool
+) -> list[QueryHits]:
+    """Read what the hits' rows say, and return the hits of each query, those without any included."""
+    assert folder.run is not None
+    ranked = found.ranked
+    places, numbers = np.unique(ranked.row, return_inverse=True)
+    words = read_words(folder, places, text=folder.run["meaning"]["keep_text"])
+    bounds = np.searchsorted(ranked.query, np.arange(len(ids) + 1))
+    hits: list[QueryHits] = []
+    for query, (first, last) in enumerate(pairwise(bounds.tolist())):
+        mine = numbers[first:last]
+        index = words.chunk_index[mine]
+        names = [words.ids[row] for row in mine]
+        if chunks:
+            names = [f"{name}#{chunk}" for name, chunk in zip(names, index, strict=True)]
+        hits.append(
+            QueryHits(
+                query=ids[query],
+                text=texts[query],
+                ids=tuple(names),
+                scores=ranked.score[first:last],
+                parts={name: values[first:last] for name, values in found.parts.items()},
+                chunk_index=index,
+                char_start=words.char_start[mine],
+                char_end=words.char_end[mine],
+                texts=tuple(words.texts[row] for row in mine),
+            )
+        )
+    return hits

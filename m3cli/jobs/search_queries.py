@@ -1,0 +1,216 @@
+"""Queries of a search: one text, a file of texts, or an encoded folder; and their vectors, made as the corpus' were."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m3cli.config import EncodeRequest
+from m3cli.corpus.fields import resolve_fields
+from m3cli.corpus.formats import has_known_ending
+from m3cli.corpus.plan import plan_shards
+from m3cli.corpus.reader import read_shards
+from m3cli.corpus.sources import find_sources
+from m3cli.corpus.streams import PeekableStream
+from m3cli.encoder.join import join_embeddings
+from m3cli.encoder.picking import pick_rows
+from m3cli.errors import CorpusError, ForeignFolder, UsageError
+from m3cli.jobs.score_folders import refuse_strangers
+from m3cli.jobs.search_request import SearchRequest
+from m3cli.progress import Progress
+from m3cli.records import Embeddings, Fields, Output, SkippedRow, Source
+from m3cli.store.reader import OutputFolder, iter_parts, open_folder
+
+LITERAL_ID = "query"
+"id of a query that was typed"
+_SHARD_BYTES = 8 << 20
+_PATH_LIKE = re.compile(r"(\.{0,2}|~)/\S*|\S+\.m3/?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queries:
+    """Q queries."""
+
+    ids: tuple[str, ...]
+    "[Q], none twice"
+    texts: tuple[str | None, ...]
+    "[Q]; None: they came as vectors"
+    embeddings: Embeddings | None = None
+    "[Q] rows; None until they are encoded"
+    skipped: int = 0
+    "rows of the file that are no queries"
+
+
+def open_queries(request: SearchRequest, *, progress: Progress, stdin: PeekableStream | None) -> Queries | OutputFolder:
+    """Tell what the queries are, and read texts.
+
+    Raises:
+        UsageError: what looks like a path is none.
+        CorpusError: a file without queries, or with two of one id.
+    """
+    given = request.queries
+    if not given.strip():
+        raise UsageError("--queries is empty: give a file, an encoded folder, or the words of a query")
+    path = Path(given)
+    if given != "-" and not _exists(path):
+        if _PATH_LIKE.fullmatch(given) or (has_known_ending(given) and not re.search(r"\s", given)):
+            raise UsageError(f"--queries {given}: no such file or folder; give one, or the words of a query")
+        return Queries(ids=(LITERAL_ID,), texts=(given,))
+    if path.is_dir() and given != "-":
+        return open_folder(path)
+    return _read_texts(request, progress=progress, stdin=stdin)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # words too long to be a file's name
+        return False
+
+
+def _read_texts(request: SearchRequest, *, progress: Progress, stdin: PeekableStream | None) -> Queries:
+    sources = find_sources((request.queries,), input_format=request.input_format, stdin=stdin)
+    fields = _resolve_fields(request, sources, stdin)
+    plan = plan_shards(sources, fields=fields, shard_size=_SHARD_BYTES)
+    texts: dict[str, str] = {}
+    skipped: list[SkippedRow] = []
+    for shard in read_shards(sources, plan=plan, fields=fields, schema=None, ask=lambda _: "read", stdin=stdin):
+        skipped += shard.skipped
+        for document in shard.documents:
+            if texts.setdefault(document.id, document.text) != document.text:
+                raise CorpusError(f"{request.queries}: two queries have the id {document.id[:80]!r}; give each its own")
+    if not texts:
+        reason = f": {skipped[0].reason}" if skipped else ""
+        raise CorpusError(f"{request.queries}: there is no query in it{reason}")
+    if skipped:
+        first = skipped[0]
+        progress.say(
+            f"{len(skipped):,} rows are no queries; the first, {first.source}:{first.position}: {first.reason}"
+        )
+    return Queries(ids=tuple(texts), texts=tuple(texts.values()), skipped=len(skipped))
+
+
+def _resolve_fields(request: SearchRequest, sources: tuple[Source, ...], stdin: PeekableStream | None) -> Fields:
+    """Resolve the fields of queries; what is wrong with them names the flags of this command."""
+    try:
+        return resolve_fields(
+            sources, id_field=request.query_id_field, text_field=request.query_field, title_field="", stdin=stdin
+        )
+    except (CorpusError, UsageError) as error:
+        told = str(error).replace("--text-field", "--query-field").replace("--id-field", "--query-id-field")
+        raise type(error)(told) from error
+
+
+def read_vectors(
+    queries: OutputFolder, corpus: OutputFolder, outputs: tuple[Output, ...], progress: Progress
+) -> Queries:
+    """Read the queries of an encoded folder: of each document the first row.
+
+    Raises:
+        UsageError: another checkpoint made it, or it lacks an output.
+    """
+    refuse_strangers(queries, corpus)
+    assert queries.run is not None
+    there = queries.run["meaning"]["outputs"]
+    for output in outputs:
+        if output not in there:
+            raise UsageError(f"{queries.path.name} has no {output}, only {', '.join(there)}: encode it with --outputs")
+    ids: dict[str, None] = {}
+    parts: list[Embeddings] = []
+    more = 0
+    for part in iter_parts(queries, outputs=outputs, columns=("id", "chunk_index", "num_chunks")):
+        names = part.rows.column("id").to_pylist()
+        index = part.rows.column("chunk_index").to_numpy()
+        first = {names[row]: row for row in np.flatnonzero(index <= 0)[::-1].tolist() if names[row] not in ids}
+        rows = np.array(sorted(first.values()), np.int64)
+        ids.update((names[row], None) for row in rows.tolist())
+        more += int(np.count_nonzero(part.rows.column("num_chunks").to_numpy()[rows] > 1))
+        parts.append(pick_rows(part.embeddings, rows, rows=rows))
+    if not ids:
+        raise UsageError(f"{queries.path.name}: there are no queries in it")
+    if more:
+        progress.say(f"{more:,} queries of {queries.path.name} have several chunks: the first stands for each")
+    return Queries(ids=tuple(ids), texts=(None,) * len(ids), embeddings=join_embeddings(parts))
+
+
+def encode_queries(
+    queries: Queries, corpus: OutputFolder, outputs: tuple[Output, ...], request: SearchRequest, progress: Progress
+) -> Queries:
+    """Encode texts with the checkpoint that the corpus was encoded with.
+
+    Raises:
+        ForeignFolder: the checkpoint or its tokenizer is another.
+        ModelError: it cannot be loaded.
+    """
+    from m3cli.jobs.score import ScoreRequest  # noqa: PLC0415
+    from m3cli.jobs.score_texts import DEFAULT_LENGTH, TextScorer  # noqa: PLC0415  torch
+
+    assert corpus.run is not None
+    _tell_prefix(corpus.run["meaning"]["prefix"], request, progress)
+    refuse_other_model(corpus, request)
+    asked = ScoreRequest(
+        pairs=request.queries,
+        model=settle_model(corpus, request),
+        revision=request.revision,
+        dtype=request.dtype,
+        device=request.device,
+        max_batch_tokens=request.max_batch_tokens,
+        max_query_length=request.max_query_length,
+    )
+    scorer = TextScorer(asked, progress)
+    scorer.load(outputs)
+    made: str = corpus.run["checkpoint"]["tokenizer_hash"]
+    if scorer.tokenizer_hash != made:
+        raise ForeignFolder(
+            f"{corpus.path.name} was made with tokenizer {made[:7]}, this version of transformers builds "
+            f"{scorer.tokenizer_hash[:7]} from the same files: install the version it was made with"
+        )
+    length = scorer.lengths[0]
+    texts = [f"{request.query_prefix}{text}" for text in queries.texts]
+    embeddings, tokenised = scorer.encode_texts(texts, max_length=length)
+    if tokenised.truncated:
+        remedy = "" if length > DEFAULT_LENGTH else "; --max-query-length sets another length"
+        progress.say(f"{tokenised.truncated:,} of {len(texts):,} queries are cut at {length} tokens{remedy}")
+    return Queries(ids=queries.ids, texts=queries.texts, embeddings=embeddings, skipped=queries.skipped)
+
+
+def settle_model(corpus: OutputFolder, request: SearchRequest) -> str | None:
+    """Return the model that was typed, or that $M3_MODEL names, or the hub id of the corpus' own; None: it has none."""
+    from m3cli.jobs.run import name_model  # noqa: PLC0415
+
+    assert corpus.run is not None
+    name: str = corpus.run["checkpoint"]["name"]
+    typed = name_model(EncodeRequest(inputs=(), model=request.model))
+    return typed or (name if name.count("/") == 1 else None)
+
+
+def refuse_other_model(corpus: OutputFolder, request: SearchRequest) -> None:
+    """Refuse a checkpoint whose content is another than the corpus': scores across two mean nothing."""
+    from m3cli.encoder.checkpoint import identify_checkpoint  # noqa: PLC0415
+    from m3cli.jobs.run import open_checkpoint  # noqa: PLC0415
+
+    assert corpus.run is not None
+    made: dict[str, Any] = corpus.run["checkpoint"]
+    model = settle_model(corpus, request)
+    if model is None:
+        raise UsageError(
+            f"{corpus.path.name} was encoded with a checkpoint called {made['name']!r}: say where it lies with --model "
+            "(or M3_MODEL), or give --queries an encoded folder"
+        )
+    checkpoint = open_checkpoint(EncodeRequest(inputs=(), model=model, revision=request.revision))
+    hashes = identify_checkpoint(checkpoint).hashes
+    other = sorted(name for name in {*hashes, *made["hashes"]} if hashes.get(name) != made["hashes"].get(name))
+    if other:
+        raise ForeignFolder(
+            f"{corpus.path.name} was encoded with {made['name']}, the queries would be with {checkpoint.name}, and "
+            f"their {other[0]} differ: scores between them mean nothing; give --model the corpus' checkpoint"
+        )
+
+
+def _tell_prefix(prefix: str, request: SearchRequest, progress: Progress) -> None:
+    if prefix and not request.query_prefix:
+        progress.say(f"the corpus has {prefix!r} before every chunk; queries have nothing: --query-prefix gives words")

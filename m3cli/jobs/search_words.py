@@ -1,0 +1,140 @@
+"""BM25 over a folder's kept text, or over the corpus itself: the baseline that vectors are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+
+from m3cli.config import EncodeRequest
+from m3cli.corpus.plan import plan_shards
+from m3cli.corpus.reader import read_shards
+from m3cli.corpus.sources import find_sources
+from m3cli.errors import ForeignFolder, UsageError
+from m3cli.jobs.run import open_checkpoint, parse_run
+from m3cli.jobs.search_folder import Found
+from m3cli.jobs.search_queries import Queries, refuse_other_model, settle_model
+from m3cli.jobs.search_request import SearchRequest
+from m3cli.progress import Progress
+from m3cli.records import QueryHits
+from m3cli.retrieval.bm25 import Bm25Index, Terms, import_bm25s, plain_terms
+from m3cli.retrieval.maxsim import Rows
+from m3cli.retrieval.search.top import Ranked, TopRows
+from m3cli.store.hits import iter_texts
+from m3cli.store.ids import iter_ids
+from m3cli.store.reader import OutputFolder
+
+
+def open_terms(folder: OutputFolder, request: SearchRequest) -> Terms:
+    """Return what cuts texts into terms.
+
+    Raises:
+        UsageError: bm25s is not installed, or there is no text to search.
+    """
+    import_bm25s()
+    assert folder.run is not None
+    if request.corpus_input is None and not folder.run["meaning"]["keep_text"]:
+        raise UsageError(
+            f"--mode bm25: {folder.path.name} has no text; encode it with --keep-text, or name the corpus with --input"
+        )
+    if request.tokenizer == "plain":
+        return plain_terms
+    from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415  a second
+
+    refuse_other_model(folder, request)
+    model = settle_model(folder, request)
+    checkpoint = open_checkpoint(EncodeRequest(inputs=(), model=model, revision=request.revision))
+    tokenizer = load_tokenizer(checkpoint)
+    return lambda texts: (ids[1:-1].tolist() for ids in tokenizer.encode(list(texts)))
+
+
+def search_texts(folder: OutputFolder, queries: Queries, terms: Terms, request: SearchRequest) -> Found:
+    """Rank a folder's rows by BM25 over their kept text."""
+    index, places, keys = Bm25Index(terms), [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for texts, some, owners in iter_texts(folder, chunks=request.level == "chunk"):
+        index.add(texts)
+        places.append(some)
+        keys.append(owners)
+    ranked = _rank(index, queries, request, places=np.concatenate(places), keys=np.concatenate(keys))
+    return Found(ranked=ranked, parts={"bm25": ranked.score})
+
+
+def search_input(
+    folder: OutputFolder, queries: Queries, terms: Terms, request: SearchRequest, progress: Progress
+) -> list[QueryHits]:
+    """Rank the documents of the corpus itself, whole ones, by BM25; those that the folder lacks are left out.
+
+    Raises:
+        ForeignFolder: the folder has none of them.
+    """
+    index, ids, strange = Bm25Index(terms), list[str](), 0
+    there = {name for names, _ in iter_ids(folder.path, folder.entries) for name in names.to_pylist()}
+    for names, texts in _read_input(folder, request):
+        mine = [number for number, name in enumerate(names) if name in there]
+        strange += len(names) - len(mine)
+        ids += [names[number] for number in mine]
+        index.add([texts[number] for number in mine])
+    if not ids:
+        raise ForeignFolder(
+            f"--input {request.corpus_input} has none of the documents of {folder.path.name}: give the corpus that "
+            "it was encoded from"
+        )
+    if strange:
+        progress.say(
+            f"{strange:,} documents of --input {request.corpus_input} are not in {folder.path.name}: not searched"
+        )
+    numbers: dict[str, int] = {}
+    keys = np.array([numbers.setdefault(name, len(numbers)) for name in ids], np.int64)
+    ranked = _rank(index, queries, request, places=np.arange(len(ids)), keys=keys)
+    bounds = np.searchsorted(ranked.query, np.arange(len(queries.ids) + 1))
+    hits = []
+    for number, (first, last) in enumerate(pairwise(bounds.tolist())):
+        unknown, scores = np.full(last - first, -1, np.int64), ranked.score[first:last]
+        hits.append(
+            QueryHits(
+                query=queries.ids[number],
+                text=queries.texts[number],
+                ids=tuple(ids[row] for row in ranked.row[first:last]),
+                scores=scores,
+                parts={"bm25": scores},
+                chunk_index=unknown,
+                char_start=unknown,
+                char_end=unknown,
+                texts=(None,) * (last - first),
+            )
+        )
+    return hits
+
+
+def _rank(index: Bm25Index, queries: Queries, request: SearchRequest, *, places: Rows, keys: Rows) -> Ranked:
+    texts = [text for text in queries.texts if text is not None]
+    top = TopRows(len(texts), limit=request.top_k, floor=0.0)
+    index.search(texts, top, places=places, keys=keys)
+    return top.finish()
+
+
+def _read_input(folder: OutputFolder, request: SearchRequest) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield ids and texts of the corpus, read as the folder says it was read."""
+    assert folder.run is not None
+    assert request.corpus_input is not None
+    meaning = parse_run(folder.run).meaning
+    sources = find_sources((request.corpus_input,))
+    plan = plan_shards(
+        sources,
+        fields=meaning.fields,
+        shard_size=meaning.shard_size,
+        limit=meaning.limit,
+        max_row_bytes=meaning.max_row_bytes,
+    )
+    shards = read_shards(
+        sources,
+        plan=plan,
+        fields=meaning.fields,
+        schema=None,
+        title_sep=meaning.title_sep,
+        max_row_bytes=meaning.max_row_bytes,
+        ask=lambda _: "read",
+    )
+    for shard in shards:
+        yield [document.id for document in shard.documents], [document.text for document in shard.documents]

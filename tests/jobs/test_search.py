@@ -1,0 +1,362 @@
+"""Whole searches over folders of both formats against a naive ranking in float64, and what is read for them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from m3cli.config import ALL_OUTPUTS
+from m3cli.errors import UsageError
+from m3cli.jobs.search import search_corpus
+from m3cli.jobs.search_request import SearchRequest
+from m3cli.progress import Progress
+from m3cli.records import Embeddings, Output
+from m3cli.retrieval.search import kernels
+from m3cli.store import parquet
+from m3cli.store.folder import open_run_folder
+from m3cli.store.hits import iter_placed
+from m3cli.store.reader import iter_parts, open_folder
+from tests.store import samples
+
+CHECKPOINT = {"name": "tiny", "hashes": {"a": "1"}, "tokenizer_hash": "t", "vocabulary": samples.VOCABULARY, "dim": 8}
+Parts = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was put into a folder: of each row the id and, as float64, what it has."""
+
+    ids: list[str]
+    chunk_index: list[int]
+    dense: np.ndarray
+    sparse: np.ndarray
+    colbert: list[np.ndarray]
+
+
+def write_folder(
+    root: Path,
+    shards: list[list[tuple[str, int]]],
+    *,
+    seed: int,
+    format: Any = "parquet",  # noqa: A002
+    outputs: tuple[Output, ...] = ALL_OUTPUTS,
+    finish: bool = True,
+) -> Written:
+    """Write shards of documents, each an id and its number of chunks."""
+    ids: list[str] = []
+    index: list[int] = []
+    made: list[Embeddings] = []
+    random = np.random.default_rng(seed)
+    meaning = {"outputs": list(outputs), "keep_text": True, "long_docs": "chunk", "prefix": ""}
+    with open_run_folder(root) as folder:
+        folder.write_run({"meaning": meaning, "checkpoint": CHECKPOINT})
+        for number, documents in enumerate(shards):
+            text = samples.make_text(number, documents=len(documents))
+            named = tuple(replace(each, id=name) for each, (name, _) in zip(text.documents, documents, strict=True))
+            text = replace(text, documents=named)
+            chunks = samples.make_chunks(
+                text, lengths=[random.integers(2, 6, count).tolist() for _, count in documents]
+            )
+            made.append(samples.make_embeddings(chunks, seed=seed + number, outputs=outputs))
+            form = samples.make_form(format, outputs=outputs, keep_text=True)
+            with folder.open_shard(form=form, text=text, chunks=chunks, source="s") as writer:
+                writer.append(made[-1])
+                folder.commit(writer.finish())
+            ids += [name for name, count in documents for _ in range(count)]
+            index += [chunk for _, count in documents for chunk in range(count)]
+        if finish:
+            folder.write_manifest(len(shards))
+    return Written(ids=ids, chunk_index=index, **_as_float64(made))
+
+
+def _as_float64(made: list[Embeddings]) -> dict[str, Any]:
+    dense, sparse, colbert = [np.empty((0, samples.DIM))], [np.empty((0, samples.VOCABULARY))], []
+    for part in made:
+        if part.dense_vecs is not None:
+            dense.append(part.dense_vecs.astype(float))
+        if (weights := part.lexical_weights) is not None:
+            for first, last in zip(weights.indptr, weights.indptr[1:], strict=False):
+                row = np.zeros((1, samples.VOCABULARY))
+                row[0, weights.indices[first:last]] = weights.values[first:last]
+                sparse.append(row)
+        if (matrices := part.colbert_vecs) is not None:
+            pairs = zip(matrices.indptr, matrices.indptr[1:], strict=False)
+            colbert += [matrices.vectors[first:last].astype(float) for first, last in pairs]
+    return {"dense": np.concatenate(dense), "sparse": np.concatenate(sparse), "colbert": colbert}
+
+
+def score_rows(queries: Written, corpus: Written, query: int) -> Parts:
+    """Scores of one query and all rows, by output."""
+    return {
+        "dense": corpus.dense @ queries.dense[query],
+        "sparse": corpus.sparse @ queries.sparse[query],
+        "colbert": np.array([(queries.colbert[query] @ each.T).max(axis=1).mean() for each in corpus.colbert]),
+    }
+
+
+def roll_up(scores: np.ndarray, ids: list[str]) -> dict[str, float]:
+    """The best row of each id, best first; of equal ones the first row's document."""
+    best: dict[str, float] = {}
+    for row in sorted(range(len(ids)), key=lambda row: (-scores[row], row)):
+        best.setdefault(ids[row], float(scores[row]))
+    return best
+
+
+def rank_naively(parts: Parts, ids: list[str], mode: str, *, candidates: int = 200, fusion: str = "weighted") -> Any:
+    documents = {output: roll_up(values, ids) for output, values in parts.items()}
+    documents["sparse"] = {name: score for name, score in documents["sparse"].items() if score > 0}
+    if mode != "hybrid":
+        return documents[mode]
+    lists = {output: list(documents[output])[:candidates] for output in ("dense", "sparse")}
+    chosen = {name for found in lists.values() for name in found}
+    colbert = [name for name in documents["colbert"] if name in chosen]
+    lists["colbert"] = colbert[:candidates]
+    if fusion == "rrf":
+        fused = {n: sum(1 / (61 + each.index(n)) for each in lists.values() if n in each) for n in chosen}
+    else:
+        fused = {n: sum(documents[output].get(n, 0.0) for output in ALL_OUTPUTS) / 3 for n in chosen}
+    return dict(sorted(fused.items(), key=lambda item: -item[1]))
+
+
+def run_search(folder: Path, queries: Path | str, **typed: Any) -> tuple[int, list[dict[str, Any]], str]:
+    """Run the job; return its exit code, what it found, and what it said."""
+    said, out = io.StringIO(), folder.parent / "found.jsonl"
+    request = SearchRequest(folder=str(folder), queries=str(queries), out=str(out), device="cpu", **typed)
+    code = search_corpus(request, progress=Progress("log", stream=said), stdout=io.BytesIO())
+    return code, [json.loads(line) for line in out.read_text().splitlines()], said.getvalue()
+
+
+def check_hits(found: dict[str, Any], expected: dict[str, float], *, top_k: int) -> None:
+    """Same ids with the same scores: in the same order, but for scores that float32 cannot tell apart."""
+    ranked = list(expected.items())[:top_k]
+    hits = found["hits"]
+    assert [hit["score"] for hit in hits] == pytest.approx([score for _, score in ranked], abs=1e-4)
+    assert [hit["rank"] for hit in hits] == list(range(1, len(ranked) + 1))
+    edge = ranked[-1][1] if ranked else 0.0
+    clear = {name for name, score in ranked if score > edge + 1e-4}
+    assert clear <= {hit["id"] for hit in hits}
+    assert all(expected[hit["id"]] == pytest.approx(hit["score"], abs=1e-4) for hit in hits)
+    assert len({hit["id"] for hit in hits}) == len(hits)
+
+
+DOCUMENTS = st.lists(
+    st.lists(st.tuples(st.sampled_from("abcdefghijklmnop"), st.integers(1, 4)), max_size=8), min_size=1, max_size=3
+).filter(any)
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse", "colbert", "hybrid", "rrf"])
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shards=DOCUMENTS,
+    seed=st.integers(0, 2**20),
+    format=st.sampled_from(["parquet", "npy"]),
+    group=st.sampled_from([200, 64 << 20]),
+    top_k=st.integers(1, 12),
+    candidates=st.sampled_from([2, 200]),
+)
+def test_search_is_the_naive_ranking(
+    tmp_path_factory: pytest.TempPathFactory,
+    mode: str,
+    shards: list[list[tuple[str, int]]],
+    seed: int,
+    format: str,  # noqa: A002
+    group: int,
+    top_k: int,
+    candidates: int,
+) -> None:
+    root = tmp_path_factory.mktemp("search")
+    with (
+        mock.patch.object(parquet, "ROW_GROUP_BYTES", group),
+        mock.patch.object(kernels, "LEAST_ROWS", 2),
+        mock.patch("os.fsync"),  # nothing here needs to last
+    ):
+        corpus = write_folder(root / "c.m3", shards, seed=seed, format=format)
+        queries = write_folder(root / "q.m3", [[("q0", 1), ("q1", 1)], [("q2", 1)]], seed=seed + 100)
+        typed: dict[str, Any] = {} if mode not in ("hybrid", "rrf") else {"candidates": candidates}
+        if mode == "rrf":
+            typed["fusion"] = "rrf"
+        asked = "hybrid" if mode == "rrf" else mode
+        code, found, _ = run_search(root / "c.m3", root / "q.m3", mode=asked, top_k=top_k, **typed)
+    assert code == 0
+    assert [each["id"] for each in found] == ["q0", "q1", "q2"]
+    for number, each in enumerate(found):
+        parts = score_rows(queries, corpus, number)
+        expected = rank_naively(
+            parts, corpus.ids, asked, candidates=candidates, fusion="rrf" if mode == "rrf" else "weighted"
+        )
+        check_hits(each, expected, top_k=top_k)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Callable[..., Path]:
+    """A corpus of 3 shards with documents of 1 to 3 chunks, an id twice; 3 queries; in the format asked for."""
+
+    def write(format: str = "parquet", **settled: Any) -> Path:  # noqa: A002
+        shards = [[(f"d{shard}{place}", 1 + place % 3) for place in range(5)] for shard in range(3)]
+        shards[2][0] = ("d00", 2)
+        write_folder(tmp_path / "c.m3", shards, seed=3, format=format, **settled)
+        write_folder(tmp_path / "q.m3", [[("q0", 1), ("q1", 1), ("long", 3)]], seed=9, **settled)
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+def test_hits_say_where_they_are(folders: Callable[..., Path], format: str) -> None:  # noqa: A002
+    root = folders(format)
+    _, found, said = run_search(root / "c.m3", root / "q.m3", mode="hybrid", top_k=5)
+    hit = found[0]["hits"][0]
+    assert set(hit) == {"id", "rank", "score", "scores", "chunk_index", "char_start", "char_end", "snippet"}
+    assert hit["score"] == pytest.approx(np.mean([hit["scores"][output] for output in ALL_OUTPUTS]), abs=1e-5)
+    shard, place = int(hit["id"][1]), int(hit["id"][2])
+    whole = samples.make_text(shard, documents=5).documents[place].text
+    assert hit["snippet"] == whole[hit["char_start"] : hit["char_end"]]
+    assert found[0]["query"] is None
+    assert "1 queries of q.m3 have several chunks: the first stands for each" in said
+
+
+def test_chunks_as_hits(folders: Callable[..., Path]) -> None:
+    root = folders()
+    _, documents, _ = run_search(root / "c.m3", root / "q.m3", mode="dense")
+    _, chunks, _ = run_search(root / "c.m3", root / "q.m3", mode="dense", level="chunk")
+    rows = sum(each.rows.num_rows for each in iter_parts(open_folder(root / "c.m3"), outputs=()))
+    for whole, parts in zip(documents, chunks, strict=True):
+        assert len(whole["hits"]) == 14
+        assert len(parts["hits"]) == rows
+        assert parts["hits"][0]["id"] == f"{whole['hits'][0]['id']}#{whole['hits'][0]['chunk_index']}"
+
+
+def test_own_rows_of_documents_are_not_found_beside_their_chunks(folders: Callable[..., Path]) -> None:
+    root = folders()
+
+    def other(path: Path) -> Any:
+        opened = open_folder(path)
+        assert opened.run is not None
+        return replace(opened, run={**opened.run, "meaning": {**opened.run["meaning"], "long_docs": "both"}})
+
+    real = iter_parts
+
+    def as_own(*given: Any, **named: Any) -> Iterator[Any]:
+        for part in real(*given, **named):
+            place = part.rows.column_names.index("chunk_index")
+            index = part.rows.column(place).to_numpy() - 1  # the first row of each document becomes its own
+            yield replace(part, rows=part.rows.set_column(place, "chunk_index", [index]))
+
+    with mock.patch("m3cli.jobs.search.open_folder", other), mock.patch("m3cli.store.hits.iter_parts", as_own):
+        _, found, _ = run_search(root / "c.m3", root / "q.m3", mode="dense", level="chunk")
+    assert all(hit["chunk_index"] >= 0 for each in found for hit in each["hits"])
+    assert len(found[0]["hits"]) == len([1 for shard in range(3) for place in range(5) for _ in range(place % 3)]) + 1
+
+
+def test_equal_scores_come_in_corpus_order(folders: Callable[..., Path], tmp_path: Path) -> None:
+    root = folders()
+    real = iter_parts
+
+    def all_alike(*given: Any, **named: Any) -> Iterator[Any]:
+        for part in real(*given, **named):
+            dense = part.embeddings.dense_vecs
+            yield replace(part, embeddings=replace(part.embeddings, dense_vecs=None if dense is None else dense * 0))
+
+    with mock.patch("m3cli.store.hits.iter_parts", all_alike):
+        _, found, _ = run_search(root / "c.m3", root / "q.m3", mode="dense", top_k=7)
+    assert [hit["id"] for hit in found[0]["hits"]] == ["d00", "d01", "d02", "d03", "d04", "d10", "d11"]
+
+
+def test_one_part_is_taken_after_the_other(folders: Callable[..., Path]) -> None:
+    """A part is let go of before the one after the next is read: no more than three are there at a time."""
+    with mock.patch.object(parquet, "ROW_GROUP_BYTES", 200):
+        root = folders()
+    events: list[tuple[str, int]] = []
+    real_parts, real_scan = iter_placed, kernels.scan_part
+
+    def watched(*given: Any, **named: Any) -> Iterator[Any]:
+        for number, part in enumerate(real_parts(*given, **named)):
+            events.append(("read", number))
+            yield part
+
+    def scanned(scan: Any, *given: Any, **named: Any) -> None:
+        real_scan(scan, *given, **named)
+        events.append(("scored", sum(kind == "scored" for kind, _ in events)))
+
+    with (
+        mock.patch("m3cli.jobs.search_folder.iter_placed", watched),
+        mock.patch("m3cli.jobs.search_folder.scan_part", scanned),
+    ):
+        run_search(root / "c.m3", root / "q.m3", mode="dense")
+    parts = max(number for kind, number in events if kind == "read") + 1
+    assert parts > 6
+    for place, (kind, number) in enumerate(events):
+        if kind == "read":
+            assert sum(each == "scored" for each, _ in events[:place]) >= number - 3
+
+
+def test_re_ranking_reads_only_parts_that_hold_candidates(folders: Callable[..., Path]) -> None:
+    with mock.patch.object(parquet, "ROW_GROUP_BYTES", 200):
+        root = folders()
+    read: list[int] = []
+    real = iter_placed
+
+    def watched(*given: Any, **named: Any) -> Iterator[Any]:
+        for part in real(*given, **named):
+            if named.get("wanted") is not None:
+                read.append(len(np.intersect1d(part.keys, named["wanted"])))
+            yield part
+
+    with mock.patch("m3cli.jobs.search_folder.iter_placed", watched):
+        run_search(root / "c.m3", root / "q.m3", mode="hybrid", candidates=1)
+    assert read
+    assert all(read)
+
+
+def test_an_unfinished_folder_is_searched_and_said_to_be_one(tmp_path: Path) -> None:
+    write_folder(tmp_path / "c.m3", [[("a", 1), ("b", 2)]], seed=1, finish=False)
+    code, found, said = run_search(tmp_path / "c.m3", tmp_path / "c.m3", mode="colbert")
+    assert code == 0
+    assert "c.m3 is not complete: only what is encoded so far is searched" in said
+    assert [each["id"] for each in found] == ["a", "b"]
+
+
+def test_a_folder_without_colbert_is_searched_by_what_it_has(folders: Callable[..., Path]) -> None:
+    root = folders(outputs=("dense", "sparse"))
+    _, found, said = run_search(root / "c.m3", root / "q.m3")
+    assert "hybrid: 3 queries" in said
+    assert set(found[0]["hits"][0]["scores"]) == {"dense", "sparse"}
+    for typed, words in (
+        ({"mode": "colbert"}, "c.m3 has no colbert, only dense, sparse; .* --outputs dense,sparse,colbert"),
+        ({"weights": (1.0, 1.0, 1.0)}, "has no colbert"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            run_search(root / "c.m3", root / "q.m3", **typed)
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ({"mode": "dense", "weights": (1.0, 1.0, 1.0)}, "--weights is for --mode hybrid, and this is dense"),
+        ({"mode": "sparse", "fusion": "rrf"}, "--fusion is for --mode hybrid"),
+        ({"mode": "dense", "tokenizer": "plain"}, "--tokenizer is for --mode bm25"),
+        ({"mode": "bm25"}, "searches words"),
+    ],
+)
+def test_flags_of_another_mode_are_refused(folders: Callable[..., Path], typed: dict[str, Any], words: str) -> None:
+    root = folders()
+    with pytest.raises(UsageError, match=words):
+        run_search(root / "c.m3", root / "q.m3", **typed)
+
+
+def test_queries_of_another_checkpoint_are_refused(folders: Callable[..., Path]) -> None:
+    root = folders()
+    with mock.patch.dict(CHECKPOINT, {"hashes": {"a": "2"}}):
+        write_folder(root / "other.m3", [[("q", 1)]], seed=1)
+    with pytest.raises(UsageError, match="mean nothing"):
+        run_search(root / "c.m3", root / "other.m3", mode="dense")
