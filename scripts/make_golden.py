@@ -5,8 +5,8 @@
 
 The model card's four sentences and a few in other languages: token ids, lexical weights by token string, and every
 score of `compute_score` with weights 0.4, 0.2, 0.4, pair by pair (so that no passage is padded and nothing is floored),
-float32 on a CPU. The sparse head goes along, as it is fitted to a corpus and differs from build to build. Needs
-FlagEmbedding, a development dependency.
+float32 on a CPU. To be run again whenever the demo model's heads are trained anew. Needs FlagEmbedding, a development
+dependency.
 """
 
 import argparse
@@ -59,7 +59,6 @@ def compute_golden(checkpoint: Path) -> dict[str, Any]:
         "queries": QUERIES,
         "passages": PASSAGES,
         "weights": WEIGHTS,
-        "sparse_linear": _read_sparse_linear(checkpoint),
         "input_ids": [model.tokenizer(text)["input_ids"] for text in texts],
         "lexical_weights": [
             {token: float(weight) for token, weight in weights.items()}
@@ -67,14 +66,6 @@ def compute_golden(checkpoint: Path) -> dict[str, Any]:
         ],
         "scores": scores,
     }
-
-
-def _read_sparse_linear(checkpoint: Path) -> dict[str, list[float]]:
-    """Return the checkpoint's sparse head as plain numbers."""
-    import torch  # noqa: PLC0415  not for --help
-
-    head = torch.load(checkpoint / "sparse_linear.pt", weights_only=True)
-    return {name: values.float().flatten().tolist() for name, values in head.items()}
 
 
 def _read_pooling(checkpoint: Path) -> str:

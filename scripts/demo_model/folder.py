@@ -18,6 +18,7 @@ Weights = Literal["safetensors", "bin"]
 Recipe = Mapping[str, str | int | bool]
 
 RECIPE_FILE = "demo_model.json"
+HEADS_FILE = Path(__file__).with_name("heads.json")  # no part of the checkpoint: what its heads are made of
 WEIGHT_FILES: dict[Weights, str] = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
 OTHER_FILES = (
     "1_Pooling/config.json",

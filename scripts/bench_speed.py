@@ -1,0 +1,203 @@
+#!/usr/bin/env python3
+"""Tokens a second of m3 and its peers, on the same texts and checkpoint, loading excluded, in one run.
+
+    scripts/bench speed --model DIR --corpus FILE.jsonl [--documents 600] [--json OUT.json] [--markdown]
+
+m3 runs its own stages (tokenise, batch, encode, order) in memory for dense + sparse + ColBERT. FlagEmbedding runs
+`encode` for all three, in float32 (on a CPU it has nothing else). sentence-transformers gives dense vectors only, as do
+the exports to ONNX: in onnxruntime with dynamic int8 (per channel, matmuls only) and in OpenVINO, which are fed padded
+batches sorted by tokens, within a budget of padded tokens. Where a contender has settings (batch or budget), all are
+run and the best counts. A peer that is not installed is skipped. With --json OUT.json the runs that did not count are
+kept too.
+
+The machine's own matmul rate, [4096 x 1024] . [1024 x 4096], is taken before and after, the better counts; a model's
+share of it is its FLOPs (speed_bench/counting.py) over the real tokens by the second. Padding is the share of the
+positions a model ran that were no token of a text, or one that it had run before. Peak memory is that of the process,
+with the loaded model. Each contender runs in a process of its own; on a noisy machine compare within one run only.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from speed_bench.counting import count_flops, idle_share, padding_share, read_shape
+from speed_bench.records import Found, Group
+from speed_bench.running import WORK, Contest, say
+from speed_bench.table import EMPTY, draw_table, save_results, show_bytes, show_share
+from speed_bench.texts import make_group, read_texts
+
+from m3cli.encoder.checkpoint import read_checkpoint
+from m3cli.encoder.tokenizer import load_tokenizer
+
+REFERENCE = "FlagEmbedding float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """A row of the table: the settings of which the best counts."""
+
+    label: str
+    dtype: str
+    settings: tuple[str, ...]
+    "as speed_bench.contender takes them"
+    outputs: str = "dense"
+
+
+CONTENDERS = (
+    *(
+        Contender(label=f"m3 {dtype}", dtype=dtype, settings=(f"m3 {dtype}",), outputs="all three")
+        for dtype in ("float32", "bfloat16", "int8")
+    ),
+    Contender(
+        label=REFERENCE,
+        dtype="float32",
+        settings=tuple(f"FlagEmbedding {batch}" for batch in (8, 16, 32, 64)),
+        outputs="all three",
+    ),
+    *(
+        Contender(
+            label=f"sentence-transformers {dtype}",
+            dtype=dtype,
+            settings=tuple(f"sentence-transformers {dtype} {batch}" for batch in (16, 32)),
+        )
+        for dtype in ("float32", "bfloat16")
+    ),
+    *(
+        Contender(
+            label=f"{kind} {dtype}",
+            dtype=dtype,
+            settings=tuple(f"{kind} {dtype} {budget}" for budget in (2048, 4096)),
+        )
+        for kind, dtype in (("onnxruntime", "int8"), ("OpenVINO", "float32"), ("OpenVINO", "bfloat16"))
+    ),
+)
+
+
+def run_all(contest: Contest, contenders: Sequence[Contender]) -> dict[str, list[Found] | str]:
+    """Measure every setting of every contender."""
+    return {setting: contest.measure(setting) for contender in contenders for setting in contender.settings}
+
+
+def pick_best(contender: Contender, found: Mapping[str, list[Found] | str]) -> tuple[str, Found] | str:
+    """Return the setting that took least and what was found, or why there is none."""
+    ran = [(setting, each[0]) for setting in contender.settings if not isinstance(each := found[setting], str)]
+    if ran:
+        return min(ran, key=lambda pair: pair[1].seconds)
+    return str(found[contender.settings[0]])
+
+
+def sum_up(
+    contender: Contender, best: tuple[str, Found], group: Group, *, flops: float, matmul: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return what the table says of a contender."""
+    setting, found = best
+    rate = matmul.get(contender.dtype)
+    return {
+        "setting": setting,
+        "outputs": contender.outputs,
+        "tokens_per_second": group.tokens / found.seconds,
+        "share_of_matmul": None if rate is None else flops / found.seconds / rate,
+        "padding_share": padding_share(run=found.positions, real=group.tokens),
+        "peak_bytes": found.peak_bytes,
+        "stages": found.stages,
+        "idle_share": idle_share(found.stages) if found.stages else None,
+    }
+
+
+def draw(rows: Mapping[str, dict[str, Any] | str], *, markdown: bool) -> str:
+    """Return the table of the contenders that ran."""
+    reference = rows.get(REFERENCE)
+    header = ("", "outputs", "tokens/s", "times FlagEmbedding", "of matmul", "padding", "peak memory")
+    lines = []
+    for label, row in rows.items():
+        if isinstance(row, str):
+            lines.append((label, row, *[EMPTY] * 5))
+            continue
+        tokens = row["tokens_per_second"]
+        setting = row["setting"].split()[-1]
+        lines.append(
+            (
+                f"{label}, {setting}" if setting.isdigit() else label,
+                row["outputs"],
+                f"{tokens:,.0f}",
+                f"{tokens / reference['tokens_per_second']:.2f}" if isinstance(reference, dict) else EMPTY,
+                show_share(row["share_of_matmul"]),
+                show_share(row["padding_share"]),
+                show_bytes(row["peak_bytes"]),
+            )
+        )
+    return draw_table(header, lines, markdown=markdown)
+
+
+def draw_stages(rows: Mapping[str, dict[str, Any] | str], *, markdown: bool) -> str:
+    """Return the table of m3's stages."""
+    timed = {label: row for label, row in rows.items() if isinstance(row, dict) and row["stages"]}
+    names = [name for row in timed.values() for name in row["stages"]]
+    header = ("", *(f"{name}, s" for name in dict.fromkeys(names)), "encoder idle")
+    return draw_table(
+        header,
+        [
+            (label, *(f"{spent:.3f}" for spent in row["stages"].values()), show_share(row["idle_share"]))
+            for label, row in timed.items()
+        ],
+        markdown=markdown,
+    )
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--corpus", required=True, type=Path)
+    parser.add_argument("--documents", type=int, default=600)
+    parser.add_argument("--only", help="contenders whose name has one of these words, comma-separated")
+    parser.add_argument("--cache", type=Path, default=WORK, help="for ONNX exports")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure all contenders and print the tables."""
+    options = parse_options()
+    words = options.only.split(",") if options.only else [""]
+    contenders = [each for each in CONTENDERS if any(word in each.label for word in words)]
+    checkpoint = read_checkpoint(options.model)
+    texts = read_texts(options.corpus, options.documents)
+    group = make_group(texts, load_tokenizer(checkpoint).backend, max_length=checkpoint.default_max_length)
+    shape = read_shape(options.model)
+    flops = count_flops(shape, group.lengths)
+    contest = Contest(options.model, [group], cache=options.cache)
+    before = contest.ask("matmul")
+    tokenizer = contest.measure("tokenizer")
+    found = run_all(contest, contenders)
+    after = contest.ask("matmul")
+    matmul = {dtype: max(rate, after[dtype]) for dtype, rate in before.items()}
+    rows: dict[str, dict[str, Any] | str] = {}
+    for contender in contenders:
+        best = pick_best(contender, found)
+        rows[contender.label] = (
+            best if isinstance(best, str) else sum_up(contender, best, group, flops=flops, matmul=matmul)
+        )
+    say("")
+    print(f"{len(texts)} texts, {group.tokens:,} tokens; {shape.layers} layers, {shape.width} wide\n")
+    print(draw(rows, markdown=options.markdown) + "\n")
+    print(draw_stages(rows, markdown=options.markdown) + "\n")
+    print("matmul: " + ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in matmul.items()))
+    if not isinstance(tokenizer, str):
+        print(f"tokenizer alone: {group.tokens / tokenizer[0].seconds:,.0f} tokens/s")
+    if options.json:
+        runs = {name: each if isinstance(each, str) else asdict(each[0]) for name, each in found.items()}
+        head = {"texts": len(texts), "tokens": group.tokens, "flops": flops, "shape": asdict(shape)}
+        bare = None if isinstance(tokenizer, str) else group.tokens / tokenizer[0].seconds
+        save_results(
+            options.json, {**head, "matmul": matmul, "tokenizer_tokens_per_second": bare, "rows": rows, "runs": runs}
+        )
+
+
+if __name__ == "__main__":
+    main()

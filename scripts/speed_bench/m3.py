@@ -1,0 +1,76 @@
+"""m3's own stages in memory, and its tokenizer alone."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import cast
+
+from m3cli.config import Dtype
+from m3cli.encoder.batcher import pack_batches
+from m3cli.encoder.checkpoint import read_checkpoint
+from m3cli.encoder.chunker import Cutting, chunk_documents
+from m3cli.encoder.device import auto_batch_tokens
+from m3cli.encoder.encode import encode_batch
+from m3cli.encoder.model import TOKEN_STEP, load_model
+from m3cli.encoder.tokenizer import load_tokenizer
+from m3cli.encoder.window import order_rows
+from m3cli.records import Document, Output
+from speed_bench.counting import count_filled
+from speed_bench.records import Group, Made, Runner
+
+OUTPUTS: tuple[Output, ...] = ("dense", "sparse", "colbert")
+
+
+def load_m3(folder: Path, dtype: str) -> Runner:
+    """Return a run of tokenising, batching, encoding (all three outputs) and ordering, one after the other.
+
+    `m3 encode` does all but encoding in threads beside it; here nothing is hidden.
+    """
+    checkpoint = read_checkpoint(folder)
+    tokenizer = load_tokenizer(checkpoint)
+    model = load_model(checkpoint, device="cpu", dtype=cast("Dtype", dtype))
+    cutting = Cutting(max_length=checkpoint.default_max_length, long_docs="truncate")
+    budget = auto_batch_tokens("cpu")
+
+    def run(group: Group) -> Made:
+        clock = [time.perf_counter()]
+        chunks = chunk_documents(make_documents(group.texts), tokenizer, cutting)
+        clock.append(time.perf_counter())
+        batches = list(pack_batches(chunks, start=0, stop=chunks.num_rows, max_batch_tokens=budget))
+        clock.append(time.perf_counter())
+        parts = [
+            part
+            for batch in batches
+            for part in encode_batch(model, batch, outputs=OUTPUTS, special_ids=tokenizer.special_ids)
+        ]
+        clock.append(time.perf_counter())
+        order_rows(parts, start=0, stop=chunks.num_rows)
+        clock.append(time.perf_counter())
+        spent = (after - before for before, after in pairwise(clock))
+        return Made(
+            positions=sum(count_filled(len(batch.input_ids), step=TOKEN_STEP) for batch in batches),
+            stages=dict(zip(("tokenising", "batching", "encoding", "ordering"), spent, strict=True)),
+        )
+
+    return run
+
+
+def load_tokenizer_alone(folder: Path) -> Runner:
+    """Return a run of the backend's `encode_batch_fast`, which spreads texts over the cores."""
+    backend = load_tokenizer(read_checkpoint(folder)).backend
+
+    def run(group: Group) -> Made:
+        backend.encode_batch_fast(group.texts)
+        return Made(positions=group.tokens)
+
+    return run
+
+
+def make_documents(texts: list[str]) -> list[Document]:
+    """Dress texts as a corpus's documents."""
+    return [
+        Document(id="", position=place, text=text, text_hash=(0, 0), has_own_id=True)
+        for place, text in enumerate(texts)
+    ]
