@@ -13,12 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from m3cli.errors import spell_printable
-from m3cli.records import RunPlan, RunSummary
+from m3cli.records import QueryHits, RunPlan, RunSummary
 
 _PLAIN_WIDTH = 100
 "columns off a terminal, where a log must not depend on a window's size"
 _BAR_WIDTH = 30
 _NAMES_SHOWN = 4
+_HITS_SHOWN = 10
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -81,6 +82,9 @@ def plan_panel(plan: RunPlan, *, title: str | None = None) -> Panel:
     if plan.bytes_on_disk is not None:
         parts = ", ".join(f"{output} {format_bytes(size)}" for output, size in plan.bytes_on_disk.items())
         rows.add_row("disk", f"about {format_bytes(sum(plan.bytes_on_disk.values()))}: {parts}")
+    rows.add_row("free", format_bytes(plan.free_bytes))
+    for place, (flags, needed) in enumerate((plan.colbert_choices or {}).items()):
+        rows.add_row("" if place else "colbert as", f"{format_bytes(needed):>10}  {flags}")
     title = title or ("m3 encode, going on" if plan.resumed else "m3 encode")
     return Panel(rows, title=title, subtitle=f"fingerprint {plan.fingerprint[:7]}", box=box.ROUNDED, expand=False)
 
@@ -91,7 +95,8 @@ def summary_panel(summary: RunSummary) -> Panel:
     chunks = f" in {summary.chunks:,} chunks" if summary.chunks != summary.documents else ""
     rows.add_row("documents", f"{summary.documents:,}{chunks}, {summary.tokens:,} tokens")
     rows.add_row("skipped", _skipped_words(summary))
-    rows.add_row("truncated", f"{summary.truncated:,}")
+    listed = f", listed by m3 info {summary.out} --truncated" if summary.truncated else ""
+    rows.add_row("truncated", f"{summary.truncated:,}{listed}")
     if summary.taken or summary.gone is not None:
         gone = "" if summary.gone is None else f"; {summary.gone:,} ids of the older folder are gone"
         rows.add_row("taken over", f"{summary.taken:,} documents{gone}")
@@ -159,4 +164,24 @@ def draw_table(title: str, rows: Iterable[Sequence[str]], *, columns: Sequence[s
         table.add_column(name)
     for row in rows:
         table.add_row(*map(Text, row))
+    return table
+
+
+def hits_table(found: QueryHits) -> Table:
+    """Draw the best hits of a query, each in a line with as much of its text as fits."""
+    title = _plain(found.text or found.query)
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), expand=True)
+    kept = any(text is not None for text in found.texts)
+    for name, style in (("#", "bold"), ("score", ""), ("id", "")):
+        table.add_column(name, style=style, justify="right" if name == "#" else "left", no_wrap=True)
+    table.add_column("text" if kept else "characters", no_wrap=True, overflow="ellipsis", ratio=1)
+    for place, name in enumerate(found.ids[:_HITS_SHOWN]):
+        text = found.texts[place]
+        span = f"{found.char_start[place]:,} to {found.char_end[place]:,}" if text is None else " ".join(text.split())
+        table.add_row(str(place + 1), f"{found.scores[place]:.4f}", _plain(name), _plain(span))
+    more = len(found.ids) - _HITS_SHOWN
+    if more > 0:
+        table.caption = f"and {more:,} more: --out FILE has all"
+    elif not found.ids:
+        table.caption = "nothing found"
     return table

@@ -6,6 +6,7 @@ data: no room's behaviour, no torch, no pyarrow. Arrays are shared, not copied; 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,11 @@ from numpy.typing import NDArray
 Output = Literal["dense", "sparse", "colbert"]
 SourceFormat = Literal["jsonl", "tsv", "text", "parquet"]
 Compression = Literal["none", "gzip", "zstd"]
+
+Rankings = Mapping[str, Mapping[str, float]]
+"of each query id the document ids with their scores"
+Judgements = Mapping[str, Mapping[str, int]]
+"of each query id the judged document ids with their relevance, 0 or less for not relevant"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +141,8 @@ class Chunks:
     "[R]"
     truncated: NDArray[np.bool_]
     "[R], whether the document's text after char_end is not encoded"
+    num_repeated: NDArray[np.int32]
+    "[R], tokens after <s> that the document's row before has too: the overlap, and a prefix"
 
     @property
     def num_rows(self) -> int:
@@ -179,7 +187,11 @@ class TokenMatrices:
     indptr: NDArray[np.int64]
     "[R + 1], where rows begin in vectors"
     vectors: NDArray[Any]
-    "[V, D] float16 or float32, each of norm 1"
+    "[V, D] float16 or float32, each of norm 1; or as stored: [V, D] int8, or [V, D / 8] uint8 with a sign a bit"
+    scales: NDArray[np.float32] | None = None
+    "[V] what an int8 vector is multiplied by to have norm 1; None for other types"
+    weights: NDArray[np.float32] | None = None
+    "[V] lexical weight of the token that a vector is of, 0 for `</s>`; only until vectors are chosen by it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +219,30 @@ class Origins:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QueryHits:
+    """What was found for one query, best first. H hits."""
+
+    query: str
+    "id"
+    text: str | None
+    "None: the query came as vectors"
+    ids: tuple[str, ...]
+    "[H]"
+    scores: NDArray[np.float32]
+    "[H]"
+    parts: dict[str, NDArray[np.float32]]
+    "[H] each, what a score was made of: of each output the best of the document's chunks"
+    chunk_index: NDArray[np.int64]
+    "[H] of the best chunk"
+    char_start: NDArray[np.int64]
+    "[H] Unicode code points of the document's text, of the best chunk; -1: not known"
+    char_end: NDArray[np.int64]
+    "[H]"
+    texts: tuple[str | None, ...]
+    "[H] the best chunk's text, None where it was not kept"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FileRecord:
     """A file that a done entry answers for."""
 
@@ -225,7 +261,7 @@ class ShardCounts:
     documents: int = 0
     chunks: int = 0
     tokens: int = 0
-    "with <s> and </s>"
+    "with <s> and </s>; not of documents' own rows, which repeat those of their chunks"
     skipped: int = 0
     truncated: int = 0
     missing_ids: int = 0
@@ -268,13 +304,17 @@ class RunPlan:
     format: str
     fingerprint: str
     documents: int | None
-    "estimated from a sample, exact for Parquet; None where only reading tells (compressed or piped input)"
+    "estimated from a sample, exact for Parquet; None where only reading tells (piped input)"
     tokens: int | None
     input_bytes: int | None
     num_shards: int | None
     shards_done: int
     bytes_on_disk: dict[str, int] | None
     "estimated bytes per output of the whole folder"
+    free_bytes: int
+    "of the disk that the folder is on, or is to be on"
+    colbert_choices: dict[str, int] | None
+    "estimated bytes of the ColBERT vectors by the flags that say how they are stored; None: not asked for"
     resumed: bool
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +19,9 @@ CACHE = ROOT / ".cache"
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("M3_MODEL", None)
+
+# For a long search by hand: pytest --hypothesis-profile=search. Whole runs of scripts/test take hypothesis' own "ci".
+hypothesis.settings.register_profile("search", max_examples=2000, deadline=None)
 
 Completed = subprocess.CompletedProcess[str]
 
@@ -47,7 +52,25 @@ def tiny_m3() -> Path:
 @pytest.fixture(scope="session")
 def demo_m3() -> Path:
     """The demo checkpoint: multilingual-e5-small with M3 heads, 514 positions."""
-    return build_model("demo", "--corpus", str(build_sample()))
+    return build_model("demo")
+
+
+@pytest.fixture(scope="session")
+def cross_encoder(tiny_m3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random cross-encoder in the layout of BAAI/bge-reranker-v2-m3: 2 layers, 64 wide, one label, real tokenizer."""
+    import torch  # noqa: PLC0415  seconds, only for tests that need it
+    from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification  # noqa: PLC0415
+
+    folder = tmp_path_factory.mktemp("models") / "cross-encoder"
+    torch.manual_seed(0)
+    config = XLMRobertaConfig.from_pretrained(tiny_m3)
+    config.num_labels = 1
+    config.initializer_range = 0.2  # of 0.02, as by default, all logits would be nearly alike
+    XLMRobertaForSequenceClassification(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (tiny_m3 / name).exists():
+            shutil.copy(tiny_m3 / name, folder / name)
+    return folder
 
 
 @pytest.fixture

@@ -18,9 +18,12 @@ import m3cli
 from m3cli.cli.check import check
 from m3cli.cli.doctor import doctor
 from m3cli.cli.encode import encode
+from m3cli.cli.eval import eval_runs
 from m3cli.cli.info import info
 from m3cli.cli.plan import plan
+from m3cli.cli.rerank import rerank
 from m3cli.cli.score import score
+from m3cli.cli.search import search
 from m3cli.cli.signals import catch_sigterm
 from m3cli.errors import EXIT_DONE, EXIT_INTERRUPTED, M3Error, UsageError, spell_printable
 
@@ -39,6 +42,9 @@ app.command()(plan)
 app.command()(info)
 app.command()(check)
 app.command()(score)
+app.command()(search)
+app.command("eval")(eval_runs)
+app.command()(rerank)
 app.command()(doctor)
 
 # typer brings its own copy of click since 0.16; this is the base of its errors in every version.

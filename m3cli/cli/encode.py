@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -21,7 +21,7 @@ from m3cli.cli.values import (
     parse_size,
     parse_worker,
 )
-from m3cli.config import Dtype, EncodeRequest, Format, LongDocs, VectorDtype
+from m3cli.config import ColbertDtype, Dtype, EncodeRequest, Format, LongDocs, Split, VectorCompression, VectorDtype
 from m3cli.errors import EXIT_INTERRUPTED, M3Error, UsageError
 
 if TYPE_CHECKING:
@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "format": get_args(Format),
     "long_docs": get_args(LongDocs),
+    "split": get_args(Split),
     "dtype": get_args(Dtype),
     "dense_dtype": get_args(VectorDtype),
+    "colbert_dtype": get_args(ColbertDtype),
+    "compression": get_args(VectorCompression),
     "progress": ("auto", "bar", "log", "json", "none"),
 }
 
@@ -46,6 +49,11 @@ def encode(
     outputs: flags.Outputs = None,
     format: flags.Format = None,  # noqa: A002  the flag's name
     dense_dtype: flags.DenseDtype = None,
+    colbert_dtype: flags.ColbertDtype = None,
+    colbert_pool: flags.ColbertPool = None,
+    colbert_min_weight: flags.ColbertMinWeight = None,
+    colbert_top_k: flags.ColbertTopK = None,
+    compression: flags.Compression = None,
     input_format: flags.InputFormat = "auto",
     id_field: flags.IdField = None,
     text_field: flags.TextField = None,
@@ -59,6 +67,8 @@ def encode(
     max_length: flags.MaxLength = None,
     long_docs: flags.LongDocs = None,
     overlap: flags.Overlap = None,
+    split: flags.Split = None,
+    mcls: flags.Mcls = None,
     dtype: flags.Dtype = None,
     device: flags.Device = None,
     max_batch_tokens: flags.MaxBatchTokens = None,
@@ -90,6 +100,11 @@ def encode(
         outputs=parse_outputs(outputs),
         format=format,
         dense_dtype=dense_dtype,
+        colbert_dtype=colbert_dtype,
+        colbert_pool=colbert_pool,
+        colbert_min_weight=colbert_min_weight,
+        colbert_top_k=colbert_top_k,
+        compression=compression,
         input_format=input_format,
         id_field=id_field,
         text_field=text_field,
@@ -103,6 +118,8 @@ def encode(
         max_length=max_length,
         long_docs=long_docs,
         overlap=overlap,
+        split=split,
+        mcls=mcls,
         dtype=auto(dtype),
         device=auto(device),
         max_batch_tokens=max_batch_tokens,
@@ -161,9 +178,9 @@ def make_request(**typed: Any) -> EncodeRequest:
     return EncodeRequest(**typed)
 
 
-def check_choices(typed: dict[str, Any]) -> None:
+def check_choices(typed: Mapping[str, Any], choices_of: Mapping[str, Sequence[str]] = _CHOICES) -> None:
     """Refuse a value that is none of a flag's choices."""
-    for name, choices in _CHOICES.items():
+    for name, choices in choices_of.items():
         value = typed.get(name)
         if value is not None and value not in choices:
             raise UsageError(f"--{name.replace('_', '-')} {value!r}: expected {', '.join(choices)}")

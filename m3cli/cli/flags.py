@@ -72,22 +72,85 @@ MaxLength = Annotated[
 ]
 LongDocs = Annotated[
     str | None,
-    typer.Option(help="chunk (default): one row a chunk; truncate: the first chunk only.", rich_help_panel=_MEANING),
+    typer.Option(
+        help="chunk (default): one row a chunk; merge: one row a document, made of its chunks; both: chunks and, of "
+        "documents of several, a row of their own; truncate: the first chunk only.",
+        rich_help_panel=_MEANING,
+    ),
 ]
 Overlap = Annotated[
     int | None,
     typer.Option(min=0, help="Tokens that a chunk repeats of the one before; by default 0.", rich_help_panel=_MEANING),
 ]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        help="sentence (default): chunks of like length, cut behind a paragraph, sentence or word; tokens: full ones.",
+        rich_help_panel=_MEANING,
+    ),
+]
+Mcls = Annotated[
+    int | None,
+    typer.Option(
+        "--mcls",
+        min=1,
+        metavar="N",
+        help="Put a <s> before every N tokens (256 in M3's paper); the dense vector is the mean of their states.",
+        rich_help_panel=_MEANING,
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="auto, float32, bfloat16 or float16; auto: float16 on a GPU, bfloat16 on a CPU that has it.",
+        help="auto, float32, bfloat16, float16, or int8 on a CPU; auto: float16 on a GPU, bfloat16 on a CPU with it.",
         rich_help_panel=_SPEED,
     ),
 ]
 DenseDtype = Annotated[
     str | None,
     typer.Option(help="float16 (default) or float32, of the dense vectors on disk.", rich_help_panel=_OUTPUT),
+]
+ColbertDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float16 (default), int8 (half of that) or binary (signs: a sixteenth), of ColBERT vectors on disk.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+ColbertPool = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="K",
+        help="Merge like ColBERT vectors of a row until one in K is left; by default none are.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+ColbertMinWeight = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        metavar="W",
+        help="Keep only ColBERT vectors of tokens of this lexical weight or more.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+ColbertTopK = Annotated[
+    int | None,
+    typer.Option(
+        "--colbert-top-k",
+        "--colbert-max-vectors",
+        min=1,
+        metavar="N",
+        help="Keep only a row's N ColBERT vectors of the largest lexical weights.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Compression = Annotated[
+    str | None,
+    typer.Option(
+        help="none (default) or zstd, of the vectors in Parquet; a tenth less for float16.", rich_help_panel=_OUTPUT
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_SPEED)]
 MaxBatchTokens = Annotated[

@@ -85,8 +85,7 @@ def score(
     A row that is no pair (an empty side, an unknown id) has empty scores; then the exit code is 3.
     """
     check_choices({"dtype": auto(dtype), "progress": progress})
-    if chunks not in _CHUNKS:
-        raise UsageError(f"--chunks {chunks!r}: expected {', '.join(_CHUNKS)}")
+    check_choices({"chunks": chunks}, {"chunks": _CHUNKS})
     settled_weights, settled_modes = parse_weights(weights), parse_modes(modes)
     from m3cli.jobs.score import ScoreRequest, score_pairs  # noqa: PLC0415  pyarrow, not for --help
     from m3cli.progress import Progress  # noqa: PLC0415

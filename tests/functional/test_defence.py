@@ -20,7 +20,7 @@ import pytest
 
 from m3cli.cli.app import run
 from m3cli.errors import CorpusError, OutputError
-from m3cli.jobs import stages
+from m3cli.jobs import writing
 from m3cli.store import commit, staging
 from m3cli.store.layout import MANIFEST_NAME, done_name
 from tests.conftest import ROOT, Completed
@@ -317,7 +317,7 @@ def test_input_that_vanishes_in_mid_run_is_named_and_what_is_done_is_kept(
         second = second.with_name("b.jsonl.gz")
     away = tmp_path / "away"
     assert encode_with(folder, out=tmp_path / "whole") == 0
-    write_shard = stages.write_shard
+    write_shard = writing.write_shard
 
     def write_and_lose(*given: Any, **settings: Any) -> Any:
         if second.exists():
@@ -325,7 +325,7 @@ def test_input_that_vanishes_in_mid_run_is_named_and_what_is_done_is_kept(
         return write_shard(*given, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "write_shard", write_and_lose)
+        patch.setattr(writing, "write_shard", write_and_lose)
         with pytest.raises(CorpusError, match=rf"{second.name} is gone: put it back and run the same command again"):
             encode_with(folder, out=tmp_path / "out")
     assert first.exists()

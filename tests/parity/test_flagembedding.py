@@ -15,7 +15,7 @@ import pytest
 
 from m3cli.encoder.batcher import pack_batches
 from m3cli.encoder.checkpoint import read_checkpoint
-from m3cli.encoder.chunker import chunk_documents
+from m3cli.encoder.chunker import Cutting, chunk_documents
 from m3cli.encoder.heads import compute_embeddings
 from m3cli.encoder.model import load_model, run_model
 from m3cli.encoder.tokenizer import load_tokenizer
@@ -57,7 +57,7 @@ def chunks(tiny_m3: Path, texts: list[str]) -> Chunks:
         Document(id=str(i), text=text, text_hash=(0, 0), has_own_id=True, position=i) for i, text in enumerate(texts)
     ]
     tokenizer = load_tokenizer(read_checkpoint(tiny_m3))
-    return chunk_documents(documents, tokenizer, max_length=8192, long_docs="truncate")
+    return chunk_documents(documents, tokenizer, Cutting(max_length=8192, long_docs="truncate"))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def encode(tiny_m3: Path, chunks: Chunks) -> Encode:
             )
             for batch in pack_batches(chunks, start=start, stop=end, max_batch_tokens=max_batch_tokens)
         ]
-        return order_rows(made, chunks, start=start, stop=end)
+        return order_rows(made, start=start, stop=end)
 
     return run
 

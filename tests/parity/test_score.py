@@ -47,19 +47,6 @@ WORDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def golden_m3(demo_m3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo checkpoint with the sparse head of the golden values: a build's own is fitted to the corpus it finds."""
-    folder = tmp_path_factory.mktemp("golden")
-    for path in demo_m3.iterdir():
-        if path.name != "sparse_linear.pt":
-            (folder / path.name).symlink_to(path)
-    head = GOLDEN["sparse_linear"]
-    weights = {"weight": torch.tensor([head["weight"]]), "bias": torch.tensor(head["bias"])}
-    torch.save(weights, folder / "sparse_linear.pt")
-    return folder
-
-
 def score(model: Path, pairs: list[tuple[str, str]], **settings: Any) -> dict[str, np.ndarray]:
     request = ScoreRequest(pairs="-", model=str(model), dtype="float32", device="cpu", **settings)
     scorer = TextScorer(request, Progress("none"))
@@ -80,15 +67,15 @@ def pairs() -> list[tuple[str, str]]:
     return [(query, passage) for query in queries for passage in passages] + both_sides
 
 
-def test_golden_token_ids(golden_m3: Path) -> None:
-    tokenizer = load_tokenizer(read_checkpoint(golden_m3))
+def test_golden_token_ids(demo_m3: Path) -> None:
+    tokenizer = load_tokenizer(read_checkpoint(demo_m3))
     made = tokenise_texts(GOLDEN["queries"] + GOLDEN["passages"], tokenizer, max_length=512)
     assert [ids.tolist() for ids in made.input_ids] == GOLDEN["input_ids"]
 
 
-def test_golden_scores(golden_m3: Path) -> None:
+def test_golden_scores(demo_m3: Path) -> None:
     pairs = [(query, passage) for query in GOLDEN["queries"] for passage in GOLDEN["passages"]]
-    made = score(golden_m3, pairs)
+    made = score(demo_m3, pairs)
     assert list(made) == list(MODES)
     for mode in MODES:
         assert np.abs(made[mode] - GOLDEN["scores"][mode]).max() < 1e-4, mode
@@ -118,9 +105,9 @@ def test_random_checkpoint_pair_by_pair(tiny_m3: Path, pairs: list[tuple[str, st
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_demo_checkpoint_in_one_padded_batch(golden_m3: Path, pairs: list[tuple[str, str]]) -> None:
-    expected = reference_scores(golden_m3, pairs, pooling="mean", one_by_one=False)
-    made = score(golden_m3, pairs)
+def test_demo_checkpoint_in_one_padded_batch(demo_m3: Path, pairs: list[tuple[str, str]]) -> None:
+    expected = reference_scores(demo_m3, pairs, pooling="mean", one_by_one=False)
+    made = score(demo_m3, pairs)
     for mode in MODES:
         assert np.abs(made[mode] - expected[mode]).max() < 1e-4, mode
 

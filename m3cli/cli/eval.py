@@ -1,0 +1,85 @@
+"""`m3 eval`: flags to a request, and what was found to a table, TSV or JSON."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from m3cli.cli import flags
+from m3cli.cli.encode import open_stdin
+from m3cli.cli.values import parse_names
+from m3cli.errors import UsageError, spell_printable
+
+if TYPE_CHECKING:
+    from m3cli.jobs.eval import Evaluation
+
+
+def eval_runs(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN... QRELS",
+            help="TREC runs, and last the judgements: TREC, BEIR, MIRACL or MLDR (all also .gz, .zst; one may be '-').",
+            show_default=False,
+        ),
+    ],
+    *,
+    measures: Annotated[
+        str, typer.Option(help="Any that trec_eval has, such as nDCG@10,P@5,Success@1,MAP@100.")
+    ] = "nDCG@10,Recall@100,MRR@10,MAP",
+    as_json: flags.AsJson = False,
+) -> None:
+    """Measure runs against judgements: nDCG@10, Recall@100, MRR@10, MAP, and whether a run differs from the first.
+
+    The numbers are trec_eval's with -c: means are over all judged queries, one that a run lacks counts as 0. p is of a
+    paired two-sided t-test against the first run; of k comparisons at the level 0.05, look for p below 0.05 / k.
+    """
+    if len(files) < 2:
+        raise UsageError(f"only {files[0]}: give one or more runs, then the file of judgements")
+    *runs, qrels = files
+    from m3cli.jobs.eval import evaluate_runs  # noqa: PLC0415  numpy, not for --help
+
+    found = evaluate_runs(runs, qrels, measures=parse_names(measures) or (), stdin=open_stdin(files))
+    for line in found.describe():
+        sys.stderr.write(f"m3: {spell_printable(line)}\n")
+    if as_json:
+        import orjson  # noqa: PLC0415  not for --help
+
+        sys.stdout.write(orjson.dumps(asdict(found), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode())
+    elif sys.stdout.isatty():
+        _print_table(found)
+    else:
+        _print_tsv(found)
+
+
+def _print_table(found: Evaluation) -> None:
+    from m3cli.panel import draw_table, open_console  # noqa: PLC0415  rich is slow
+
+    rows = [
+        [
+            spell_printable(worth.run),
+            *(_spell(value, (worth.p or {}).get(name)) for name, value in worth.measures.items()),
+        ]
+        for worth in found.runs
+    ]
+    title = f"{found.queries:,} queries" + (", p against the first run" if len(found.runs) > 1 else "")
+    open_console(sys.stdout).print(draw_table(title, rows, columns=["run", *found.runs[0].measures]))
+
+
+def _spell(value: float, p: float | None) -> str:
+    return f"{value:.4f}" if p is None else f"{value:.4f} (p {p:.3f})"
+
+
+def _print_tsv(found: Evaluation) -> None:
+    names = list(found.runs[0].measures)
+    several = len(found.runs) > 1
+    header = ["run", *names, *([f"p({name})" for name in names] if several else [])]
+    sys.stdout.write("\t".join(header) + "\n")
+    for worth in found.runs:
+        cells = [spell_printable(worth.run), *(f"{worth.measures[name]:.4f}" for name in names)]
+        if several:
+            cells += ["" if worth.p is None else f"{worth.p[name]:.4g}" for name in names]
+        sys.stdout.write("\t".join(cells) + "\n")

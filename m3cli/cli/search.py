@@ -1,0 +1,170 @@
+"""`m3 search`: flags to a request."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from m3cli.cli import flags
+from m3cli.cli.encode import check_choices, open_stdin
+from m3cli.cli.score import parse_weights
+from m3cli.cli.values import auto
+
+_QUERIES, _RANKING, _BM25 = "Queries", "Ranking", "BM25"
+_CHOICES = {
+    "mode": ("dense", "sparse", "colbert", "hybrid", "bm25"),
+    "fusion": ("weighted", "rrf"),
+    "level": ("document", "chunk"),
+    "tokenizer": ("m3", "plain"),
+}
+
+
+def search(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder that m3 encode wrote.", show_default=False)],
+    *,
+    queries: Annotated[
+        str,
+        typer.Option(
+            "--queries",
+            "-q",
+            metavar="FILE|TEXT|DIR",
+            help="JSONL, TSV, Parquet or text lines of queries ('-': standard input), the words of one query, or an "
+            "encoded folder whose documents are the queries.",
+            show_default=False,
+            rich_help_panel=_QUERIES,
+        ),
+    ],
+    input_format: Annotated[
+        str, typer.Option(help="auto, jsonl, tsv, text or parquet.", rich_help_panel=_QUERIES)
+    ] = "auto",
+    query_field: Annotated[
+        str | None,
+        typer.Option(help="Field of the query's text; found by itself (text, query).", rich_help_panel=_QUERIES),
+    ] = None,
+    query_id_field: Annotated[
+        str | None,
+        typer.Option(help="Field of the query's id; found by itself (_id, id, query_id).", rich_help_panel=_QUERIES),
+    ] = None,
+    query_prefix: Annotated[
+        str, typer.Option(help="Words before every query, such as 'query: '.", rich_help_panel=_QUERIES)
+    ] = "",
+    max_query_length: Annotated[
+        int | None, typer.Option(min=3, help="Tokens of a query; by default 512.", rich_help_panel=_QUERIES)
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="dense, sparse, colbert, hybrid or bm25; by default hybrid, or the only output there is.",
+            rich_help_panel=_RANKING,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int, typer.Option("--top-k", "-k", min=1, help="Hits of a query.", rich_help_panel=_RANKING)
+    ] = 100,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Of dense,sparse,colbert in a hybrid score; by default 1,1,1.", rich_help_panel=_RANKING),
+    ] = None,
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of hybrid: so many by dense and so many by sparse are ranked again by all outputs; by default 200, "
+            "or --top-k if that is more.",
+            rich_help_panel=_RANKING,
+        ),
+    ] = None,
+    fusion: Annotated[
+        str | None,
+        typer.Option(
+            help="Of hybrid: weighted (average of scores, default) or rrf (reciprocal ranks).", rich_help_panel=_RANKING
+        ),
+    ] = None,
+    level: Annotated[
+        str,
+        typer.Option(
+            help="document: a hit is a document, by its best chunk; chunk: a hit is a chunk, ID#NUMBER.",
+            rich_help_panel=_RANKING,
+        ),
+    ] = "document",
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help=".trec, .run or .jsonl; by default a TREC run on stdout, on a terminal a table.",
+            rich_help_panel=_RANKING,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="m3 (default: the checkpoint's tokens) or plain (words). The index is held in memory.",
+            rich_help_panel=_BM25,
+        ),
+    ] = None,
+    corpus_input: Annotated[
+        str | None,
+        typer.Option(
+            "--input",
+            metavar="INPUT",
+            help="What the folder was encoded from, if it has no text (--keep-text).",
+            rich_help_panel=_BM25,
+        ),
+    ] = None,
+    model: flags.Model = None,
+    revision: flags.Revision = None,
+    dtype: flags.Dtype = None,
+    device: flags.Device = None,
+    max_batch_tokens: flags.MaxBatchTokens = None,
+    progress: flags.ProgressMode = "auto",
+) -> None:
+    """Search an encoded folder, exactly: every row is scored, in one pass; documents by their best chunk.
+
+    Texts are encoded with the checkpoint of the folder. Rows that are no queries are counted; then the exit code is 3.
+    """
+    check_choices({"dtype": auto(dtype), "progress": progress})
+    check_choices({"mode": mode, "fusion": fusion, "level": level, "tokenizer": tokenizer}, _CHOICES)
+    settled_weights = None if weights is None else parse_weights(weights)
+    from m3cli.jobs.search import search_corpus  # noqa: PLC0415  pyarrow, not for --help
+    from m3cli.jobs.search_request import SearchRequest  # noqa: PLC0415
+    from m3cli.progress import Progress  # noqa: PLC0415
+
+    request = SearchRequest(
+        folder=folder,
+        queries=queries,
+        out=None if out == "-" else out,
+        mode=mode,  # type: ignore[arg-type]
+        top_k=top_k,
+        level=level,  # type: ignore[arg-type]
+        weights=settled_weights,
+        candidates=candidates,
+        fusion=fusion,  # type: ignore[arg-type]
+        input_format=input_format,
+        query_field=query_field,
+        query_id_field=query_id_field,
+        query_prefix=query_prefix,
+        max_query_length=max_query_length,
+        model=model,
+        revision=revision,
+        dtype=auto(dtype),  # type: ignore[arg-type]
+        device=auto(device),
+        max_batch_tokens=max_batch_tokens,
+        tokenizer=tokenizer,  # type: ignore[arg-type]
+        corpus_input=corpus_input,
+    )
+    shown: Any = Progress(progress)  # type: ignore[arg-type]
+    show = _print_hits if sys.stdout.isatty() else None
+    code = search_corpus(request, progress=shown, stdout=sys.stdout.buffer, stdin=open_stdin([queries]), show=show)
+    raise typer.Exit(code)
+
+
+def _print_hits(hits: Sequence[Any]) -> None:
+    from m3cli.panel import hits_table, open_console  # noqa: PLC0415  rich is slow
+
+    console = open_console(sys.stdout)
+    for found in hits:
+        console.print(hits_table(found))

@@ -1,0 +1,178 @@
+"""ColBERT vectors in fewer bytes: written, resumed, checked, scored and refused by the real command."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from m3cli.store.reader import open_folder, read_shard
+from tests.conftest import Completed
+from tests.crash import folder_bytes
+
+M3 = Callable[..., Completed]
+FLAGS = ("--dtype", "float32", "--max-length", "24", "--shard-size", "2K", "--progress", "none")
+SETTINGS = [
+    ("--colbert-dtype", "int8"),
+    ("--colbert-dtype", "binary"),
+    ("--colbert-pool", "2"),
+    ("--colbert-top-k", "5", "--colbert-dtype", "int8"),
+    ("--colbert-min-weight", "0.01", "--colbert-pool", "2", "--colbert-dtype", "binary"),
+]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    words = random.Random(1)
+    path = tmp_path / "corpus.jsonl"
+    rows = (
+        {"id": f"d{n}", "text": " ".join(f"word{words.randrange(500)}" for _ in range(1 + 5 * (n % 8)))}
+        for n in range(60)
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=" ".join)
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+def test_every_setting_resumes_to_the_same_bytes_and_passes_the_check(
+    m3_here: M3,
+    tiny_m3: Path,
+    corpus: Path,
+    format: str,  # noqa: A002
+    setting: tuple[str, ...],
+) -> None:
+    common = (corpus, "--model", tiny_m3, *FLAGS, "--format", format, *setting)
+    assert m3_here("encode", *common, "--out", "whole").returncode == 0
+    whole = folder_bytes(Path("whole"))
+    for worker in ("1/2", "0/2"):
+        assert m3_here("encode", *common, "--out", "shared", "--worker", worker).returncode == 0
+    assert folder_bytes(Path("shared")) == whole
+    for name in ("_m3/manifest.json", "_m3/done/shard-0000001.json"):
+        Path("shared", name).unlink()
+    again = m3_here("encode", corpus, "--out", "shared", "--progress", "none", "--model", tiny_m3)  # settings adopted
+    assert again.returncode == 0, again.stderr
+    assert folder_bytes(Path("shared")) == whole
+    checked = m3_here("check", "whole", "--sample", "20", "--model", tiny_m3)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=" ".join)
+def test_both_formats_hold_the_same_vectors(m3_here: M3, tiny_m3: Path, corpus: Path, setting: tuple[str, ...]) -> None:
+    for format in ("parquet", "npy"):  # noqa: A001
+        assert (
+            m3_here(
+                "encode", corpus, "--model", tiny_m3, *FLAGS, "--format", format, *setting, "--out", format
+            ).returncode
+            == 0
+        )
+    folders = open_folder(Path("parquet")), open_folder(Path("npy"))
+    for index in folders[0].entries:
+        left, right = (read_shard(folder, index).embeddings.colbert_vecs for folder in folders)
+        assert left is not None
+        assert right is not None
+        assert np.array_equal(left.indptr, right.indptr)
+        assert np.array_equal(left.vectors, right.vectors)
+        for one, other in ((left.scales, right.scales), (right.scales, left.scales)):
+            assert one is None or (other is not None and np.array_equal(one, other))
+
+
+def test_a_value_opens_with_two_lines_of_numpy(m3_here: M3, tiny_m3: Path, corpus: Path) -> None:
+    read = {}
+    for dtype in ("float16", "int8", "binary"):
+        m3_here("encode", corpus, "--model", tiny_m3, *FLAGS, "--colbert-dtype", dtype, "--out", dtype)
+        table = pq.read_table(Path(dtype, "rows", "shard-0000000.parquet"))
+        described = table.schema.field("colbert_vecs").metadata
+        width = int(described.get(b"width", described[b"dim"]))
+        matrix = np.frombuffer(table["colbert_vecs"][3].as_py(), described[b"dtype"].decode()).reshape(-1, width)
+        if dtype == "int8":
+            matrix = matrix * np.frombuffer(table["colbert_scales"][3].as_py(), np.float32)[:, None]
+        read[dtype] = matrix
+    tokens = table["num_tokens"][3].as_py()
+    assert read["float16"].shape == (tokens - 1, 64)
+    assert read["int8"] == pytest.approx(read["float16"].astype(np.float32), abs=5e-3)
+    assert np.array_equal(np.unpackbits(read["binary"], axis=1), read["float16"] > 0)
+
+
+def test_scores_of_folders_are_near_those_of_float16(m3_here: M3, tiny_m3: Path, corpus: Path, tmp_path: Path) -> None:
+    Path("pairs.tsv").write_text("query\tpassage\n" + "".join(f"d{n}\td{(n * 7) % 60}\n" for n in range(40)))
+    found = {}
+    for name, setting in (("float16", ()), ("int8", SETTINGS[0]), ("binary", SETTINGS[1])):
+        m3_here("encode", corpus, "--model", tiny_m3, *FLAGS, *setting, "--out", name)
+        scored = m3_here(
+            "score", "pairs.tsv", "--queries", "float16", "--corpus", name, "--modes", "colbert", "--progress", "none"
+        )
+        assert scored.returncode == 0, scored.stderr
+        found[name] = np.array([float(line.split("\t")[-1]) for line in scored.stdout.splitlines()[1:]])
+    assert found["int8"] == pytest.approx(found["float16"], abs=3e-3)
+    assert np.corrcoef(found["binary"], found["float16"])[0, 1] > 0.9
+    assert np.abs(found["binary"] - found["float16"]).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--outputs", "dense", "--colbert-pool", "2"), "--colbert-pool 2 needs colbert"),
+        (("--outputs", "dense,sparse", "--colbert-dtype", "int8"), "--colbert-dtype int8 needs colbert"),
+        (("--colbert-pool", "0"), "--colbert-pool"),
+        (("--colbert-pool", "99999999999999999999"), "--colbert-pool 99999999999999999999: at most"),
+        (("--colbert-top-k", "99999999999999999999"), "--colbert-top-k 99999999999999999999: at most"),
+        (("--colbert-min-weight", "inf"), "--colbert-min-weight inf: at most"),
+        (("--mcls", "99999999999999999999"), "--mcls 99999999999999999999: at most"),
+        (("--colbert-dtype", "int4"), "expected float16, int8, binary"),
+        (("--colbert-max-vectors", "0"), "--colbert"),
+    ],
+)
+def test_bad_combinations_are_usage_errors(
+    m3_here: M3, tiny_m3: Path, corpus: Path, flags: tuple[str, ...], message: str
+) -> None:
+    refused = m3_here("encode", corpus, "--model", tiny_m3, *flags, "--out", "out.m3")
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert not Path("out.m3").exists()
+
+
+def test_a_folder_of_another_form_is_not_gone_on_with(m3_here: M3, tiny_m3: Path, corpus: Path) -> None:
+    m3_here("encode", corpus, "--model", tiny_m3, *FLAGS, "--colbert-pool", "2", "--out", "out.m3")
+    refused = m3_here("encode", corpus, "--model", tiny_m3, *FLAGS, "--colbert-pool", "3", "--out", "out.m3")
+    assert refused.returncode == 10
+    assert "--colbert-pool 2" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.jsonl.gz"])
+def test_plan_names_the_price_of_each_choice(m3_here: M3, tiny_m3: Path, corpus: Path, name: str) -> None:
+    corpus.with_name("corpus.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
+    asked = m3_here("plan", name, "--model", tiny_m3, "--max-length", "24", "--json")
+    plan = json.loads(asked.stdout)
+    assert plan["documents"] == 60
+    choices = plan["colbert_choices"]
+    assert plan["bytes_on_disk"]["colbert"] == choices["float16"]
+    assert 0.4 < choices["--colbert-dtype int8"] / choices["float16"] < 0.65
+    for flags in ("--colbert-dtype int8", "--colbert-pool 2"):
+        m3_here(
+            "encode", name, "--model", tiny_m3, "--max-length", "24", "--format", "npy", *flags.split(), "--out", flags
+        )
+        written = sum(path.stat().st_size for path in Path(flags, "colbert_vecs").iterdir())
+        assert written / 1.3 < choices[flags] < written * 1.3
+
+
+def test_vectors_may_be_compressed_in_parquet_only(m3_here: M3, tiny_m3: Path, corpus: Path) -> None:
+    for chosen in ("none", "zstd"):
+        assert (
+            m3_here("encode", corpus, "--model", tiny_m3, *FLAGS, "--compression", chosen, "--out", chosen).returncode
+            == 0
+        )
+    tables = [pq.read_table(Path(chosen, "rows")) for chosen in ("none", "zstd")]
+    assert tables[0].equals(tables[1])
+    metadata = pq.ParquetFile(Path("zstd", "rows", "shard-0000000.parquet")).metadata.row_group(0)
+    assert {metadata.column(place).compression for place in range(metadata.num_columns)} == {"ZSTD"}
+    assert m3_here("check", "zstd", "--sample", "5", "--model", tiny_m3).returncode == 0
+    refused = m3_here("encode", corpus, "--model", tiny_m3, "--format", "npy", "--compression", "zstd", "--out", "npy")
+    assert refused.returncode == 2
+    assert "--compression zstd is for --format parquet" in refused.stderr
