@@ -1,9 +1,9 @@
 """The tokens of one text of any size, with their places and how good the borders before them are.
 
 A long text is tokenised in segments of at most SEGMENT_CHARS characters, which keeps time and memory linear. They are
-cut before a run of white space, where a tokeniser that splits at white space finds the same tokens as in the whole text. Only
-where there is none in a whole segment (a script without blanks, joined-up data) is a cut made between two characters,
-after a full stop if there is one near: there the token that follows may be another than in the whole text.
+cut before a run of white space, where a tokeniser that splits at white space finds the same tokens as in the whole
+text. Only where there is none in a whole segment (a script without blanks, joined-up data) is a cut made between two
+characters, after a full stop if there is one near: there the token that follows may be another than in the whole text.
 """
 
 # ruff: noqa: RUF001  - punctuation of other scripts is meant
