@@ -24,6 +24,15 @@ EXIT_ROWS_SKIPPED = 3
 EXIT_INTERRUPTED = 130
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written down; bytes that are no UTF-8 stand in it as lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def spell_printable(text: str) -> str:
     """Return text fit for one line of a terminal or a log: names from the input may carry line breaks or escapes."""
     if text.isprintable():

@@ -6,8 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import hypothesis
 import pytest
@@ -41,6 +44,28 @@ def build_sample() -> Path:
         script = ROOT / "scripts" / "make_sample_corpus.py"
         subprocess.run([sys.executable, script, corpus], check=True, capture_output=True)
     return corpus
+
+
+@contextmanager
+def load_once(*modules: ModuleType) -> Iterator[None]:
+    """Let `load_model` and `load_tokenizer`, wherever these modules have them, load each checkpoint once."""
+    kept: dict[Any, Any] = {}
+
+    def once(load: Callable[..., Any]) -> Callable[..., Any]:
+        def cached(checkpoint: Any, **settings: Any) -> Any:
+            key = load.__name__, checkpoint.folder, *settings.values()
+            if key not in kept:
+                kept[key] = load(checkpoint, **settings)
+            return kept[key]
+
+        return cached
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            for name in ("load_model", "load_tokenizer"):
+                if hasattr(module, name):
+                    patch.setattr(module, name, once(getattr(module, name)))
+        yield
 
 
 @pytest.fixture(scope="session")

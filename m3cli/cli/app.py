@@ -6,10 +6,12 @@ Every error a user can cause is one line on stderr that names the value and the 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
@@ -25,7 +27,7 @@ from m3cli.cli.rerank import rerank
 from m3cli.cli.score import score
 from m3cli.cli.search import search
 from m3cli.cli.signals import catch_sigterm
-from m3cli.errors import EXIT_DONE, EXIT_INTERRUPTED, M3Error, UsageError, spell_printable
+from m3cli.errors import EXIT_DONE, EXIT_INTERRUPTED, M3Error, OutputError, UsageError, is_utf8, spell_printable
 
 app = typer.Typer(
     name="m3",
@@ -51,6 +53,9 @@ app.command()(doctor)
 _TyperError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"m3 {m3cli.__version__}")
@@ -74,13 +79,16 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         the exit code.
     """
+    _open_closed_streams()
     catch_sigterm()
     debug = "--debug" in arguments
     try:
+        _refuse_other_encodings(arguments)
         # Taken out here, so that it may stand before or after the command.
         code = app(
             args=[argument for argument in arguments if argument != "--debug"], standalone_mode=False, prog_name="m3"
         )
+        sys.stdout.flush()  # not left to the interpreter, which would end with words and a code of its own
     except KeyboardInterrupt:
         return _say("interrupted; run the same command again to go on", EXIT_INTERRUPTED)
     except (BrokenPipeError, SystemExit) as leaving:
@@ -92,11 +100,32 @@ def run(arguments: Sequence[str]) -> int:
         if debug:
             raise
         return _say(str(error), error.exit_code)
+    except OSError as error:
+        # Whatever writes files tells their names; what is left is standard output.
+        if debug or error.filename is not None or error.errno not in _FULL:
+            raise
+        _let_stdout_go()
+        words = f"cannot write standard output: {error.strerror}; free some space and run the same command again"
+        return _say(words, OutputError.exit_code)
     except Exception as error:
         if debug or not isinstance(error, _TyperError):
             raise
         return _say(f"{cast(Any, error).format_message()} See 'm3 --help'.", UsageError.exit_code)
     return int(code or 0)
+
+
+def _open_closed_streams() -> None:
+    """Give a standard stream that was closed (`>&-`) the null device, or the next file opened would be in its place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  to the end
+
+
+def _refuse_other_encodings(arguments: Sequence[str]) -> None:
+    """Refuse what is no UTF-8: no tokenizer reads it, and what a folder remembers could not be written."""
+    for argument in arguments:
+        if not is_utf8(argument):
+            raise UsageError(f"{argument!r} is not UTF-8: rename the file, or type it in a UTF-8 terminal")
 
 
 def _let_stdout_go() -> int:

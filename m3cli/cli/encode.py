@@ -175,6 +175,9 @@ class _ToProgress(logging.Handler):
 def make_request(**typed: Any) -> EncodeRequest:
     """Check choices and make the request."""
     check_choices(typed)
+    weight = typed["colbert_min_weight"]
+    if weight is not None and not weight >= 0:  # nor is "nan" a weight
+        raise UsageError(f"--colbert-min-weight {weight}: expected a number from 0 up, such as 0.05")
     return EncodeRequest(**typed)
 
 

@@ -129,7 +129,6 @@ ColbertPool = Annotated[
 ColbertMinWeight = Annotated[
     float | None,
     typer.Option(
-        min=0.0,
         metavar="W",
         help="Keep only ColBERT vectors of tokens of this lexical weight or more.",
         rich_help_panel=_OUTPUT,

@@ -31,6 +31,14 @@ def rerank(
     corpus: Annotated[
         str, typer.Option(metavar="FILE|DIR", help="Texts of the documents, the same.", rich_help_panel=_TEXTS)
     ],
+    query_field: Annotated[
+        str | None,
+        typer.Option(help="Field of the queries' texts; found by itself (text, query).", rich_help_panel=_TEXTS),
+    ] = None,
+    query_id_field: Annotated[
+        str | None,
+        typer.Option(help="Field of the queries' ids; found by itself (_id, id, query_id).", rich_help_panel=_TEXTS),
+    ] = None,
     id_field: Annotated[
         str | None, typer.Option(help="Field of the corpus' ids; found by itself.", rich_help_panel=_TEXTS)
     ] = None,
@@ -75,13 +83,21 @@ def rerank(
     Only they are in the new run. A document whose text is not found is left out and counted; then the exit code is 3.
     """
     check_choices({"dtype": auto(dtype), "progress": progress})
+    from m3cli.corpus.field_flags import FieldFlags  # noqa: PLC0415
     from m3cli.jobs.rerank import RerankRequest, rerank_run  # noqa: PLC0415  torch, not for --help
     from m3cli.jobs.texts_by_id import TextSource  # noqa: PLC0415
     from m3cli.progress import Progress  # noqa: PLC0415
 
     request = RerankRequest(
         run=run,
-        queries=TextSource(given=queries, flag="--queries"),
+        queries=TextSource(
+            given=queries,
+            flag="--queries",
+            id_field=query_id_field,
+            text_field=query_field,
+            title_field="",
+            field_flags=FieldFlags(text="--query-field", id="--query-id-field"),
+        ),
         corpus=TextSource(
             given=corpus,
             flag="--corpus",

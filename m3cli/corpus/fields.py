@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from m3cli.corpus.field_flags import ENCODE_FLAGS, FieldFlags
 from m3cli.corpus.parquet import check_columns, is_text, read_parquet_schema
 from m3cli.corpus.peek import Peek, TsvLayout, find_tsv_layout, peek_source, read_first_line
 from m3cli.corpus.rows import Fault
@@ -34,31 +35,37 @@ def resolve_fields(
     title_field: str | None = None,
     keep_fields: Sequence[str] = (),
     reserved: frozenset[str] = frozenset(),
+    flags: FieldFlags = ENCODE_FLAGS,
     stdin: PeekableStream | None = None,
 ) -> Fields:
-    """Resolve which field is what; None: find it, '' for id and title: there is none."""
-    _check_names(text_field, keep_fields, reserved)
+    """Resolve which field is what; None: find it, '' for id and title: there is none.
+
+    Raises:
+        UsageError: names that cannot be meant.
+        CorpusError: a field is not there, or none is known; `flags` are what the message calls the flags.
+    """
+    _check_names(text_field, keep_fields, reserved, flags)
     ids = ID_NAMES if id_field is None else (id_field,)
     layout = _find_layout(sources, text_field, (*ids, *TITLE_NAMES), stdin)
     peeks = _peek_formats(sources, layout, stdin)
     counted = len(layout.columns) if peeks[0].source.format == "tsv" and not layout.header else 0
-    text = text_field or (_count_text(peeks[0]) if counted else _find_text(peeks[0]))
+    text = text_field or (_count_text(peeks[0], flags) if counted else _find_text(peeks[0], flags))
     for peek in peeks:
-        _check_named([peek], text, "--text-field")
+        _check_named([peek], text, flags.text)
     for name in keep_fields:
-        _check_named(peeks, name, "--keep-fields")
+        _check_named(peeks, name, flags.kept)
     candidates = [name for name in peeks[0].names if name != text]
     fields = Fields(
         text=text,
-        id=_resolve(id_field, "--id-field", peeks, ("1",) if counted > 1 else ID_NAMES, candidates),
+        id=_resolve(id_field, flags.id, peeks, ("1",) if counted > 1 else ID_NAMES, candidates),
         title=_resolve(
-            title_field, "--title-field", peeks, ("2",) if counted == 3 and text == "3" else TITLE_NAMES, candidates
+            title_field, flags.title, peeks, ("2",) if counted == 3 and text == "3" else TITLE_NAMES, candidates
         ),
         kept=tuple(keep_fields),
         tsv_columns=layout.columns,
         tsv_header=layout.header,
     )
-    _check_files(sources, fields, stdin)
+    _check_files(sources, fields, flags, stdin)
     return fields
 
 
@@ -89,15 +96,17 @@ def _kept_type(schema: Any, name: str) -> Any:
     return schema.field(name).type if name in schema.names else None
 
 
-def _check_names(text_field: str | None, keep_fields: Sequence[str], reserved: frozenset[str]) -> None:
+def _check_names(
+    text_field: str | None, keep_fields: Sequence[str], reserved: frozenset[str], flags: FieldFlags
+) -> None:
     if text_field == "":
-        raise UsageError("--text-field is empty: every row needs a text")
+        raise UsageError(f"{flags.text} is empty: every row needs a text")
     for i, name in enumerate(keep_fields):
         if not name or name in keep_fields[:i]:
-            raise UsageError(f"--keep-fields: {name!r} is {'named twice' if name else 'no name'}")
+            raise UsageError(f"{flags.kept}: {name!r} is {'named twice' if name else 'no name'}")
         if name in reserved:
             raise UsageError(
-                f"--keep-fields: {name!r} clashes with a column that m3 writes: rename the field in the input"
+                f"{flags.kept}: {name!r} clashes with a column that m3 writes: rename the field in the input"
             )
 
 
@@ -126,17 +135,17 @@ def _peek_formats(sources: Sequence[Source], layout: TsvLayout, stdin: PeekableS
     return [peek for peek in peeks.values() if peek.source.format != "text"] or list(peeks.values())
 
 
-def _count_text(peek: Peek) -> str:
+def _count_text(peek: Peek, flags: FieldFlags) -> str:
     """Return the text column of a TSV without header: the last of at most three."""
     if len(peek.names) > 3:
         raise CorpusError(
             f"{peek.source.name} has {len(peek.names)} columns and no header that names the text: "
-            "say which it is with --text-field N, the first being 1"
+            f"say which it is with {flags.text} N, the first being 1"
         )
     return peek.names[-1]
 
 
-def _find_text(peek: Peek) -> str:
+def _find_text(peek: Peek, flags: FieldFlags) -> str:
     found = _first_of(TEXT_NAMES, [name for name in peek.names if name in peek.texts]) or _first_of(
         TEXT_NAMES, peek.names
     )
@@ -145,11 +154,11 @@ def _find_text(peek: Peek) -> str:
     if peek.fault is not None and not peek.names:
         raise CorpusError(
             f"{peek.source.name}: none of the first rows can be read, the first for this: {_tell(peek.fault)}; "
-            "mend it, say what it is with --input-format, or name its text with --text-field"
+            f"mend it, say what it is with --input-format, or name its text with {flags.text}"
         )
     raise CorpusError(
         f"{peek.source.name} has no field that is known for text; it has {_list_names(peek.names)}: "
-        f"name it with --text-field{_guess('text', peek.names)}"
+        f"name it with {flags.text}{_guess('text', peek.names)}"
     )
 
 
@@ -190,11 +199,11 @@ def _guess(name: str, names: Sequence[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _check_files(sources: Sequence[Source], fields: Fields, stdin: PeekableStream | None) -> None:
+def _check_files(sources: Sequence[Source], fields: Fields, flags: FieldFlags, stdin: PeekableStream | None) -> None:
     """Refuse a Parquet file whose columns, or a TSV whose header, is another than what was found."""
     for source in sources:
         if source.format == "parquet":
-            check_columns(source, read_parquet_schema(source), fields)
+            check_columns(source, read_parquet_schema(source), fields, flags)
         elif source.format == "tsv" and fields.tsv_header and source.size:
             header = read_first_line(source, stdin=stdin)
             if header != fields.tsv_columns:

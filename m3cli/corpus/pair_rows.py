@@ -11,10 +11,11 @@ from typing import Any
 from m3cli.config import MAX_ROW_BYTES
 from m3cli.corpus.jsonl import parse_json_line
 from m3cli.corpus.lines import BOM, LineStream
-from m3cli.corpus.pair_source import TREC_COLUMNS, PairColumns, PairSource
+from m3cli.corpus.pair_source import PairColumns, PairSource
 from m3cli.corpus.parquet import name_parquet_faults, open_parquet
 from m3cli.corpus.rows import INVALID_UTF8, TOO_LONG, WRONG_COLUMNS, Fault
 from m3cli.corpus.streams import ByteStream, PeekableStream
+from m3cli.corpus.trec import RUN_COLUMNS, split_run_line
 from m3cli.corpus.tsv import split_cells
 from m3cli.errors import CorpusError
 
@@ -90,7 +91,7 @@ def _parse_cells(line: bytes, names: tuple[str, ...]) -> ReadRow:
 
 
 def _parse_trec(line: bytes) -> ReadRow:
-    return _name_cells(tuple(line.decode(errors="surrogateescape").split()), TREC_COLUMNS, "")
+    return _name_cells(tuple(split_run_line(line.decode(errors="surrogateescape"))), RUN_COLUMNS, "")
 
 
 def _name_cells(cells: tuple[str, ...], names: tuple[str, ...], fault: str) -> ReadRow:

@@ -19,6 +19,7 @@ from m3cli.corpus.lines import BOM
 from m3cli.corpus.parquet import read_parquet_schema
 from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import PeekableStream, read_head
+from m3cli.corpus.trec import RUN_COLUMNS, split_run_line
 from m3cli.corpus.tsv import split_cells
 from m3cli.errors import CorpusError, UsageError
 from m3cli.records import Source
@@ -29,7 +30,6 @@ QUERY_NAMES = ("query", "question", "q", "sentence1", "sentence_1", "text1", "an
 PASSAGE_NAMES = ("passage", "document", "doc", "text", "answer", "p", "sentence2", "sentence_2", "text2", "positive")
 QUERY_ID_NAMES = ("query_id", "query-id", "qid", "topic", *QUERY_NAMES)
 PASSAGE_ID_NAMES = ("doc_id", "docid", "passage_id", "pid", "corpus_id", "corpus-id", "docno", "id", *PASSAGE_NAMES)
-TREC_COLUMNS = ("query_id", "Q0", "doc_id", "rank", "score", "tag")
 
 _ENDINGS: dict[str, PairsFormat] = {
     ".tsv": "tsv",
@@ -109,10 +109,10 @@ def read_magic(path: str) -> bytes:
 
 def _sniff(source: Source, stdin: PeekableStream | None) -> PairsFormat:
     line = _first_lines(source, stdin)[0]
-    cells = line.split()
+    cells = split_run_line(line.decode(errors="replace"))
     if line.lstrip().startswith(b"{"):
         return "jsonl"
-    if len(cells) == len(TREC_COLUMNS) and cells[1] == b"Q0":
+    if len(cells) == len(RUN_COLUMNS) and cells[1] == "Q0":
         return "trec"
     if b"\t" in line:
         return "tsv"
@@ -140,7 +140,7 @@ def resolve_columns(
     given = (query_field, passage_field)
     known = (QUERY_ID_NAMES, PASSAGE_ID_NAMES) if ids else (QUERY_NAMES, PASSAGE_NAMES)
     if pairs.format == "trec":
-        return _choose(pairs, TREC_COLUMNS, given, (("query_id",), ("doc_id",)))
+        return _choose(pairs, RUN_COLUMNS, given, (("query_id",), ("doc_id",)))
     if pairs.format == "parquet":
         schema = read_parquet_schema(pairs.source)
         return _choose(pairs, tuple(schema.names), given, known, schema=schema)

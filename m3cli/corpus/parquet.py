@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
+from m3cli.corpus.field_flags import ENCODE_FLAGS, FieldFlags
 from m3cli.corpus.rows import INVALID_UTF8, TOO_LONG, Fault, RawRow
 from m3cli.corpus.streams import name_faults
 from m3cli.errors import CorpusError
@@ -63,20 +64,20 @@ def is_text(kind: Any) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def check_columns(source: Source, schema: Any, fields: Fields) -> None:
+def check_columns(source: Source, schema: Any, fields: Fields, flags: FieldFlags = ENCODE_FLAGS) -> None:
     """Refuse a file without the text column, or with text, title or id of a type that cannot be meant."""
     if fields.text not in schema.names:
         raise CorpusError(
             f"{source.name} has no text column {fields.text!r}; it has {', '.join(schema.names[:20])}: "
-            "leave the file out, or name the column with --text-field"
+            f"leave the file out, or name the column with {flags.text}"
         )
-    for name, flag in ((fields.text, "--text-field"), (fields.title, "--title-field"), (fields.id, "--id-field")):
+    for name, flag in ((fields.text, flags.text), (fields.title, flags.title), (fields.id, flags.id)):
         if name is None or name not in schema.names:
             continue
         kind = schema.field(name).type
-        integer_id = flag == "--id-field" and pa.types.is_integer(kind)
+        integer_id = flag == flags.id and pa.types.is_integer(kind)
         if not (is_text(kind) or integer_id or pa.types.is_null(kind)):
-            wanted = "strings or integers" if flag == "--id-field" else "strings"
+            wanted = "strings or integers" if flag == flags.id else "strings"
             raise CorpusError(
                 f"{source.name}: column {name!r} is {kind}, and {wanted} are needed: "
                 f"convert it, or name another column with {flag}"

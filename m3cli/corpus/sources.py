@@ -14,7 +14,7 @@ from pathlib import Path
 
 from m3cli.corpus.formats import REMEDIES, check_input_format, has_known_ending, identify, split_endings
 from m3cli.corpus.streams import PeekableStream
-from m3cli.errors import CorpusError, UsageError
+from m3cli.errors import CorpusError, UsageError, is_utf8
 from m3cli.records import Source, SourceFormat
 
 ENDINGS_HINT = "files ending in .jsonl .ndjson .json .tsv .txt .text (also + .gz .zst) .parquet .pq are read"
@@ -112,6 +112,8 @@ def _refuse_duplicates(paths: Sequence[Path]) -> None:
 
 
 def _open_source(path: Path, name: str, forced: SourceFormat | None) -> Source:
+    if not is_utf8(str(path)):
+        raise CorpusError(f"{path} has a name that is not UTF-8: rename it")
     try:
         status = path.stat()
     except OSError as error:

@@ -17,7 +17,7 @@ from m3cli.corpus.streams import BLOCK_BYTES, ByteStream, PeekableStream
 from m3cli.errors import CorpusError
 from m3cli.records import Rankings
 
-RUN_COLUMNS = 6
+RUN_COLUMNS = ("query_id", "Q0", "doc_id", "rank", "score", "tag")
 _RUN_REMEDY = "expected 'query Q0 document rank score tag', as m3 search writes it; make the run again"
 
 
@@ -35,9 +35,9 @@ def read_run(given: str, *, stdin: PeekableStream | None = None, top_k: int | No
     """
     rankings: dict[str, dict[str, float]] = {}
     for number, line in read_lines(given, stdin=stdin):
-        cells = split_cells(line, RUN_COLUMNS)
-        if len(cells) != RUN_COLUMNS:
-            raise CorpusError(f"{given} line {number:,}: {len(cells)} columns, not {RUN_COLUMNS}; {_RUN_REMEDY}")
+        cells = split_run_line(line)
+        if len(cells) != len(RUN_COLUMNS):
+            raise CorpusError(f"{given} line {number:,}: {len(cells)} columns, not {len(RUN_COLUMNS)}; {_RUN_REMEDY}")
         query, _, document, _, spelt, _ = cells
         try:
             score = float(spelt)
@@ -79,6 +79,11 @@ def read_lines(given: str, *, stdin: PeekableStream | None = None) -> Iterator[t
                 number += 1
                 yield from _decode(given, number, line)
     yield from _decode(given, number + 1, rest)
+
+
+def split_run_line(line: str) -> list[str]:
+    """Return the cells of a run's line; there are `RUN_COLUMNS` of them if it is one."""
+    return split_cells(line, len(RUN_COLUMNS))
 
 
 def split_cells(line: str, num_columns: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from m3cli.store.describe import FolderDescription, describe
 from m3cli.store.layout import TEXT_COLUMN
 from m3cli.store.lookup import RowLookup
 from m3cli.store.reader import OutputFolder, iter_parts, open_folder, read_shard
+
+_log = logging.getLogger(__name__)
 
 _COLUMNS = ("chunk_index", "num_chunks", "char_start", "char_end", "num_tokens", "truncated")
 
@@ -42,6 +45,8 @@ def describe_folder(folder: str) -> FolderDescription:
 def find_chunks(folder: str, document_id: str, *, text: bool = False, source: str | None = None) -> list[ChunkSpan]:
     """Return the rows of a document in their order; their text is the folder's, or else that of the input.
 
+    Of several documents with the id it is the first, which a warning says.
+
     Args:
         folder: a folder that m3 encode wrote.
         document_id: the document's id.
@@ -56,6 +61,8 @@ def find_chunks(folder: str, document_id: str, *, text: bool = False, source: st
     found = RowLookup(opened).find([document_id])
     if not len(found.row):
         raise UsageError(f"{folder} has no document with id {document_id!r}")
+    if found.duplicates:
+        _log.warning("several documents have the id %r: this is the first of them", document_id)
     shard, rows = int(found.shard[0]), found.row
     table = read_shard(opened, shard, outputs=()).rows.take(rows)
     columns = [table.column(name).to_pylist() for name in _COLUMNS]

@@ -33,7 +33,7 @@ from m3cli.jobs.run import open_checkpoint
 from m3cli.jobs.texts_by_id import TextSource
 from m3cli.progress import Progress
 from m3cli.records import Rankings
-from m3cli.store.commit import publish_beside
+from m3cli.store.commit import publish_beside, refuse_unwritable
 
 DEFAULT_RERANKER = "BAAI/bge-reranker-v2-m3"
 DEFAULT_LENGTH = 1024
@@ -121,7 +121,9 @@ def rerank_run(
         UsageError: flags that cannot be meant together.
         CorpusError: run, queries or corpus cannot be read, or hold nothing of each other.
         ModelError: the checkpoint is no cross-encoder.
+        OutputError: `out` cannot be written, found out before anything is read.
     """
+    refuse_unwritable(request.out)
     checkpoint = open_checkpoint(
         EncodeRequest(inputs=(), model=request.model or DEFAULT_RERANKER, revision=request.revision)
     )

@@ -43,6 +43,7 @@ _PLAIN = (
     *("title_sep", "keep_text", "prefix", "limit", "shard_size", "max_row_bytes", "dedupe"),
 )
 "flags whose settled value is a member of Meaning of the same name"
+_OTHER_NAMES = {"colbert_top_k": "/--colbert-max-vectors"}
 MOST = (1 << 31) - 1
 "that a number of tokens, vectors or weight can be"
 
@@ -223,33 +224,38 @@ def check_colbert(request: EncodeRequest, outputs: Sequence[Output], checkpoint:
             f"--colbert-dtype binary: signs are stored eight to a byte, and the vectors of {checkpoint.name} are "
             f"{checkpoint.hidden_size} wide; use int8"
         )
-    if (request.colbert_min_weight or request.colbert_top_k) and "sparse" not in checkpoint.outputs:
-        flag = "--colbert-min-weight" if request.colbert_min_weight else "--colbert-top-k"
+    chosen = next((name for name in ("colbert_min_weight", "colbert_top_k") if getattr(request, name)), None)
+    if chosen is not None and "sparse" not in checkpoint.outputs:
         raise UsageError(
-            f"{flag} goes by lexical weights, and {checkpoint.folder} has no head for them (no sparse_linear.pt); "
-            "use --colbert-pool, or a checkpoint such as BAAI/bge-m3"
+            f"{spell_flag(chosen)} {getattr(request, chosen)} goes by lexical weights, and {checkpoint.folder} has no "
+            "head for them (no sparse_linear.pt); use --colbert-pool, or a checkpoint such as BAAI/bge-m3"
         )
 
 
 def refuse_endless(request: EncodeRequest) -> None:
-    """Refuse numbers that arrays and run.json cannot hold, infinity among them."""
+    """Refuse numbers that arrays and run.json cannot hold, infinity and what is no number among them."""
     for name in ("mcls", "colbert_pool", "colbert_min_weight", "colbert_top_k"):
         value = getattr(request, name)
-        if value is not None and value > MOST:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: at most {MOST}")
+        if value is not None and not value <= MOST:
+            raise UsageError(f"{spell_flag(name)} {value}: at most {MOST}")
 
 
 def refuse_colbert_flags(request: EncodeRequest, outputs: Sequence[Output]) -> None:
     """Refuse flags that say how to store an output that there will not be."""
     typed = [name for name in COLBERT_MEMBERS if getattr(request, name) is not None]
     if typed and "colbert" not in outputs:
-        flag = typed[0].replace("_", "-")
-        raise UsageError(f"--{flag} {getattr(request, typed[0])} needs colbert among the outputs {','.join(outputs)}")
+        value = getattr(request, typed[0])
+        raise UsageError(f"{spell_flag(typed[0])} {value} needs colbert among the outputs {','.join(outputs)}")
 
 
 def check_lengths(max_length: int, request: EncodeRequest, checkpoint: Checkpoint, *, longest: int) -> None:
-    """Refuse a length that the checkpoint has no positions for, and an overlap that leaves nothing new in a chunk."""
+    """Refuse a length that the checkpoint has no positions for, and an overlap that repeats nothing or everything."""
     overlap = request.overlap or 0
+    if overlap and request.long_docs == "truncate":
+        raise UsageError(
+            f"--overlap {overlap} with --long-docs truncate: a document has its first chunk only, and none to repeat; "
+            "leave --overlap out, or choose --long-docs chunk, merge or both"
+        )
     if max_length > longest:
         added = f" beside the <s> that --mcls {request.mcls} adds" if request.mcls else ""
         raise UsageError(
@@ -283,10 +289,16 @@ def adopt_run(run: Run, request: EncodeRequest, *, sources: tuple[Source, ...], 
 def _refuse_other(flag: str, typed: object, settled: object, out: str) -> None:
     if typed is None or typed == settled:
         return
+    made = f"without {spell_flag(flag)}" if settled is None else f"with {spell_flag(flag)} {_spell(settled)}"
     raise ForeignFolder(
-        f"{out} was made with --{flag.replace('_', '-')} {_spell(settled)}, this run asks for {_spell(typed)}; "
+        f"{out} was made {made}, this run asks for {_spell(typed)}; "
         "drop the flag to go on with the folder, or use another --out"
     )
+
+
+def spell_flag(name: str) -> str:
+    """Return a flag as it is typed, with its other name where it has one."""
+    return f"--{name.replace('_', '-')}{_OTHER_NAMES.get(name, '')}"
 
 
 def _spell(value: object) -> str:

@@ -24,6 +24,7 @@ from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError
 from m3cli.progress import Progress
 from m3cli.records import Output
 from m3cli.retrieval.modes import DEFAULT_WEIGHTS, PARTS, Weights, check_weights, combine_scores, modes_of, parts_of
+from m3cli.store.commit import refuse_unwritable
 from m3cli.store.table import TableWriter, open_table, table_format
 
 NOT_FINITE = "score is not a finite number"
@@ -138,9 +139,11 @@ def score_pairs(
         UsageError: flags that cannot be meant together, weights that sum to 0.
         CorpusError: the pairs cannot be read.
         ModelError: a mode that the checkpoint has no head for.
+        OutputError: `out` cannot be written, found out before anything is scored.
     """
     pairs = open_pairs(request, ids=request.queries is not None, stdin=stdin)
     table_format(request.out)
+    refuse_unwritable(request.out)
     if request.modes is not None:
         check_weights(request.modes, request.weights)
     scorer = open_scorer(request, progress)

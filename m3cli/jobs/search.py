@@ -17,6 +17,7 @@ from m3cli.jobs.search_queries import Queries, encode_queries, open_queries, rea
 from m3cli.jobs.search_request import Mode, SearchRequest
 from m3cli.progress import Progress
 from m3cli.records import Output, QueryHits
+from m3cli.store.commit import refuse_unwritable
 from m3cli.store.ranking import open_ranking, ranking_format
 from m3cli.store.reader import OutputFolder, open_folder
 
@@ -52,8 +53,10 @@ def search_corpus(
         UsageError: flags that cannot be meant together, or a folder without what they need.
         CorpusError: no queries.
         ForeignFolder: the queries' model is another than the corpus'.
+        OutputError: `out` cannot be written, found out before anything is read.
     """
     ranking_format(request.out)
+    refuse_unwritable(request.out)
     folder = open_corpus(request, progress)
     mode = settle_mode(request, folder)
     given = open_queries(request, progress=progress, stdin=stdin)
@@ -67,8 +70,7 @@ def search_corpus(
         show(hits)
     else:
         with open_ranking(request.out, stdout, tag=f"m3-{mode}") as ranking:
-            for found in hits:
-                ranking.write(found)
+            ranking.write(hits)
         if ranking.blanks:
             progress.say(f"{ranking.blanks:,} lines have an id with blanks: their columns stand between tabs")
     return EXIT_ROWS_SKIPPED if queries.skipped else EXIT_DONE

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from m3cli.config import EncodeRequest
+from m3cli.corpus.field_flags import FieldFlags
 from m3cli.corpus.fields import resolve_fields
 from m3cli.corpus.formats import has_known_ending
 from m3cli.corpus.plan import plan_shards
@@ -22,11 +23,12 @@ from m3cli.errors import CorpusError, ForeignFolder, UsageError
 from m3cli.jobs.score_folders import refuse_strangers
 from m3cli.jobs.search_request import SearchRequest
 from m3cli.progress import Progress
-from m3cli.records import Embeddings, Fields, Output, SkippedRow, Source
+from m3cli.records import Embeddings, Output, SkippedRow
 from m3cli.store.reader import OutputFolder, iter_parts, open_folder
 
 LITERAL_ID = "query"
 "id of a query that was typed"
+_FLAGS = FieldFlags(text="--query-field", id="--query-id-field")
 _SHARD_BYTES = 8 << 20
 _PATH_LIKE = re.compile(r"(\.{0,2}|~)/\S*|\S+\.m3/?")
 
@@ -74,7 +76,14 @@ def _exists(path: Path) -> bool:
 
 def _read_texts(request: SearchRequest, *, progress: Progress, stdin: PeekableStream | None) -> Queries:
     sources = find_sources((request.queries,), input_format=request.input_format, stdin=stdin)
-    fields = _resolve_fields(request, sources, stdin)
+    fields = resolve_fields(
+        sources,
+        id_field=request.query_id_field,
+        text_field=request.query_field,
+        title_field="",
+        flags=_FLAGS,
+        stdin=stdin,
+    )
     plan = plan_shards(sources, fields=fields, shard_size=_SHARD_BYTES)
     texts: dict[str, str] = {}
     skipped: list[SkippedRow] = []
@@ -92,17 +101,6 @@ def _read_texts(request: SearchRequest, *, progress: Progress, stdin: PeekableSt
             f"{len(skipped):,} rows are no queries; the first, {first.source}:{first.position}: {first.reason}"
         )
     return Queries(ids=tuple(texts), texts=tuple(texts.values()), skipped=len(skipped))
-
-
-def _resolve_fields(request: SearchRequest, sources: tuple[Source, ...], stdin: PeekableStream | None) -> Fields:
-    """Resolve the fields of queries; what is wrong with them names the flags of this command."""
-    try:
-        return resolve_fields(
-            sources, id_field=request.query_id_field, text_field=request.query_field, title_field="", stdin=stdin
-        )
-    except (CorpusError, UsageError) as error:
-        told = str(error).replace("--text-field", "--query-field").replace("--id-field", "--query-id-field")
-        raise type(error)(told) from error
 
 
 def read_vectors(

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from m3cli.corpus.field_flags import ENCODE_FLAGS, FieldFlags
 from m3cli.corpus.fields import kept_schema, resolve_fields
 from m3cli.corpus.plan import plan_shards
 from m3cli.corpus.reader import Action, read_shards
@@ -33,6 +34,8 @@ class TextSource:
     text_field: str | None = None
     title_field: str | None = None
     title_sep: str = "\n"
+    field_flags: FieldFlags = ENCODE_FLAGS
+    "for messages"
 
     def find_texts(self, wanted: Collection[str]) -> Iterator[tuple[str, str]]:
         """Yield id and text of each wanted document that is there; of several with one id the first.
@@ -57,10 +60,17 @@ class TextSource:
     def _iter_files(self, wanted: Collection[str]) -> Iterator[tuple[str, str]]:
         sources = find_sources([self.given])
         fields = resolve_fields(
-            sources, id_field=self.id_field, text_field=self.text_field, title_field=self.title_field
+            sources,
+            id_field=self.id_field,
+            text_field=self.text_field,
+            title_field=self.title_field,
+            flags=self.field_flags,
         )
         if fields.id is None:
-            raise UsageError(f"{self.flag} {self.given}: its rows have no field that is known for ids; name it")
+            raise UsageError(
+                f"{self.flag} {self.given}: its rows have no field that is known for ids; "
+                f"name it with {self.field_flags.id}"
+            )
         shards = read_shards(
             sources,
             plan=plan_shards(sources, fields=fields, shard_size=_SHARD_BYTES),

@@ -107,8 +107,12 @@ def publish_bytes(content: bytes, final: Path, *, staging: Path) -> None:
 
 @contextmanager
 def publish_beside(final: Path) -> Iterator[BinaryIO]:
-    """Write a file that lies in no output folder; it waits beside its final name, and is gone if this is left early."""
-    temp = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    """Write a file that lies in no output folder; it waits beside its final name, and is gone if this is left early.
+
+    A link is followed: what it points to is replaced, not the link.
+    """
+    final = Path(os.path.realpath(final))
+    temp = _wait_beside(final)
     try:
         with output_errors(final), temp.open("wb") as file:
             yield file
@@ -118,6 +122,30 @@ def publish_beside(final: Path) -> Iterator[BinaryIO]:
     finally:
         with output_errors(temp):
             remove(temp)
+
+
+def refuse_unwritable(out: str | None) -> None:
+    """Refuse what `publish_beside` could not write in the end, before hours of work; None and '-' are standard output.
+
+    Raises:
+        OutputError: there is no such folder, it cannot be written to, or something other than a file has the name.
+    """
+    if out is None or out == "-":
+        return
+    final = Path(os.path.realpath(out))
+    if final.exists() and not final.is_file():  # renaming a file over a device or a pipe would do away with it
+        what = "a folder" if final.is_dir() else "no regular file"
+        raise OutputError(f"cannot write {out}: it is {what}; give --out the name of a file, or - for standard output")
+    if not final.parent.is_dir():
+        raise OutputError(f"cannot write {out}: there is no folder {final.parent}; make it, or choose another --out")
+    with output_errors(final):
+        temp = _wait_beside(final)
+        temp.touch()
+        remove(temp)
+
+
+def _wait_beside(final: Path) -> Path:
+    return final.with_name(f".{final.name}.{os.getpid()}.tmp")
 
 
 def commit_shard(root: Path, entry: DoneEntry, *, staging: Path) -> None:

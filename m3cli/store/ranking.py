@@ -1,13 +1,14 @@
-"""Writes what a search found, query after query: a TREC run or JSON lines, to standard output or to a file.
+"""Writes what a search found: a TREC run or JSON lines, to standard output or to a file.
 
 A TREC line is `query Q0 document rank score tag`; where an id holds blanks its line has tabs between the columns, which
-`m3 eval` reads and which is the best a run can do. Scores have nine digits, which tell all float32 apart.
+`m3 eval` reads and which is the best a run can do; one that breaks lines is refused before the first line. Scores have
+nine digits, which tell all float32 apart.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -32,8 +33,8 @@ class RankingWriter(Protocol):
     blanks: int
     "ids that hold blanks, counted as often as they were written"
 
-    def write(self, found: QueryHits) -> None:
-        """Write what was found for a query."""
+    def write(self, hits: Sequence[QueryHits]) -> None:
+        """Write what was found for all queries."""
 
 
 def ranking_format(out: str | None) -> str:
@@ -65,19 +66,32 @@ class TrecRanking:
         self.blanks = 0
         self._stream, self._tag = stream, tag
 
-    def write(self, found: QueryHits) -> None:
-        """Write what was found for a query."""
+    def write(self, hits: Sequence[QueryHits]) -> None:
+        """Write all lines, or none.
+
+        Raises:
+            UsageError: an id that a line cannot hold.
+        """
+        for found in hits:
+            _refuse_breaks(found)
+        for found in hits:
+            self._write_query(found)
+
+    def _write_query(self, found: QueryHits) -> None:
         for rank, (name, score) in enumerate(zip(found.ids, found.scores.tolist(), strict=True), start=1):
-            if _BREAKS.search(found.query) or _BREAKS.search(name):
-                raise UsageError(
-                    f"the ids {found.query[:80]!r} and {name[:80]!r}: a TREC run cannot hold tabs and line breaks; "
-                    "write --out NAME.jsonl"
-                )
             blank = bool(_BLANK.search(found.query) or _BLANK.search(name))
             self.blanks += blank
             cells = (found.query, "Q0", name, str(rank), f"{score:.9g}", self._tag)
             line = ("\t" if blank else " ").join(cells) + "\n"
             self._stream.write(line.encode(errors="surrogateescape"))
+
+
+def _refuse_breaks(found: QueryHits) -> None:
+    for what, name in [("query", found.query), *(("document", name) for name in found.ids)] if found.ids else []:
+        if _BREAKS.search(name):
+            raise UsageError(
+                f"the {what} {name[:80]!r}: a TREC run cannot hold ids with tabs or line breaks; write --out NAME.jsonl"
+            )
 
 
 class JsonRanking:
@@ -88,11 +102,12 @@ class JsonRanking:
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
 
-    def write(self, found: QueryHits) -> None:
-        """Write what was found for a query."""
-        hits = [_describe_hit(found, place) for place in range(len(found.ids))]
-        document = {"id": found.query, "query": found.text, "hits": hits}
-        self._stream.write(orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE))
+    def write(self, hits: Sequence[QueryHits]) -> None:
+        """Write an object for each query."""
+        for found in hits:
+            described = [_describe_hit(found, place) for place in range(len(found.ids))]
+            document = {"id": found.query, "query": found.text, "hits": described}
+            self._stream.write(orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE))
 
 
 def _describe_hit(found: QueryHits, place: int) -> dict[str, Any]:

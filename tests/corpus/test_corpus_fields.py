@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from m3cli.corpus.field_flags import FieldFlags
 from m3cli.corpus.fields import kept_schema, resolve_fields
 from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import PeekableStream
@@ -49,6 +50,36 @@ def test_fields_of_known_corpora_are_found(row: dict[str, Any], expected: tuple[
     fields = resolve_text(orjson.dumps(row))
     assert triple(fields) == expected
     assert (fields.kept, fields.tsv_columns, fields.tsv_header) == ((), (), False)
+
+
+def test_messages_name_the_flags_of_the_command() -> None:
+    flags = FieldFlags(text="--words", id="--key", title="--head", kept="--copy")
+    for row, wanted, words in (
+        (b'{"a":"x"}', {}, "name it with --words"),
+        (b"{", {}, "name its text with --words"),
+        (b"a\tb\tc\td\n", {}, "say which it is with --words N"),
+        (b'{"text":"x"}', {"text_field": "b"}, "correct --words"),
+        (b'{"text":"x"}', {"text_field": ""}, "--words is empty"),
+        (b'{"text":"x"}', {"id_field": "b"}, "correct --key"),
+        (b'{"text":"x"}', {"title_field": "b"}, "correct --head"),
+        (b'{"text":"x"}', {"keep_fields": ["b"]}, "correct --copy"),
+        (b'{"text":"x"}', {"keep_fields": [""]}, "--copy: '' is no name"),
+    ):
+        with pytest.raises((CorpusError, UsageError), match=words) as caught:
+            resolve_text(row, flags=flags, **wanted)
+        assert "-field" not in str(caught.value)
+
+
+def test_messages_name_the_flags_of_the_command_for_parquet(tmp_path: Path) -> None:
+    flags = FieldFlags(text="--words", id="--key", title="--head")
+    pq.write_table(pa.table({"text": ["x"], "id": [1.5], "title": [2.5]}), tmp_path / "c.parquet")
+    for wanted, words in (
+        ({"id_field": "id", "title_field": ""}, "another column with --key"),
+        ({"id_field": "", "title_field": "title"}, "another column with --head"),
+        ({"text_field": "id", "id_field": "", "title_field": ""}, "another column with --words"),
+    ):
+        with pytest.raises(CorpusError, match=words):
+            resolve(tmp_path / "c.parquet", flags=flags, **wanted)
 
 
 def test_named_fields_win_and_empty_means_none() -> None:

@@ -111,6 +111,14 @@ def test_parquet_keeps_its_batches(tmp_path: Path) -> None:
     assert pairs[1].batch[0].schema.field("n").type == pa.int8()
 
 
+def test_a_run_with_blanks_in_ids_as_search_writes_it(tmp_path: Path) -> None:
+    lines = "q 1\tQ0\td  1 \t1\t0.5\ttag\nq2 Q0 d2 1 0.5 tag\n"
+    for path in (write(tmp_path / "p.trec", lines), write(tmp_path / "told-by-content", lines)):
+        columns, pairs = read(path, ids=True)
+        assert columns.names == ("query_id", "Q0", "doc_id", "rank", "score", "tag")
+        assert sides(pairs) == [("q 1", "d  1 "), ("q2", "d2")]
+
+
 def test_trec_run(tmp_path: Path) -> None:
     path = write(tmp_path / "run.txt", "q1 Q0 d1 1 9.5 bm25\nq1\tQ0\td2\t2\t9.1\tbm25\n")
     columns, pairs = read(path, ids=True)

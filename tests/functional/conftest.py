@@ -13,7 +13,7 @@ from m3cli.config import EncodeRequest, Format
 from m3cli.encoder import model, tokenizer
 from m3cli.jobs.encode import encode_corpus
 from m3cli.progress import Progress
-from tests.conftest import Completed
+from tests.conftest import Completed, load_once
 from tests.functional.corpora import FORMATS, SHARD_BYTES, Encode, write_corpus
 
 EncodeWith = Callable[..., int]
@@ -22,20 +22,7 @@ EncodeWith = Callable[..., int]
 @pytest.fixture(scope="session")
 def _loaded_once() -> Iterator[None]:
     """Model and tokenizer are loaded by the first run only."""
-    kept: dict[Any, Any] = {}
-
-    def once(load: Callable[..., Any]) -> Callable[..., Any]:
-        def cached(checkpoint: Any, **settings: Any) -> Any:
-            key = load.__name__, checkpoint.folder, *settings.values()
-            if key not in kept:
-                kept[key] = load(checkpoint, **settings)
-            return kept[key]
-
-        return cached
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "load_model", once(model.load_model))
-        patch.setattr(tokenizer, "load_tokenizer", once(tokenizer.load_tokenizer))
+    with load_once(model, tokenizer):
         yield
 
 

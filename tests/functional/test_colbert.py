@@ -115,6 +115,13 @@ def test_scores_of_folders_are_near_those_of_float16(m3_here: M3, tiny_m3: Path,
     assert np.abs(found["binary"] - found["float16"]).max() > 0.01
 
 
+def test_a_flag_that_the_folder_was_made_without_is_named(m3_here: M3, tiny_m3: Path, corpus: Path) -> None:
+    assert m3_here("encode", corpus, "--model", tiny_m3, "--out", "whole.m3").returncode == 0
+    refused = m3_here("encode", corpus, "--model", tiny_m3, "--out", "whole.m3", "--colbert-max-vectors", 3)
+    assert refused.returncode == 10
+    assert "whole.m3 was made without --colbert-top-k/--colbert-max-vectors, this run asks for 3" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -122,8 +129,14 @@ def test_scores_of_folders_are_near_those_of_float16(m3_here: M3, tiny_m3: Path,
         (("--outputs", "dense,sparse", "--colbert-dtype", "int8"), "--colbert-dtype int8 needs colbert"),
         (("--colbert-pool", "0"), "--colbert-pool"),
         (("--colbert-pool", "99999999999999999999"), "--colbert-pool 99999999999999999999: at most"),
-        (("--colbert-top-k", "99999999999999999999"), "--colbert-top-k 99999999999999999999: at most"),
+        (
+            ("--colbert-top-k", "99999999999999999999"),
+            "--colbert-top-k/--colbert-max-vectors 99999999999999999999: at most",
+        ),
         (("--colbert-min-weight", "inf"), "--colbert-min-weight inf: at most"),
+        (("--colbert-min-weight", "nan"), "--colbert-min-weight nan: expected a number from 0 up"),
+        (("--colbert-min-weight", "-0.5"), "--colbert-min-weight -0.5: expected a number from 0 up"),
+        (("--outputs", "dense", "--colbert-max-vectors", "3"), "/--colbert-max-vectors 3 needs colbert"),
         (("--mcls", "99999999999999999999"), "--mcls 99999999999999999999: at most"),
         (("--colbert-dtype", "int4"), "expected float16, int8, binary"),
         (("--colbert-max-vectors", "0"), "--colbert"),

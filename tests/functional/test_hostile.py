@@ -122,3 +122,27 @@ def test_a_line_that_unpacks_to_320_mib_does_not_take_the_memory(
     assert peaks[1] - peaks[0] < 100 << 20
     (skipped,) = read_skipped(tmp_path / "bomb.m3")
     assert skipped["reason"] == "row longer than --max-row-bytes"
+
+
+@pytest.mark.parametrize("place", ["before", "in_prefix", "in_query"])
+def test_what_is_no_utf8_on_the_command_line_is_refused(m3_here: M3, tmp_path: Path, place: str) -> None:
+    """Python hands bytes that are no UTF-8 over as lone surrogates, which no tokenizer and no JSON takes."""
+    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n', encoding="utf-8")
+    arguments = {
+        "before": ("encode", "\udcff.jsonl"),
+        "in_prefix": ("encode", "c.jsonl", "--prefix", "q\udcff"),
+        "in_query": ("search", "c.m3", "--queries", "caf\udce9"),
+    }[place]
+    done = m3_here(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert r"\udc" in done.stderr
+    assert "is not UTF-8: rename the file, or type it in a UTF-8 terminal" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_files_whose_names_are_no_utf8_are_refused(m3_here: M3, tmp_path: Path, tiny_m3: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path / "corpus") + b"/caf\xe9.jsonl")).write_text('{"text": "one"}\n')
+    done = m3_here("encode", "corpus", "--model", tiny_m3, "--progress", "none")
+    assert (done.returncode, done.stdout) == (4, "")
+    assert r"caf\udce9.jsonl has a name that is not UTF-8: rename it" in done.stderr

@@ -165,6 +165,14 @@ def test_merging_resumes_to_the_same_bytes_and_is_taken_over(
         shutil.rmtree(tmp_path / f"{long_docs}-c")
 
 
+def test_an_overlap_of_truncated_documents_is_refused(m3: Run, pages: Path, tiny_m3: Path, tmp_path: Path) -> None:
+    for command in (("encode",), ("plan",)):
+        done = m3(*command, pages, "--model", tiny_m3, "--out", "o.m3", "--long-docs", "truncate", "--overlap", 5)
+        assert done.returncode == 2
+        assert "--overlap 5 with --long-docs truncate: a document has its first chunk only" in done.stderr
+    assert not (tmp_path / "o.m3").exists()
+
+
 def test_truncation_is_counted_and_listed(m3: Run, pages: Path, tiny_m3: Path, tmp_path: Path) -> None:
     encode(m3, pages, "o", "--long-docs", "truncate", model=tiny_m3)
     rows = read_rows(tmp_path / "o")
@@ -188,9 +196,19 @@ def test_info_shows_a_documents_chunks_and_their_text(m3: Run, pages: Path, tiny
     shutil.copy(pages, moved)
     again = m3("info", "o", "--id", "ru1", "--text", "--json", "--input", moved)
     assert json.loads(again.stdout) == shown
+    assert again.stderr == ""
     missing = m3("info", "o", "--id", "nobody")
     assert missing.returncode == 2
     assert "nobody" in missing.stderr
+
+
+def test_info_says_when_an_id_is_not_one_documents(m3: Run, tiny_m3: Path, tmp_path: Path) -> None:
+    rows = [{"id": "twice", "text": "the first"}, {"id": "twice", "text": "the second"}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encode(m3, tmp_path / "c.jsonl", "o", model=tiny_m3)
+    done = m3("info", "o", "--id", "twice", "--text", "--json")
+    assert [chunk["text"] for chunk in json.loads(done.stdout)] == ["the first"]
+    assert done.stderr == "m3: several documents have the id 'twice': this is the first of them\n"
 
 
 def test_mcls_counts_its_marks_in_positions_only(m3: Run, pages: Path, tiny_m3: Path, tmp_path: Path) -> None:

@@ -90,6 +90,21 @@ def test_candidates_without_text_are_left_out_and_counted(
     assert "1 without text (such as gone of query q1)" in done.stderr
 
 
+def test_a_title_of_a_query_is_not_read_to_the_reranker(
+    files: Path, cross_encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `m3 search` encodes queries."""
+    monkeypatch.chdir(files)
+    found = []
+    for title in ("", "A title that changes the score"):
+        rows = [{"_id": name, "title": title, "text": text} for name, text in QUERIES.items()]
+        (files / "queries.jsonl").write_bytes(b"\n".join(orjson.dumps(row) for row in rows))
+        flags = ("--model", str(cross_encoder), "--queries", "queries.jsonl", "--corpus", "corpus.jsonl")
+        assert run(["rerank", "run.trec", "--progress", "none", "--dtype", "float32", *flags]) == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("changed", "code", "words"),
     [
@@ -99,7 +114,13 @@ def test_candidates_without_text_are_left_out_and_counted(
         ({"--corpus": "queries.tsv"}, 4, "--corpus queries.tsv has none of the documents of run.trec (such as 'd1')"),
         ({"--corpus": "-"}, 2, "--corpus -: texts are looked up by id"),
         ({"--queries": "nowhere"}, 4, "nowhere: no such file"),
-        ({"--out": "no/such/folder"}, 6, "cannot write"),
+        ({"--out": "no/such/file"}, 6, "cannot write no/such/file: there is no folder"),
+        ({"--out": "no/such/file", "--model": "nowhere"}, 6, "there is no folder"),
+        ({"--out": "/dev/null"}, 6, "cannot write /dev/null: it is no regular file"),
+        ({"--queries": "corpus.jsonl", "--query-field": "words"}, 4, "correct --query-field"),
+        ({"--queries": "corpus.jsonl", "--query-id-field": "key"}, 4, "correct --query-id-field"),
+        ({"--corpus": "corpus.jsonl", "--text-field": "words"}, 4, "correct --text-field"),
+        ({"--corpus": "corpus.jsonl", "--id-field": ""}, 2, "no field that is known for ids; name it with --id-field"),
     ],
 )
 def test_what_is_refused_ends_in_one_line(

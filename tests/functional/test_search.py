@@ -75,6 +75,16 @@ def test_ids_with_blanks_stand_between_tabs(search: Callable[..., Completed]) ->
     assert "1 lines have an id with blanks" in done.stderr
 
 
+def test_a_run_that_an_id_would_break_is_not_begun(
+    m3_here: Callable[..., Completed], encode_with: EncodeWith, tmp_path: Path
+) -> None:
+    rows = [{"id": "a", "text": "a quick fox"}, {"id": "b\tc", "text": "a quick dog"}, {"id": "d", "text": "a dog"}]
+    assert encode_with(write_jsonl(tmp_path / "t.jsonl", rows), out=tmp_path / "t.m3") == 0
+    done = m3_here("search", "t.m3", "--queries", "t.m3", "--mode", "dense")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert r"the document 'b\tc': a TREC run cannot hold ids with tabs" in done.stderr.splitlines()[-1]
+
+
 def test_files_and_folders_of_queries_find_the_same(
     search: Callable[..., Completed], place: Path, tmp_path: Path
 ) -> None:
@@ -159,6 +169,8 @@ def test_a_query_file_without_text_names_the_flags_of_search(search: Callable[..
         ("c.m3", ["--queries", "x", "--weights", "1,2"], 2, "--weights '1,2'"),
         ("c.m3", ["--queries", "x", "--mode", "dense", "--weights", "1,1,1"], 2, "--weights is for --mode hybrid"),
         ("c.m3", ["--queries", "x", "--out", "x.csv"], 2, "--out x.csv: its ending tells the format"),
+        ("c.m3", ["--queries", "x", "--out", "no/such/x.trec", "--model", "nowhere"], 6, "there is no folder"),
+        ("nosuch.m3", ["--queries", "x", "--out", "no/such/x.trec"], 6, "cannot write no/such/x.trec"),
         ("c.m3", ["--queries", "{c}", "--query-field", "nosuch"], 4, "nosuch"),
         ("bare.m3", ["--queries", "x", "--mode", "sparse"], 2, "encode the corpus again with --outputs dense,sparse"),
         ("bare.m3", ["--queries", "x", "--mode", "hybrid"], 2, "only dense: use --mode dense"),

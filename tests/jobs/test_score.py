@@ -17,8 +17,6 @@ import pytest
 from m3cli.cli.app import run
 from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder.encode import BatchEncoder, FailedRow
-from m3cli.encoder.model import load_model
-from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.errors import CorpusError, ModelError, UsageError
 from m3cli.jobs import score_folders, score_texts
 from m3cli.jobs.score import ScoreRequest, score_pairs
@@ -26,26 +24,14 @@ from m3cli.progress import Progress
 from m3cli.retrieval.modes import MODES
 from m3cli.retrieval.score import score_rows
 from m3cli.store.reader import open_folder
+from tests.conftest import load_once
 
 TEXTS = ["the quick brown fox", "数据 中文", "quick fox", "модель данные", "a fox", "one two three four five six"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _loaded_once() -> Iterator[None]:
-    kept: dict[Any, Any] = {}
-
-    def once(load: Callable[..., Any]) -> Callable[..., Any]:
-        def cached(checkpoint: Any, **settings: Any) -> Any:
-            key = load.__name__, checkpoint.folder, *settings.values()
-            if key not in kept:
-                kept[key] = load(checkpoint, **settings)
-            return kept[key]
-
-        return cached
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(score_texts, "load_model", once(load_model))
-        patch.setattr(score_texts, "load_tokenizer", once(load_tokenizer))
+    with load_once(score_texts):
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ JSONL = (
 )
 
 
-def find(path: Path, *wanted: str, **fields: str) -> dict[str, str]:
+def find(path: Path, *wanted: str, **fields: Any) -> dict[str, str]:
     return dict(TextSource(given=str(path), flag="--corpus", **fields).find_texts(wanted))
 
 

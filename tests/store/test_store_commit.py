@@ -166,6 +166,38 @@ def test_crash_harness_loses_what_was_not_durable(tmp_path: Path) -> None:
     assert steps.dead
 
 
+def test_what_could_not_be_written_is_refused_beforehand(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (
+        ("no/such/x.trec", f"there is no folder {tmp_path}/no/such; make it"),
+        (".", "it is a folder"),
+        ("pipe", "it is no regular file"),
+        ("x" * 250, "File name too long"),
+    ):
+        with pytest.raises(OutputError, match=words):
+            commit.refuse_unwritable(str(tmp_path / name))
+    commit.refuse_unwritable(str(tmp_path / "x.trec"))
+    commit.refuse_unwritable("-")
+    commit.refuse_unwritable(None)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_to_is_refused_beforehand(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="Permission denied; check who may write there"):
+        commit.refuse_unwritable(str(tmp_path / "x.trec"))
+
+
+def test_a_link_stays_a_link_to_what_is_written(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("file")
+    for content in (b"new", b"newer"):
+        with commit.publish_beside(tmp_path / "link") as file:
+            file.write(content)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "file").read_bytes() == content
+
+
 def make(folder: Path) -> Path:
     folder.mkdir()
     return folder

@@ -32,8 +32,7 @@ def make_hits(query: str, ids: tuple[str, ...], scores: list[float]) -> QueryHit
 def test_a_run_reads_back_as_it_was(tmp_path: Path) -> None:
     close = [0.7, float(np.nextafter(np.float32(0.7), np.float32(0)))]
     with open_ranking(str(tmp_path / "x.trec"), io.BytesIO(), tag="t") as ranking:
-        ranking.write(make_hits("q", ("b", "a c"), close))
-        ranking.write(make_hits("none", (), []))
+        ranking.write([make_hits("q", ("b", "a c"), close), make_hits("none", (), [])])
         assert ranking.blanks == 1
     lines = (tmp_path / "x.trec").read_text().splitlines()
     assert lines[0].split(" ")[:4] == ["q", "Q0", "b", "1"]
@@ -46,11 +45,22 @@ def test_a_run_reads_back_as_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a\tb", "a\nb", "a\u2028b"])
 def test_ids_that_break_lines_are_refused_and_leave_nothing(tmp_path: Path, name: str) -> None:
     with (
-        pytest.raises(UsageError, match=r"cannot hold tabs and line breaks; write --out NAME\.jsonl"),
+        pytest.raises(UsageError, match=r"cannot hold ids with tabs or line breaks; write --out NAME\.jsonl"),
         open_ranking(str(tmp_path / "x.trec"), io.BytesIO(), tag="t") as ranking,
     ):
-        ranking.write(make_hits("q", (name,), [1.0]))
+        ranking.write([make_hits("q", (name,), [1.0])])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_written_whole_or_not_at_all() -> None:
+    stdout = io.BytesIO()
+    good, bad = make_hits("q1", ("a", "b"), [2.0, 1.0]), make_hits("q2", ("c", "d\te"), [2.0, 1.0])
+    with pytest.raises(UsageError, match=r"document 'd\\te'"), open_ranking(None, stdout, tag="t") as ranking:
+        ranking.write([good, bad])
+    assert stdout.getvalue() == b""
+    with pytest.raises(UsageError, match=r"query 'q\\n'"), open_ranking(None, stdout, tag="t") as ranking:
+        ranking.write([good, make_hits("q\n", ("a",), [1.0])])
+    assert stdout.getvalue() == b""
 
 
 def test_endings() -> None:
