@@ -30,6 +30,9 @@ LEAST_QUERIES = 64
 "of a sequence that go together, however many scores that is: fewer make slow matmuls"
 
 _VARLEN_DTYPES = (torch.float16, torch.bfloat16)
+_VARLEN_WIDTHS = range(8, 257, 8)
+_VARLEN_SEQUENCES = 65_535
+"the kernel has one row of its grid for each, and CUDA has no more rows than this"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,27 +62,53 @@ class SequenceLayout:
     blocks: tuple[Block, ...]
     "none where `varlen`"
     cu_seqlens: torch.Tensor
-    "[B + 1] int32 on the device"
+    "[S + 1] int32 on the device, S >= B: behind the batch's own borders may stand the last one again (see pad_borders)"
+    num_sequences: int
+    "B"
     max_seqlen: int
     num_tokens: int
     "of the sequences; what stands behind them is filling"
     varlen: bool
 
+    @property
+    def borders(self) -> torch.Tensor:
+        """[B + 1] where the batch's sequences begin and the last ends."""
+        return self.cu_seqlens[: self.num_sequences + 1]
+
 
 def lay_out(
-    cu_seqlens: NDArray[np.int32], *, num_heads: int, max_seqlen: int, device: torch.device, dtype: torch.dtype
+    cu_seqlens: NDArray[np.int32],
+    borders: torch.Tensor,
+    *,
+    num_heads: int,
+    head_width: int,
+    max_seqlen: int,
+    dtype: torch.dtype,
 ) -> SequenceLayout:
-    """Prepare a batch's layout once for all layers."""
-    varlen = device.type == "cuda" and dtype in _VARLEN_DTYPES and _has_varlen()
+    """Prepare a batch's layout once for all layers; `borders` are its `cu_seqlens` on the device, padded or not."""
+    device = borders.device
+    varlen = len(borders) - 1 <= _VARLEN_SEQUENCES and takes_varlen(device, dtype, head_width=head_width)
     most_scores = BLOCK_SCORES[device.type] // num_heads
     planned = [] if varlen else plan_blocks(np.diff(cu_seqlens), most_scores=most_scores)
     return SequenceLayout(
         blocks=tuple(_lay_out_block(cu_seqlens, *block, device=device, dtype=dtype) for block in planned),
-        cu_seqlens=torch.from_numpy(cu_seqlens).to(device, non_blocking=True),
+        cu_seqlens=borders,
+        num_sequences=len(cu_seqlens) - 1,
         max_seqlen=max_seqlen,
         num_tokens=int(cu_seqlens[-1]),
         varlen=varlen,
     )
+
+
+def pad_borders(cu_seqlens: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Repeat the last border until a power of two of sequences is there, so that few shapes occur on CUDA.
+
+    A sequence of no tokens is one that flash attention's blocks leave at their first line; without a sequence of their
+    own the filling tokens cost no attention.
+    """
+    num_sequences = len(cu_seqlens) - 1
+    padded = min(1 << (num_sequences - 1).bit_length(), max(num_sequences, _VARLEN_SEQUENCES))
+    return np.pad(cu_seqlens, (0, padded - num_sequences), mode="edge")
 
 
 def plan_blocks(lengths: NDArray[np.int32], *, most_scores: int) -> list[tuple[int, int, int]]:
@@ -170,15 +199,22 @@ def _attend_block(qkv: torch.Tensor, block: Block, *, num_heads: int) -> torch.T
 def _attend_varlen(qkv: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  not in every torch we run on
 
-    q, k, v = qkv.unbind(1)  # tokens behind the last sequence (filling) are left as the kernel finds them
+    # Of tokens behind the last sequence (filling) the kernel writes nothing: whatever stands there, a number or none,
+    # stays in its row until the heads leave it out.
+    q, k, v = qkv.unbind(1)
     out = varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.max_seqlen, layout.max_seqlen)
     assert isinstance(out, torch.Tensor)
     return out.reshape(qkv.shape[0], -1)
 
 
-def _has_varlen() -> bool:
-    """Whether this torch has the kernel and the GPU can run flash attention (compute capability 8.0 and later)."""
-    if torch.cuda.get_device_capability() < (8, 0):
+def takes_varlen(device: torch.device, dtype: torch.dtype, *, head_width: int) -> bool:
+    """Whether variable-length flash attention runs here: a GPU of compute capability 8.0 or later, a torch that has it.
+
+    It takes float16 and bfloat16, and heads that are a multiple of 8 and at most 256 wide.
+    """
+    if device.type != "cuda" or dtype not in _VARLEN_DTYPES or head_width not in _VARLEN_WIDTHS:
+        return False
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
         from torch.nn.attention.varlen import varlen_attn  # noqa: F401, PLC0415

@@ -1,13 +1,18 @@
 """Batches through model and heads: in halves where memory runs out, again in float32 where a number is none.
 
+A batch is launched, which queues all its work on the device and waits for none of it, and collected. On CUDA one batch
+is launched before the one before it is collected, so that the device always has work while the host looks at what came
+back, hands it over and packs the next. A CPU does the work as it is launched, so there nothing waits.
+
 A row that comes out of neither is data like any other: it is given back as failed, with its reason.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,10 +20,11 @@ from numpy.typing import NDArray
 
 from m3cli.config import VectorDtype
 from m3cli.encoder.batcher import split_batch
-from m3cli.encoder.heads import compute_embeddings, weigh_vectors
+from m3cli.encoder.heads import Wanted, build_embeddings, run_heads
 from m3cli.encoder.mcls import pool_as_cls, run_with_added
 from m3cli.encoder.model import Model, run_model
 from m3cli.encoder.picking import pick_rows
+from m3cli.encoder.transfer import Fetched, fetch, open_stream
 from m3cli.errors import ModelError
 from m3cli.records import Batch, Embeddings, Output
 
@@ -36,6 +42,15 @@ class FailedRow:
     "its place in the shard"
     reason: str
     detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Launched:
+    """A batch whose work is queued on the device."""
+
+    batch: Batch
+    outputs: Fetched
+    "what `run_heads` makes, and `finite` [N]: whether a token's state holds numbers only"
 
 
 class BatchEncoder:
@@ -58,60 +73,82 @@ class BatchEncoder:
         "text tokens to a <s>; 0: a row has one"
         self.max_tokens: int | None = None
         "of a batch of several rows; None until the device's memory has run out"
-        self._outputs = outputs
-        self._special_ids = special_ids
-        self._dense_dtype = dense_dtype
-        self._colbert_dtype = colbert_dtype
-        self._colbert_weights = colbert_weights
+        self.ahead = int(model.device.type == "cuda")
+        "batches that are launched before the first of them is collected"
+        self._wanted = Wanted(
+            outputs=outputs,
+            special_ids=special_ids,
+            dense_dtype=dense_dtype,
+            colbert_dtype=colbert_dtype,
+            vector_weights=colbert_weights,
+        )
         self._load_float32 = load_float32
         self._exact: Model | None = None
+        self._stream = open_stream(model.device)
 
     def encode(self, batch: Batch) -> Iterator[Embeddings | FailedRow]:
         """Yield a batch's rows, in order: at once, or in parts where memory does not hold it whole."""
-        single = len(batch.rows) == 1
-        if single or self.max_tokens is None or len(batch.input_ids) <= self.max_tokens:
-            made = self._run(self.model, batch)
-            if made is not None:
-                yield from self._repair(batch, *made)
-                return
-            # Not in the handler of the error: there the traceback would keep the failed batch's tensors alive.
-            torch.cuda.empty_cache()
-            if single:
-                yield _lacks_memory(batch, self.model.dtype, self.model.device)
-                return
-            self.max_tokens = len(batch.input_ids) // 2
-            _log.warning(
-                "out of memory with a batch of %d tokens; from here on batches have at most %d",
-                len(batch.input_ids),
-                self.max_tokens,
-            )
-        for half in split_batch(batch):
-            yield from self.encode(half)
+        return self.encode_all((batch,))
 
-    def _run(self, model: Model, batch: Batch) -> tuple[Embeddings, NDArray[np.bool_]] | None:
-        """Return a batch's embeddings and which of its rows [B] hold numbers only; None: memory ran out."""
+    def encode_all(self, batches: Iterable[Batch]) -> Iterator[Embeddings | FailedRow]:
+        """Yield the rows of batches, in order, as `encode` does; the device goes on while they are looked at."""
+        waiting = deque[_Launched]()
+        for batch in batches:
+            left = [batch]  # the next last
+            while left:
+                part = left.pop()
+                single = len(part.rows) == 1
+                if not single and self.max_tokens is not None and len(part.input_ids) > self.max_tokens:
+                    left += reversed(split_batch(part))
+                    continue
+                launched = self._launch(self.model, part)
+                if launched is None and waiting:
+                    yield from self._collect_all(waiting)  # what waits holds memory too
+                    if single:
+                        launched = self._launch(self.model, part)
+                if launched is not None:
+                    waiting.append(launched)
+                    del launched  # or its outputs would be kept until the next batch is launched
+                    yield from self._collect_all(waiting, but=self.ahead)
+                elif single:
+                    torch.cuda.empty_cache()
+                    yield _lacks_memory(part, self.model.dtype, self.model.device)
+                else:
+                    self._learn_limit(part)
+                    left.append(part)
+        yield from self._collect_all(waiting)
+
+    def _learn_limit(self, batch: Batch) -> None:
+        torch.cuda.empty_cache()
+        self.max_tokens = len(batch.input_ids) // 2
+        _log.warning(
+            "out of memory with a batch of %d tokens; from here on batches have at most %d",
+            len(batch.input_ids),
+            self.max_tokens,
+        )
+
+    def _launch(self, model: Model, batch: Batch) -> _Launched | None:
+        """Queue a batch's work; None: memory ran out.
+
+        What goes on after that does so outside the handler of the error, whose traceback would keep the tensors of the
+        failed batch alive.
+        """
         try:
             if self.mcls:
                 model = pool_as_cls(model)
                 states, layout = run_with_added(model, batch, every=self.mcls)
             else:
                 states, layout = run_model(model, batch)
-            made = compute_embeddings(
-                model,
-                batch,
-                states,
-                layout,
-                outputs=self._outputs,
-                special_ids=self._special_ids,
-                dense_dtype=self._dense_dtype,
-                colbert_dtype=self._colbert_dtype,
-            )
-            if self._colbert_weights and made.colbert_vecs is not None:
-                weights = weigh_vectors(model, batch, states, special_ids=self._special_ids)
-                made = replace(made, colbert_vecs=replace(made.colbert_vecs, weights=weights))
-            return made, _find_whole_rows(states, made, batch)
+            made = run_heads(model, batch, states, layout, self._wanted)
+            made["finite"] = torch.isfinite(states[: len(batch.input_ids)].sum(-1, dtype=torch.float32))
+            return _Launched(batch=batch, outputs=fetch(made, self._stream))
         except torch.OutOfMemoryError:
             return None
+
+    def _collect_all(self, waiting: deque[_Launched], *, but: int = 0) -> Iterator[Embeddings | FailedRow]:
+        """Yield the rows of the batches that wait, first to last, all but the last `but` of them."""
+        while len(waiting) > but:
+            yield from self._repair(*_collect(waiting.popleft()))
 
     def _repair(self, batch: Batch, made: Embeddings, whole: NDArray[np.bool_]) -> Iterator[Embeddings | FailedRow]:
         """Yield the rows that hold numbers only, and each other row again on its own, in float32."""
@@ -132,14 +169,15 @@ class BatchEncoder:
                 if self._exact is None:
                     _log.warning("a row is not a number in %s; trying it in float32", _name(self.model.dtype))
                     self._exact = self._load_float32()
-                made = self._run(self._exact, batch)
+                launched = self._launch(self._exact, batch)
             except torch.OutOfMemoryError:
-                made = None
-            if made is None:
+                launched = None
+            if launched is None:
                 torch.cuda.empty_cache()
                 return _lacks_memory(batch, torch.float32, self.model.device)
-            if made[1].all():
-                return made[0]
+            _, made, whole = _collect(launched)
+            if whole.all():
+                return made
         return FailedRow(row=int(batch.rows[0]), reason=NOT_A_NUMBER, detail=detail)
 
 
@@ -163,10 +201,15 @@ def encode_batch(
         yield made
 
 
-def _find_whole_rows(states: torch.Tensor, made: Embeddings, batch: Batch) -> NDArray[np.bool_]:
+def _collect(launched: _Launched) -> tuple[Batch, Embeddings, NDArray[np.bool_]]:
+    """Wait for a batch, and return it, its embeddings, and which of its rows [B] hold numbers only."""
+    outputs, batch = launched.outputs.wait(), launched.batch
+    made = build_embeddings(batch, outputs)
+    return batch, made, _find_whole_rows(outputs["finite"], made, batch)
+
+
+def _find_whole_rows(finite: NDArray[np.bool_], made: Embeddings, batch: Batch) -> NDArray[np.bool_]:
     """Return which rows [B] hold numbers only, in their hidden states as in what was made of them."""
-    num_tokens = len(batch.input_ids)
-    finite = torch.isfinite(states[:num_tokens].sum(-1, dtype=torch.float32)).cpu().numpy()
     whole: NDArray[np.bool_] = np.logical_and.reduceat(finite, batch.cu_seqlens[:-1])
     if made.dense_vecs is not None:
         whole &= np.isfinite(made.dense_vecs).all(axis=1)

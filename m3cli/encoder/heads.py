@@ -4,14 +4,18 @@
 - sparse: relu(sparse_linear(h)), for each token id of a row the maximum over its positions, specials and zeros dropped;
 - colbert: colbert_linear(h) of every token but `<s>`, L2-normalised: n tokens give n - 1 vectors.
 
-Norms and sums are float32 whatever the model's dtype. Everything is reduced on the device; what leaves it is numpy.
+Norms and sums are float32 whatever the model's dtype. Everything is reduced on the device, without once waiting for it:
+what is chosen by place is chosen by places known on the host, and what depends on numbers, how many weights there are,
+has room for all of them and is cut on the host.
 
 Shapes: B rows, N tokens, M >= N states with the filling behind them, C hidden width, D width of a vector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +27,74 @@ from m3cli.encoder.attention import SequenceLayout
 from m3cli.encoder.checkpoint import Pooling
 from m3cli.encoder.linear import Linear
 from m3cli.encoder.model import Model
+from m3cli.encoder.transfer import send
 from m3cli.records import Batch, Embeddings, LexicalWeights, Output, TokenMatrices
+
+NO_KEY = np.iinfo(np.int64).max
+"stands where there is no lexical weight; sorts behind all keys, (row << 32) | token id"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What the heads are to make."""
+
+    outputs: Collection[Output]
+    special_ids: Collection[int]
+    "tokens without a lexical weight"
+    dense_dtype: VectorDtype = "float16"
+    colbert_dtype: VectorDtype = "float16"
+    vector_weights: bool = False
+    "with each ColBERT vector the lexical weight of its token"
 
 
 @torch.inference_mode()
+def run_heads(
+    model: Model,
+    batch: Batch,
+    last_hidden_state: torch.Tensor,
+    layout: SequenceLayout,
+    wanted: Wanted,
+) -> dict[str, torch.Tensor]:
+    """Compute what is wanted of a batch from its hidden states [M, C], M >= N as `run_model` gives them.
+
+    Returns:
+        on the device, what `build_embeddings` takes: dense_vecs [B, C]; lexical_keys [N] int64 and lexical_values [N]
+        float32; colbert_vecs [N - B, D] and vector_weights [N - B] float32.
+    """
+    made = {}
+    with_vectors = "colbert" in wanted.outputs
+    vector_weights = with_vectors and wanted.vector_weights
+    if "dense" in wanted.outputs:
+        pooled = pool_rows(last_hidden_state, layout, pooling=model.checkpoint.pooling)
+        made["dense_vecs"] = pooled.to(getattr(torch, wanted.dense_dtype))
+    rows_of_tokens = np.repeat(np.arange(len(batch.rows), dtype=np.int32), np.diff(batch.cu_seqlens))
+    tokens_of_vectors = np.delete(np.arange(len(batch.input_ids), dtype=np.int32), batch.cu_seqlens[:-1])
+    input_ids, rows, places = send(model.device, batch.input_ids, rows_of_tokens, tokens_of_vectors)
+    if "sparse" in wanted.outputs or vector_weights:
+        assert model.sparse_linear is not None
+        weights = weigh_positions(last_hidden_state, input_ids, model.sparse_linear, special_ids=wanted.special_ids)
+        if "sparse" in wanted.outputs:
+            made["lexical_keys"], made["lexical_values"] = find_maxima(weights, input_ids, rows)
+        if vector_weights:
+            made["vector_weights"] = weights.index_select(0, places)
+    if with_vectors:
+        assert model.colbert_linear is not None
+        vectors = project_tokens(last_hidden_state, places, model.colbert_linear)
+        made["colbert_vecs"] = vectors.to(getattr(torch, wanted.colbert_dtype))
+    return made
+
+
+def build_embeddings(batch: Batch, made: Mapping[str, NDArray[Any]]) -> Embeddings:
+    """Build the record of a batch's outputs from what `run_heads` made, on the host."""
+    lexical = colbert = None
+    if "lexical_keys" in made:
+        lexical = _build_weights(made["lexical_keys"], made["lexical_values"], num_rows=len(batch.rows))
+    if "colbert_vecs" in made:
+        indptr = batch.cu_seqlens.astype(np.int64) - np.arange(len(batch.rows) + 1)
+        colbert = TokenMatrices(indptr=indptr, vectors=made["colbert_vecs"], weights=made.get("vector_weights"))
+    return Embeddings(rows=batch.rows, dense_vecs=made.get("dense_vecs"), lexical_weights=lexical, colbert_vecs=colbert)
+
+
 def compute_embeddings(
     model: Model,
     batch: Batch,
@@ -38,61 +106,50 @@ def compute_embeddings(
     dense_dtype: VectorDtype = "float16",
     colbert_dtype: VectorDtype = "float16",
 ) -> Embeddings:
-    """Compute the asked-for outputs of a batch from its hidden states [M, C], M >= N as `run_model` gives them."""
-    dense = lexical = colbert = None
-    if "dense" in outputs:
-        dense = pool_rows(last_hidden_state, layout, pooling=model.checkpoint.pooling).to(getattr(torch, dense_dtype))
-    if "sparse" in outputs:
-        assert model.sparse_linear is not None
-        input_ids = torch.from_numpy(batch.input_ids).to(model.device)
-        lexical = weigh_tokens(last_hidden_state, input_ids, layout, model.sparse_linear, special_ids=special_ids)
-    if "colbert" in outputs:
-        assert model.colbert_linear is not None
-        colbert = project_tokens(last_hidden_state, layout, model.colbert_linear).to(getattr(torch, colbert_dtype))
-    indptr = batch.cu_seqlens.astype(np.int64) - np.arange(len(batch.rows) + 1)
-    return Embeddings(
-        rows=batch.rows,
-        dense_vecs=None if dense is None else dense.cpu().numpy(),
-        lexical_weights=lexical,
-        colbert_vecs=None if colbert is None else TokenMatrices(indptr=indptr, vectors=colbert.cpu().numpy()),
-    )
+    """Do what `run_heads` does, and wait for it."""
+    wanted = Wanted(outputs=outputs, special_ids=special_ids, dense_dtype=dense_dtype, colbert_dtype=colbert_dtype)
+    made = run_heads(model, batch, last_hidden_state, layout, wanted)
+    return build_embeddings(batch, {name: tensor.cpu().numpy() for name, tensor in made.items()})
 
 
 def pool_rows(hidden: torch.Tensor, layout: SequenceLayout, *, pooling: Pooling) -> torch.Tensor:
     """Return [B, C] float32 of norm 1: the state of `<s>`, of the last token, or the mean of all tokens."""
-    cu_seqlens = layout.cu_seqlens.long()
+    borders = layout.borders
     if pooling == "cls":
-        pooled = hidden[cu_seqlens[:-1]].float()
+        pooled = hidden.index_select(0, borders[:-1]).float()
     elif pooling == "lasttoken":
-        pooled = hidden[cu_seqlens[1:] - 1].float()
+        pooled = hidden.index_select(0, borders[1:] - 1).float()
     else:
         states = hidden[: layout.num_tokens].float()
-        pooled = torch.segment_reduce(states, "mean", lengths=cu_seqlens.diff(), axis=0)
+        # `unsafe` leaves out checks of the lengths, which would wait for the device.
+        pooled = torch.segment_reduce(states, "mean", lengths=borders.diff(), axis=0, unsafe=True)
     return F.normalize(pooled, dim=-1)
 
 
-def weigh_tokens(
-    hidden: torch.Tensor,
-    input_ids: torch.Tensor,
-    layout: SequenceLayout,
-    sparse_linear: Linear,
-    *,
-    special_ids: Collection[int],
-) -> LexicalWeights:
-    """Return the lexical weights of each row, one weight an id: the maximum over its positions in the row."""
-    weights = weigh_positions(hidden, input_ids, sparse_linear, special_ids=special_ids)
-    keep = weights > 0
-    num_rows = len(layout.cu_seqlens) - 1
-    lengths = layout.cu_seqlens.long().diff()
-    rows = torch.repeat_interleave(torch.arange(num_rows, device=hidden.device), lengths, output_size=len(input_ids))
-    # One sorted key for (row, id): ids ascend within a row, rows ascend, and equal pairs fall together.
-    keys, inverse = torch.unique((rows[keep] << 32) | input_ids[keep], return_inverse=True)
-    values = torch.zeros(len(keys), device=hidden.device).scatter_reduce_(0, inverse, weights[keep], "amax")
-    counts = torch.bincount(keys >> 32, minlength=num_rows)
-    indptr = np.zeros(num_rows + 1, np.int64)
-    np.cumsum(counts.cpu().numpy(), out=indptr[1:])
-    indices = (keys & 0xFFFFFFFF).cpu().numpy().astype(np.uint32)
-    return LexicalWeights(indptr=indptr, indices=indices, values=values.cpu().numpy())
+def find_maxima(
+    weights: torch.Tensor, input_ids: torch.Tensor, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find for each token id of a row the largest of its weights [N] above 0.
+
+    Returns:
+        keys [N] int64, (row << 32) | token id, ascending, none twice, then NO_KEY; and their weights [N] float32.
+    """
+    keys = ((rows.long() << 32) | input_ids).masked_fill_(~(weights > 0), NO_KEY)  # what is no number goes too
+    keys, order = torch.sort(keys)
+    is_first = torch.ones_like(keys)
+    is_first[1:] = keys[1:] != keys[:-1]
+    slots = torch.cumsum(is_first, 0) - 1
+    values = torch.zeros_like(weights).scatter_reduce_(0, slots, weights.index_select(0, order), "amax")
+    return torch.full_like(keys, NO_KEY).scatter_(0, slots, keys), values
+
+
+def _build_weights(keys: NDArray[np.int64], values: NDArray[np.float32], *, num_rows: int) -> LexicalWeights:
+    keys = keys[: np.searchsorted(keys, NO_KEY)]
+    return LexicalWeights(
+        indptr=np.searchsorted(keys, np.arange(num_rows + 1) << 32),
+        indices=(keys & 0xFFFFFFFF).astype(np.uint32),
+        values=values[: len(keys)].copy(),  # or the room for all of them would be kept
+    )
 
 
 def weigh_positions(
@@ -101,30 +158,12 @@ def weigh_positions(
     """Return [N] float32, the lexical weight of the token at each position: relu(sparse_linear(h)), specials 0."""
     weights = torch.relu(sparse_linear.apply(hidden)).squeeze(-1)[: len(input_ids)].float()
     for special in special_ids:
-        weights[input_ids == special] = 0.0
+        weights.masked_fill_(input_ids == special, 0.0)
     return weights
 
 
-@torch.inference_mode()
-def weigh_vectors(
-    model: Model,
-    batch: Batch,
-    last_hidden_state: torch.Tensor,
-    *,
-    special_ids: Collection[int],
-) -> NDArray[np.float32]:
-    """Return [N - B] the lexical weight of the token that each ColBERT vector of a batch is of, 0 for `</s>`."""
-    assert model.sparse_linear is not None
-    input_ids = torch.from_numpy(batch.input_ids).to(model.device)
-    weights = weigh_positions(last_hidden_state, input_ids, model.sparse_linear, special_ids=special_ids)
-    kept: NDArray[np.float32] = np.delete(weights.cpu().numpy(), batch.cu_seqlens[:-1])
-    return kept
-
-
-def project_tokens(hidden: torch.Tensor, layout: SequenceLayout, colbert_linear: Linear) -> torch.Tensor:
-    """Return [N - B, D] float32 of norm 1: every token but `<s>`, `</s>` included, rows in order."""
-    keep = torch.ones(layout.num_tokens, dtype=torch.bool, device=hidden.device)
-    keep[layout.cu_seqlens[:-1].long()] = False
+def project_tokens(hidden: torch.Tensor, places: torch.Tensor, colbert_linear: Linear) -> torch.Tensor:
+    """Return [N - B, D] float32 of norm 1, of the tokens at `places`: every one but `<s>`, rows in order."""
     # The filling goes through the matmul too, so that its shape is one of few (TOKEN_STEP), and is dropped after it.
-    projected = colbert_linear.apply(hidden)[: layout.num_tokens]
-    return F.normalize(projected[keep].float(), dim=-1)
+    projected = colbert_linear.apply(hidden)
+    return F.normalize(projected.index_select(0, places).float(), dim=-1)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from m3cli.encoder.attention import SequenceLayout
 from m3cli.encoder.batcher import count_with_added
-from m3cli.encoder.model import TOKEN_STEP, Model, run_model
+from m3cli.encoder.model import Model, fill_up, run_model
+from m3cli.encoder.transfer import send
 from m3cli.records import Batch
 
 
@@ -36,17 +37,18 @@ def run_with_added(model: Model, batch: Batch, *, every: int) -> tuple[torch.Ten
     added = np.ones(len(longer.input_ids), np.bool_)
     added[places] = False
     added[longer.cu_seqlens[:-1]] = True
-    marks = torch.from_numpy(np.flatnonzero(added)).to(model.device)
-    counts = torch.from_numpy(np.add.reduceat(added, longer.cu_seqlens[:-1], dtype=np.int64)).to(model.device)
-    means = torch.segment_reduce(states[marks].float(), "mean", lengths=counts, axis=0)
-    filled = -(-len(places) // TOKEN_STEP) * TOKEN_STEP
-    take = np.zeros(filled, np.int64)
+    counts = np.add.reduceat(added, longer.cu_seqlens[:-1], dtype=np.int32)
+    take = np.zeros(fill_up(len(places), device=model.device), np.int32)
     take[: len(places)] = places
-    without = states[torch.from_numpy(take).to(model.device)]
+    marks, counts_there, take_there, borders = send(model.device, np.flatnonzero(added), counts, take, batch.cu_seqlens)
+    # `unsafe` leaves out checks of the lengths, which would wait for the device.
+    means = torch.segment_reduce(
+        states.index_select(0, marks).float(), "mean", lengths=counts_there, axis=0, unsafe=True
+    )
+    without = states.index_select(0, take_there)
+    without.index_copy_(0, borders[:-1].long(), means.to(without.dtype))
     # For the heads only, which go by these: nothing is attended to any more.
-    borders = torch.from_numpy(batch.cu_seqlens).to(model.device)
     layout = replace(attended, cu_seqlens=borders, max_seqlen=batch.max_seqlen, num_tokens=len(batch.input_ids))
-    without[layout.cu_seqlens[:-1].long()] = means.to(without.dtype)
     return without, layout
 
 

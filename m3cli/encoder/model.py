@@ -19,11 +19,12 @@ import torch.nn.functional as F  # noqa: N812  torch's own convention
 from numpy.typing import NDArray
 
 from m3cli.config import Dtype
-from m3cli.encoder.attention import SequenceLayout, attend, lay_out
+from m3cli.encoder.attention import SequenceLayout, attend, lay_out, pad_borders
 from m3cli.encoder.checkpoint import HEAD_FILES, POSITION_OFFSET, Checkpoint
 from m3cli.encoder.device import resolve_dtype, state_dtype
 from m3cli.encoder.int8 import Int8Linear, make_int8_linear
 from m3cli.encoder.linear import Linear, make_linear
+from m3cli.encoder.transfer import send
 from m3cli.errors import ModelError
 from m3cli.records import Batch
 
@@ -31,6 +32,11 @@ TOKEN_STEP = 128
 """Packed batches are filled up to a multiple of this many tokens, which belong to no sequence and cost at most 1.5 % of
 a full batch. oneDNN prepares a kernel for each new number of rows and keeps it: without steps memory grew by 8 MB a
 shard in bfloat16, and small models spent more time preparing kernels than running them."""
+
+OCTAVE_STEPS = 8
+"""Sizes that a batch may be filled up to between one power of two and the next on CUDA, where kernels are chosen by
+shape and a graph would be captured for each. Full batches come to the budget itself where it is a power of two, as
+every automatic one is; the last batch of a window, which may be of any size, grows by an eighth at most."""
 
 INNER_ROWS = 1024
 """Tokens that go through a layer's widest tensor at once on a CPU: [1024, 4096] are 8 MiB in bfloat16, and 16 MiB in
@@ -84,6 +90,11 @@ def load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
         UsageError: the device cannot run the dtype.
     """
     target, kind = torch.device(device), state_dtype(resolve_dtype(dtype, device))
+    if target.type == "cuda":
+        # Sums of products in float32 throughout: partial sums in float16 overflow where states are large, and save
+        # nothing at thousands of rows. (Whole sums in float16, allow_fp16_accumulation, are off already.)
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     tensors = _Tensors(_read_weights(checkpoint), checkpoint)
     width, inner = checkpoint.hidden_size, None
 
@@ -205,26 +216,37 @@ def run_model(model: Model, batch: Batch) -> tuple[torch.Tensor, SequenceLayout]
         last_hidden_state [M, C] in the model's dtype on its device, M >= N (what stands behind the batch's N tokens is
         filling), and the batch's layout there.
     """
+    checkpoint, device = model.checkpoint, model.device
+    num_tokens = len(batch.input_ids)
+    filled = fill_up(num_tokens, device=device)
+    ids_and_positions = np.zeros((2, filled), np.int32)
+    ids_and_positions[0, :num_tokens] = batch.input_ids
+    ids_and_positions[1, :num_tokens] = _positions(batch.cu_seqlens)
+    cu_seqlens = pad_borders(batch.cu_seqlens) if device.type == "cuda" else batch.cu_seqlens
+    input_ids, positions, borders = send(device, *ids_and_positions, cu_seqlens)
     layout = lay_out(
         batch.cu_seqlens,
-        num_heads=model.checkpoint.num_heads,
+        borders,
+        num_heads=checkpoint.num_heads,
+        head_width=checkpoint.hidden_size // checkpoint.num_heads,
         max_seqlen=batch.max_seqlen,
-        device=model.device,
         dtype=model.dtype,
     )
-    num_tokens = len(batch.input_ids)
-    filled = -(-num_tokens // TOKEN_STEP) * TOKEN_STEP
-    input_ids = torch.zeros(filled, dtype=torch.int64)
-    input_ids[:num_tokens] = torch.from_numpy(batch.input_ids)
-    positions = torch.zeros(filled, dtype=torch.int64)
-    positions[:num_tokens] = torch.from_numpy(_positions(batch.cu_seqlens))
-    eps = model.checkpoint.layer_norm_eps
-    hidden = F.embedding(input_ids.to(model.device, non_blocking=True), model.word_embeddings)
-    hidden += F.embedding(positions.to(model.device, non_blocking=True), model.position_embeddings)
+    eps = checkpoint.layer_norm_eps
+    hidden = F.embedding(input_ids, model.word_embeddings)
+    hidden += F.embedding(positions, model.position_embeddings)
     hidden = _normalise(hidden, model.embedding_norm, eps)
     for layer in model.layers:
-        hidden = _run_layer(hidden, layer, layout, num_heads=model.checkpoint.num_heads, eps=eps)
+        hidden = _run_layer(hidden, layer, layout, num_heads=checkpoint.num_heads, eps=eps)
     return hidden, layout
+
+
+def fill_up(num_tokens: int, *, device: torch.device) -> int:
+    """Return how many tokens a packed batch is filled up to on a device: one of few sizes."""
+    step = TOKEN_STEP
+    if device.type == "cuda":
+        step = max(step, (1 << (num_tokens - 1).bit_length()) // (2 * OCTAVE_STEPS))
+    return -(-num_tokens // step) * step
 
 
 def _positions(cu_seqlens: NDArray[np.int32]) -> NDArray[np.int64]:

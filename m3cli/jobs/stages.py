@@ -235,12 +235,12 @@ def encode_window(shard: TokenisedShard, route: Route, *, start: int, stop: int)
     originals = find_originals(shard, rows) if route.dedupe else rows
     limit = min(route.max_batch_tokens, route.encoder.max_tokens or route.max_batch_tokens)
     single = np.unique(originals)
-    for group in batch_rows(
+    groups = batch_rows(
         count_with_added(shard.chunks.num_tokens[single], every=route.encoder.mcls), max_batch_tokens=limit
-    ):
-        batch = pack_rows(shard.chunks, single[group])
-        for made in count_seconds(route.encoder.encode(batch), route.watch, "encoding"):
-            yield from copy_rows(made, rows, originals) if route.dedupe else (made,)
+    )
+    batches = (pack_rows(shard.chunks, single[group]) for group in groups)
+    for made in count_seconds(route.encoder.encode_all(batches), route.watch, "encoding"):
+        yield from copy_rows(made, rows, originals) if route.dedupe else (made,)
 
 
 def find_originals(shard: TokenisedShard, rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -9,13 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3cli.encoder import attention
-from m3cli.encoder.attention import LENGTH_STEP, attend, lay_out, plan_blocks
+from m3cli.encoder.attention import LENGTH_STEP, SequenceLayout, attend, lay_out, pad_borders, plan_blocks
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=40).map(lambda found: sorted(found, reverse=True))
 
 
 def to_borders(lengths: list[int]) -> np.ndarray:
     return np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+
+
+def lay(borders: np.ndarray, *, max_seqlen: int) -> SequenceLayout:
+    return lay_out(
+        borders, torch.from_numpy(borders), num_heads=2, head_width=8, max_seqlen=max_seqlen, dtype=torch.float32
+    )
 
 
 def attend_one_by_one(qkv: torch.Tensor, borders: np.ndarray) -> torch.Tensor:
@@ -36,7 +42,7 @@ def test_attention_equals_one_sequence_after_the_other(lengths: list[int], most_
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(attention.BLOCK_SCORES, "cpu", most_scores)
         patch.setattr(attention, "LEAST_QUERIES", LENGTH_STEP)
-        layout = lay_out(borders, num_heads=2, max_seqlen=lengths[0], device=torch.device("cpu"), dtype=torch.float32)
+        layout = lay(borders, max_seqlen=lengths[0])
         made = attend(qkv, layout)
     assert torch.allclose(made[: borders[-1]].double(), attend_one_by_one(qkv, borders), atol=1e-5)
     assert not made[borders[-1] :].any()
@@ -58,8 +64,25 @@ def test_what_is_no_number_stays_in_its_sequence() -> None:
     borders = to_borders([20, 19, 18, 3])
     qkv = torch.randn(60, 3, 2, 8)
     qkv[25] = torch.nan
-    layout = lay_out(borders, num_heads=2, max_seqlen=20, device=torch.device("cpu"), dtype=torch.float32)
+    layout = lay(borders, max_seqlen=20)
     made = attend(qkv, layout)
     assert made[20:39].isnan().any(-1).all()
     assert made[:20].isfinite().all()
     assert made[39:].isfinite().all()
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=70))
+def test_padded_borders_add_sequences_of_no_tokens(lengths: list[int]) -> None:
+    borders = to_borders(lengths)
+    padded = pad_borders(borders)
+    count = len(padded) - 1
+    assert count & (count - 1) == 0
+    assert len(lengths) <= count < 2 * len(lengths)
+    assert padded.dtype == np.int32
+    assert padded[: len(borders)].tolist() == borders.tolist()
+    assert not np.diff(padded[len(borders) - 1 :]).any()
+
+
+def test_borders_are_not_padded_past_what_cuda_takes() -> None:
+    assert len(pad_borders(np.arange(40_001, dtype=np.int32))) - 1 == 65_535
+    assert len(pad_borders(np.arange(70_001, dtype=np.int32))) - 1 == 70_000

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import XLMRobertaModel
 
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.heads import compute_embeddings, pool_rows
-from m3cli.encoder.model import load_model, run_model
+from m3cli.encoder.model import OCTAVE_STEPS, TOKEN_STEP, fill_up, load_model, run_model
 from m3cli.errors import ModelError
 from m3cli.records import Batch
 
@@ -136,3 +138,19 @@ def test_cut_off_weights_are_named(tiny_m3: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes((tiny_m3 / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(ModelError, match="download the checkpoint again"):
         load_model(read_checkpoint(folder), device="cpu", dtype="float32")
+
+
+@given(st.integers(1, 300_000))
+def test_batches_are_filled_up_a_little(num_tokens: int) -> None:
+    for device in ("cpu", "cuda"):
+        filled = fill_up(num_tokens, device=torch.device(device))
+        assert filled % TOKEN_STEP == 0
+        added = filled - num_tokens
+        assert 0 <= added < (TOKEN_STEP if device == "cpu" else max(TOKEN_STEP, num_tokens / OCTAVE_STEPS))
+
+
+def test_on_cuda_full_batches_have_one_size_and_all_have_few() -> None:
+    sizes = [fill_up(num_tokens, device=torch.device("cuda")) for num_tokens in range(1, 65_537)]
+    assert set(sizes[-4096:]) == {65_536}
+    assert len(set(sizes)) == 1024 // TOKEN_STEP + 6 * OCTAVE_STEPS, "those to 1,024, and six octaves"
+    assert sorted(sizes) == sizes

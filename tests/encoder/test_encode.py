@@ -1,0 +1,202 @@
+"""Batches launched ahead, run here on a CPU: the order of what happens is the same there as on CUDA."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from m3cli.encoder import encode as encoding
+from m3cli.encoder.checkpoint import read_checkpoint
+from m3cli.encoder.encode import NOT_A_NUMBER, OUT_OF_MEMORY, BatchEncoder, FailedRow
+from m3cli.encoder.model import Model, load_model
+from m3cli.encoder.model import run_model as real_run_model
+from m3cli.records import Batch, Embeddings
+from tests.encoder.test_model import SPECIALS, pack
+
+POISON = 77
+"a token whose embedding is no number in the model of these tests"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_m3: Path) -> Model:
+    return load_model(read_checkpoint(tiny_m3), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def broken(model: Model) -> Model:
+    words = model.word_embeddings.clone()
+    words[POISON] = torch.nan
+    return replace(model, word_embeddings=words)
+
+
+def make_encoder(model: Model, *, ahead: int | None, load_float32: Callable[[], Model] | None = None) -> BatchEncoder:
+    encoder = BatchEncoder(
+        model,
+        outputs=("dense", "sparse", "colbert"),
+        special_ids=SPECIALS,
+        colbert_weights=True,
+        load_float32=load_float32,
+    )
+    if ahead is not None:
+        encoder.ahead = ahead
+    return encoder
+
+
+def make_batches(*lengths: list[int], poisoned: frozenset[int] = frozenset()) -> list[Batch]:
+    """Batches of rows of these lengths, numbered through; a poisoned row has the token in it."""
+    batches, number = [], 0
+    for group in lengths:
+        numbers = np.arange(number, number + len(group))
+        rows = [[0, *range(100 + row, 98 + row + length), 2] for row, length in zip(numbers, group, strict=True)]
+        for place in np.flatnonzero(np.isin(numbers, list(poisoned))):
+            rows[place][1] = POISON
+        batches.append(replace(pack(*rows), rows=numbers))
+        number += len(group)
+    return batches
+
+
+def list_rows(made: list[Embeddings | FailedRow]) -> list[int]:
+    return [row for each in made for row in ([each.row] if isinstance(each, FailedRow) else each.rows.tolist())]
+
+
+def assert_same(one: Embeddings | FailedRow, other: Embeddings | FailedRow) -> None:
+    if isinstance(one, FailedRow):
+        assert one == other
+        return
+    assert isinstance(other, Embeddings)
+    assert one.rows.tolist() == other.rows.tolist()
+    for name in ("dense_vecs", "lexical_weights", "colbert_vecs"):
+        for left, right in zip(list_arrays(getattr(one, name)), list_arrays(getattr(other, name)), strict=True):
+            assert left.dtype == right.dtype
+            assert left.tobytes() == right.tobytes()
+
+
+def list_arrays(held: Any) -> list[np.ndarray]:
+    if isinstance(held, np.ndarray):
+        return [held]
+    return [value for name in held.__slots__ if (value := getattr(held, name)) is not None]
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_batches_ahead_give_the_same_rows_in_the_same_order(broken: Model, ahead: int) -> None:
+    batches = make_batches([30, 20], [9], [8, 7, 7, 3], [3], [3, 3], poisoned=frozenset({2, 4, 9}))
+    usual = [made for batch in batches for made in make_encoder(broken, ahead=None).encode(batch)]
+    assert list_rows(usual) == [0, 1, 2, 3, 5, 6, 4, 7, 8, 9]
+    assert [made.reason for made in usual if isinstance(made, FailedRow)] == [NOT_A_NUMBER] * 3
+    other = list(make_encoder(broken, ahead=ahead).encode_all(iter(batches)))
+    assert len(usual) == len(other)
+    for one, two in zip(usual, other, strict=True):
+        assert_same(one, two)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "events"),
+    [
+        (0, ["pack 0", "launch 0", "0", "pack 1", "launch 1", "1", "pack 2", "launch 2", "2"]),
+        (1, ["pack 0", "launch 0", "pack 1", "launch 1", "0", "pack 2", "launch 2", "1", "2"]),
+    ],
+)
+def test_the_next_batch_is_launched_before_one_is_collected(
+    model: Model, ahead: int, events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def run_model(model: Any, batch: Batch) -> Any:
+        seen.append(f"launch {batch.rows[0]}")
+        return real_run_model(model, batch)
+
+    def watch(batches: list[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            seen.append(f"pack {batch.rows[0]}")
+            yield batch
+
+    monkeypatch.setattr(encoding, "run_model", run_model)
+    for made in make_encoder(model, ahead=ahead).encode_all(watch(make_batches([9], [8], [7]))):
+        assert isinstance(made, Embeddings)
+        seen.append(f"{made.rows[0]}")
+    assert seen == events
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_where_memory_runs_out_halves_come_in_their_place(
+    model: Model, ahead: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = []
+
+    def run_model(model: Any, batch: Batch) -> Any:
+        tried.append(len(batch.input_ids))
+        if len(batch.input_ids) > 25:
+            raise torch.OutOfMemoryError("injected")
+        return real_run_model(model, batch)
+
+    monkeypatch.setattr(encoding, "run_model", run_model)
+    encoder = make_encoder(model, ahead=ahead)
+    with caplog.at_level(logging.WARNING):
+        made = list(encoder.encode_all(make_batches([20], [10, 10, 10, 10], [26], [9, 9, 9], [5, 5])))
+    assert list_rows(made) == list(range(11))
+    assert encoder.max_tokens == 20
+    assert tried == [20, 40, 20, 20, *[26] * (1 + ahead), 18, 9, 10]
+    assert [record.message for record in caplog.records] == [
+        "out of memory with a batch of 40 tokens; from here on batches have at most 20"
+    ]
+    (failed,) = (each for each in made if isinstance(each, FailedRow))
+    assert (failed.row, failed.reason) == (5, OUT_OF_MEMORY)
+
+
+def test_a_row_that_fits_alone_is_tried_again_when_nothing_waits(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting: list[int] = []
+
+    def run_model(model: Any, batch: Batch) -> Any:
+        if len(batch.input_ids) == 30 and waiting:
+            raise torch.OutOfMemoryError("injected")
+        waiting.append(int(batch.rows[0]))
+        return real_run_model(model, batch)
+
+    monkeypatch.setattr(encoding, "run_model", run_model)
+    made = []
+    for each in make_encoder(model, ahead=1).encode_all(make_batches([9], [30], [8])):
+        made.append(each)
+        assert isinstance(each, Embeddings)
+        waiting.remove(int(each.rows[0]))
+    assert list_rows(made) == [0, 1, 2]
+
+
+def test_rows_that_are_no_numbers_are_made_in_float32_while_others_wait(model: Model, broken: Model) -> None:
+    batches = make_batches([9, 8], [7, 6], [5], poisoned=frozenset({1, 2, 4}))
+    encoder = make_encoder(broken, ahead=1, load_float32=lambda: model)
+    made = list(encoder.encode_all(batches))
+    assert list_rows(made) == [0, 1, 3, 2, 4]
+    whole = make_encoder(model, ahead=0)
+    expected = [
+        each
+        for batch in make_batches([9], [8], [7], [6], [5], poisoned=frozenset({1, 2, 4}))
+        for each in whole.encode(batch)
+    ]
+    for each in made:
+        assert isinstance(each, Embeddings)
+        (row,) = each.rows
+        same = expected[row]
+        assert isinstance(same, Embeddings)
+        assert each.dense_vecs is not None
+        assert same.dense_vecs is not None
+        np.testing.assert_allclose(each.dense_vecs.astype(np.float32), same.dense_vecs.astype(np.float32), atol=1e-3)
+
+
+def test_a_cpu_keeps_nothing_waiting(model: Model) -> None:
+    taken = []
+
+    def watch() -> Iterator[Batch]:
+        for batch in make_batches([9], [8]):
+            taken.append(int(batch.rows[0]))
+            yield batch
+
+    rows = make_encoder(model, ahead=None).encode_all(watch())
+    next(rows)
+    assert taken == [0]
