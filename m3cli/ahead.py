@@ -1,19 +1,23 @@
-"""The one place with threads: an iterator run ahead of its reader.
+"""The one place with threads: an iterator run ahead of its reader, and work on items done in several lanes at once.
 
-An error in the thread is raised where items are read. Leaving the reader early (an exception, Ctrl-C, `close()`) stops
-the thread after the item it is at, closes the inner iterator there, and waits for both. A thread that is not through
-with its item after `PATIENCE` is left behind, for a process that was told to stop must: `has_stragglers` tells.
+An error in a thread is raised where items are read. Leaving the reader early (an exception, Ctrl-C, `close()`) stops
+each thread after the item it is at, closes the inner iterator, and waits for all. A thread that is not through with its
+item after `PATIENCE` is left behind, for a process that was told to stop must: `has_stragglers` tells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from queue import Empty, Full, Queue
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
+from queue import Empty, Full, Queue, SimpleQueue
 from threading import Event, Thread
 from threading import enumerate as list_threads
 from typing import TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 _GLANCE = 0.1
 "seconds between two looks at whether the other side has gone; a handed-over item wakes its waiter at once"
@@ -47,6 +51,37 @@ def run_ahead(items: Iterator[T], *, depth: int, name: str) -> Generator[T, None
         thread.join(PATIENCE)
 
 
+def map_lanes(work: Callable[[T], R], items: Iterable[T], *, lanes: int, name: str) -> Generator[R, None, None]:
+    """Yield `work(item)` for each item, in order, done by `lanes` threads at once.
+
+    Items are taken where results are read, no more than keep each thread busy and give it one to go on with.
+    """
+    tasks: SimpleQueue[tuple[Future[R], T] | None] = SimpleQueue()
+    threads = [
+        _Runner(target=_work_off, args=(work, tasks), name=f"{name} {lane}", daemon=True) for lane in range(lanes)
+    ]
+    for thread in threads:
+        thread.start()
+    waiting = deque[Future[R]]()
+    try:
+        for item in items:
+            result = Future[R]()
+            tasks.put((result, item))
+            waiting.append(result)
+            if len(waiting) == 2 * lanes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for result in waiting:
+            result.cancel()
+        for _ in threads:
+            tasks.put(None)
+        deadline = time.monotonic() + PATIENCE
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
 def has_stragglers() -> bool:
     """Whether a thread was left behind in the middle of an item."""
     return any(isinstance(thread, _Runner) for thread in list_threads())
@@ -69,6 +104,18 @@ def _fill(items: Iterator[T], queue: Queue[T | _End | BaseException], stop: Even
         if close is not None:
             close()
         _put(queue, last, stop)
+
+
+def _work_off(work: Callable[[T], R], tasks: SimpleQueue[tuple[Future[R], T] | None]) -> None:
+    while (task := tasks.get()) is not None:
+        result, item = task
+        if not result.set_running_or_notify_cancel():
+            continue
+        try:
+            result.set_result(work(item))
+        except BaseException as error:
+            result.set_exception(error)
+        del task, result, item  # or the last of them would be kept until the next comes
 
 
 def _put(queue: Queue[T | _End | BaseException], item: T | _End | BaseException, stop: Event) -> bool:

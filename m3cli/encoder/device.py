@@ -14,6 +14,8 @@ from m3cli.errors import UsageError
 
 _CPU_BATCH_TOKENS = 4096
 "queries, keys and values of 8,192 tokens, 48 MiB, would be mapped anew in each layer: see INNER_ROWS in model.py"
+MOST_LANES = 4
+"each has a batch's activations, some 100 MiB at the width of BGE-M3"
 _GPU_BATCH_TOKENS = ((40 << 30, 65536), (20 << 30, 32768), (0, 16384))
 "(bytes of GPU memory from, tokens)"
 
@@ -81,6 +83,17 @@ def auto_threads() -> int:
 def set_threads(threads: int) -> None:
     """Use so many threads for matmuls on a CPU."""
     torch.set_num_threads(threads)
+
+
+def plan_lanes(threads: int, *, device: str) -> int:
+    """Return how many batches go through the model at once, each with an equal share of the threads.
+
+    Between one matmul and the next a batch has work for a single thread (packing, layout, the heads' ends), which
+    other lanes fill with theirs. On a GPU the next batch is launched ahead instead.
+    """
+    if device.startswith("cuda"):
+        return 1
+    return next(lanes for lanes in range(MOST_LANES, 0, -1) if lanes <= threads and threads % lanes <= 1)
 
 
 def peak_device_bytes(device: str) -> int:

@@ -2,7 +2,8 @@
 
 A batch is launched, which queues all its work on the device and waits for none of it, and collected. On CUDA one batch
 is launched before the one before it is collected, so that the device always has work while the host looks at what came
-back, hands it over and packs the next. A CPU does the work as it is launched, so there nothing waits.
+back, hands it over and packs the next. A CPU does the work as it is launched; there several batches may go through the
+model at once, each in a thread that takes its share of the cores.
 
 A row that comes out of neither is data like any other: it is given back as failed, with its reason.
 """
@@ -11,8 +12,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import tee
 
 import numpy as np
 import torch
@@ -44,6 +47,10 @@ class FailedRow:
     detail: str
 
 
+Spread = Callable[[Callable[[Batch], "_Made | None"], Iterable[Batch]], Generator["_Made | None"]]
+"calls a function for each of some batches, several at once, and yields what it returns, in order"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Launched:
     """A batch whose work is queued on the device."""
@@ -51,6 +58,16 @@ class _Launched:
     batch: Batch
     outputs: Fetched
     "what `run_heads` makes, and `finite` [N]: whether a token's state holds numbers only"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    """What came of a batch."""
+
+    batch: Batch
+    embeddings: Embeddings
+    whole: NDArray[np.bool_]
+    "[B] whether a row holds numbers only"
 
 
 class BatchEncoder:
@@ -75,6 +92,8 @@ class BatchEncoder:
         "of a batch of several rows; None until the device's memory has run out"
         self.ahead = int(model.device.type == "cuda")
         "batches that are launched before the first of them is collected"
+        self.spread: Spread | None = None
+        "None: batches go one after the other"
         self._wanted = Wanted(
             outputs=outputs,
             special_ids=special_ids,
@@ -92,6 +111,20 @@ class BatchEncoder:
 
     def encode_all(self, batches: Iterable[Batch]) -> Iterator[Embeddings | FailedRow]:
         """Yield the rows of batches, in order, as `encode` does; the device goes on while they are looked at."""
+        if self.spread is None:
+            yield from self._encode_in_turn(batches)
+            return
+        batches, ahead = tee(batches)
+        with closing(self.spread(self._run, ahead)) as results:
+            for batch, made in zip(batches, results, strict=True):
+                yield from self._encode_in_turn((batch,)) if made is None else self._repair(made)
+
+    def _run(self, batch: Batch) -> _Made | None:
+        """Return what comes of a batch; None: memory ran out."""
+        launched = self._launch(self.model, batch)
+        return None if launched is None else _collect(launched)
+
+    def _encode_in_turn(self, batches: Iterable[Batch]) -> Iterator[Embeddings | FailedRow]:
         waiting = deque[_Launched]()
         for batch in batches:
             left = [batch]  # the next last
@@ -148,18 +181,18 @@ class BatchEncoder:
     def _collect_all(self, waiting: deque[_Launched], *, but: int = 0) -> Iterator[Embeddings | FailedRow]:
         """Yield the rows of the batches that wait, first to last, all but the last `but` of them."""
         while len(waiting) > but:
-            yield from self._repair(*_collect(waiting.popleft()))
+            yield from self._repair(_collect(waiting.popleft()))
 
-    def _repair(self, batch: Batch, made: Embeddings, whole: NDArray[np.bool_]) -> Iterator[Embeddings | FailedRow]:
+    def _repair(self, made: _Made) -> Iterator[Embeddings | FailedRow]:
         """Yield the rows that hold numbers only, and each other row again on its own, in float32."""
-        if whole.all():
-            yield made
+        if made.whole.all():
+            yield made.embeddings
             return
-        good = np.flatnonzero(whole)
+        good = np.flatnonzero(made.whole)
         if len(good):
-            yield pick_rows(made, good, rows=made.rows[good])
-        for place in np.flatnonzero(~whole).tolist():
-            yield self._encode_exactly(_single_out(batch, place))
+            yield pick_rows(made.embeddings, good, rows=made.embeddings.rows[good])
+        for place in np.flatnonzero(~made.whole).tolist():
+            yield self._encode_exactly(_single_out(made.batch, place))
 
     def _encode_exactly(self, batch: Batch) -> Embeddings | FailedRow:
         detail = f"NaN or infinity in {_name(self.model.dtype)}"
@@ -175,9 +208,9 @@ class BatchEncoder:
             if launched is None:
                 torch.cuda.empty_cache()
                 return _lacks_memory(batch, torch.float32, self.model.device)
-            _, made, whole = _collect(launched)
-            if whole.all():
-                return made
+            made = _collect(launched)
+            if made.whole.all():
+                return made.embeddings
         return FailedRow(row=int(batch.rows[0]), reason=NOT_A_NUMBER, detail=detail)
 
 
@@ -201,11 +234,11 @@ def encode_batch(
         yield made
 
 
-def _collect(launched: _Launched) -> tuple[Batch, Embeddings, NDArray[np.bool_]]:
-    """Wait for a batch, and return it, its embeddings, and which of its rows [B] hold numbers only."""
+def _collect(launched: _Launched) -> _Made:
+    """Wait for a batch, and return what came of it."""
     outputs, batch = launched.outputs.wait(), launched.batch
     made = build_embeddings(batch, outputs)
-    return batch, made, _find_whole_rows(outputs["finite"], made, batch)
+    return _Made(batch=batch, embeddings=made, whole=_find_whole_rows(outputs["finite"], made, batch))
 
 
 def _find_whole_rows(finite: NDArray[np.bool_], made: Embeddings, batch: Batch) -> NDArray[np.bool_]:

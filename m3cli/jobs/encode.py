@@ -179,9 +179,15 @@ def encode(
     with watch.count("loading"):
         machine.set_threads(run.threads)
         model = load_model(checkpoint, device=device, dtype=meaning.dtype)
+        lanes = machine.plan_lanes(run.threads, device=device)
+        machine.set_threads(run.threads // lanes)
     load_float32 = partial(load_model, checkpoint, device=device, dtype="float32")
     encoder = stages.make_encoder(
-        model, tokenizer, meaning=meaning, load_float32=load_float32 if meaning.dtype != "float32" else None
+        model,
+        tokenizer,
+        meaning=meaning,
+        load_float32=load_float32 if meaning.dtype != "float32" else None,
+        lanes=lanes,
     )
     work.stop.check()
     progress.start(shards_todo=todo)

@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from m3cli.ahead import map_lanes
 from m3cli.config import Meaning
 from m3cli.corpus.rows import ROW_HEAD_BYTES
 from m3cli.encoder.batcher import WINDOW_BYTES, batch_rows, count_with_added, pack_rows, plan_windows
@@ -108,11 +109,16 @@ def refuse_hopeless(text: ShardText) -> None:
 
 
 def make_encoder(
-    model: Model, tokenizer: Tokenizer, *, meaning: Meaning, load_float32: Callable[[], Model] | None = None
+    model: Model,
+    tokenizer: Tokenizer,
+    *,
+    meaning: Meaning,
+    load_float32: Callable[[], Model] | None = None,
+    lanes: int = 1,
 ) -> BatchEncoder:
     """Make the encoder that a folder's rows go through; what is merged or compressed later leaves it in float32."""
     form = meaning.colbert_form
-    return BatchEncoder(
+    encoder = BatchEncoder(
         model,
         outputs=meaning.outputs,
         special_ids=tokenizer.special_ids,
@@ -122,6 +128,9 @@ def make_encoder(
         mcls=meaning.mcls,
         load_float32=load_float32,
     )
+    if lanes > 1:
+        encoder.spread = partial(map_lanes, lanes=lanes, name="encoding")
+    return encoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from m3cli.ahead import map_lanes
 from m3cli.encoder import encode as encoding
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.encode import NOT_A_NUMBER, OUT_OF_MEMORY, BatchEncoder, FailedRow
@@ -94,6 +96,31 @@ def test_batches_ahead_give_the_same_rows_in_the_same_order(broken: Model, ahead
     assert len(usual) == len(other)
     for one, two in zip(usual, other, strict=True):
         assert_same(one, two)
+
+
+def test_batches_side_by_side_give_the_same_rows_in_the_same_order(broken: Model) -> None:
+    batches = make_batches([30, 20], [9], [8, 7, 7, 3], [3], [3, 3], poisoned=frozenset({2, 4, 9}))
+    usual = list(make_encoder(broken, ahead=None).encode_all(batches))
+    encoder = make_encoder(broken, ahead=None)
+    encoder.spread = partial(map_lanes, lanes=3, name="test")
+    for one, two in zip(usual, encoder.encode_all(iter(batches)), strict=True):
+        assert_same(one, two)
+
+
+def test_a_batch_that_memory_does_not_hold_goes_in_halves_when_its_turn_comes(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_model(model: Any, batch: Batch) -> Any:
+        if len(batch.input_ids) > 25:
+            raise torch.OutOfMemoryError("injected")
+        return real_run_model(model, batch)
+
+    monkeypatch.setattr(encoding, "run_model", run_model)
+    encoder = make_encoder(model, ahead=None)
+    encoder.spread = partial(map_lanes, lanes=2, name="test")
+    made = list(encoder.encode_all(make_batches([20], [10, 10, 10, 10], [26], [9, 9, 9], [5, 5])))
+    assert list_rows(made) == list(range(11))
+    assert [each.row for each in made if isinstance(each, FailedRow)] == [5]
 
 
 @pytest.mark.parametrize(

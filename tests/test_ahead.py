@@ -1,0 +1,121 @@
+"""Threads: items in order, errors where they are read, and nothing left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from m3cli.ahead import has_stragglers, map_lanes, run_ahead
+
+
+class Broken(Exception):
+    """Raised by the work."""
+
+
+@given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 5))
+def test_lanes_give_results_in_order_whichever_is_ready_first(pauses: list[int], lanes: int) -> None:
+    def work(item: tuple[int, int]) -> int:
+        time.sleep(item[1] / 2000)
+        return item[0]
+
+    assert list(map_lanes(work, enumerate(pauses), lanes=lanes, name="test")) == list(range(len(pauses)))
+    assert not has_stragglers()
+
+
+def test_all_lanes_work_at_once() -> None:
+    meeting = threading.Barrier(3)
+    assert len(list(map_lanes(lambda _: meeting.wait(timeout=60), range(6), lanes=3, name="test"))) == 6
+
+
+def test_no_more_is_taken_than_the_lanes_need() -> None:
+    taken = []
+
+    def items() -> Iterator[int]:
+        for item in range(100):
+            taken.append(item)
+            yield item
+
+    results = map_lanes(lambda item: item, items(), lanes=3, name="test")
+    assert (next(results), len(taken)) == (0, 6)
+    assert (next(results), len(taken)) == (1, 7)
+    results.close()
+    assert len(taken) == 7
+    assert not has_stragglers()
+
+
+def test_an_error_comes_in_the_place_of_its_item() -> None:
+    def work(item: int) -> int:
+        if item == 4:
+            raise Broken
+        return item
+
+    results = map_lanes(work, range(20), lanes=2, name="test")
+    assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(Broken):
+        next(results)
+    assert not has_stragglers()
+
+
+def test_an_error_of_the_items_comes_through_and_ends_the_lanes() -> None:
+    def items() -> Iterator[int]:
+        yield from range(3)
+        raise Broken
+
+    with pytest.raises(Broken):
+        list(map_lanes(lambda item: item, items(), lanes=2, name="test"))
+    assert not has_stragglers()
+
+
+def test_what_was_not_begun_when_the_reader_left_is_not_done() -> None:
+    begun, gate = [], threading.Event()
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item > 0:
+            gate.wait(60)
+        return item
+
+    results = map_lanes(work, range(100), lanes=2, name="test")
+    assert next(results) == 0
+    while len(begun) < 3:
+        time.sleep(0.001)
+    threading.Timer(0.05, gate.set).start()
+    results.close()
+    assert sorted(begun) == [0, 1, 2]
+    assert not has_stragglers()
+
+
+def test_a_thread_runs_ahead_of_its_reader_and_stops_with_it() -> None:
+    taken, closed = [], []
+
+    def items() -> Iterator[int]:
+        try:
+            for item in range(100):
+                taken.append(item)
+                yield item
+        finally:
+            closed.append(True)
+
+    ahead = run_ahead(items(), depth=2, name="test")
+    assert next(ahead) == 0
+    while len(taken) < 4:
+        time.sleep(0.001)
+    ahead.close()
+    assert (len(taken), closed) == (4, [True])
+    assert not has_stragglers()
+
+
+def test_an_error_ahead_is_raised_where_items_are_read() -> None:
+    def items() -> Iterator[int]:
+        yield 0
+        raise Broken
+
+    ahead = run_ahead(items(), depth=1, name="test")
+    assert next(ahead) == 0
+    with pytest.raises(Broken):
+        next(ahead)
