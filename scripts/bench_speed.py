@@ -77,9 +77,15 @@ CONTENDERS = (
 )
 
 
-def run_all(contest: Contest, contenders: Sequence[Contender]) -> dict[str, list[Found] | str]:
-    """Measure every setting of every contender."""
-    return {setting: contest.measure(setting) for contender in contenders for setting in contender.settings}
+def run_all(contest: Contest, contenders: Sequence[Contender], *, rounds: int) -> dict[str, list[Found] | str]:
+    """Measure every setting of every contender in each round; the fastest run of each counts."""
+    best: dict[str, list[Found] | str] = {}
+    for setting in [setting for _ in range(rounds) for contender in contenders for setting in contender.settings]:
+        found, before = contest.measure(setting), best.get(setting)
+        if isinstance(before, list) and (isinstance(found, str) or before[0].seconds <= found[0].seconds):
+            continue
+        best[setting] = found
+    return best
 
 
 def pick_best(contender: Contender, found: Mapping[str, list[Found] | str]) -> tuple[str, Found] | str:
@@ -154,6 +160,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("--corpus", required=True, type=Path)
     parser.add_argument("--documents", type=int, default=600)
+    parser.add_argument("--paragraphs", action="store_true", help="measure on paragraphs of the documents")
+    parser.add_argument("--rounds", type=int, default=1, help="the fastest run of each setting counts")
     parser.add_argument("--only", help="contenders whose name has one of these words, comma-separated")
     parser.add_argument("--cache", type=Path, default=WORK, help="for ONNX exports")
     parser.add_argument("--json", type=Path)
@@ -167,14 +175,14 @@ def main() -> None:
     words = options.only.split(",") if options.only else [""]
     contenders = [each for each in CONTENDERS if any(word in each.label for word in words)]
     checkpoint = read_checkpoint(options.model)
-    texts = read_texts(options.corpus, options.documents)
+    texts = read_texts(options.corpus, options.documents, paragraphs=options.paragraphs)
     group = make_group(texts, load_tokenizer(checkpoint).backend, max_length=checkpoint.default_max_length)
     shape = read_shape(options.model)
     flops = count_flops(shape, group.lengths)
     contest = Contest(options.model, [group], cache=options.cache)
     before = contest.ask("matmul")
     tokenizer = contest.measure("tokenizer")
-    found = run_all(contest, contenders)
+    found = run_all(contest, contenders, rounds=options.rounds)
     after = contest.ask("matmul")
     matmul = {dtype: max(rate, after[dtype]) for dtype, rate in before.items()}
     rows: dict[str, dict[str, Any] | str] = {}

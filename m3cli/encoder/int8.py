@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812  torch's own convention
 
 LEVELS = 127
 "each side of zero"
@@ -46,11 +45,13 @@ class Int8Linear:
         made = torch.ops.onednn.qlinear_pointwise(
             quantised, 1.0, zero_point, self.weight, self.scale, self.zero, None, 1.0, 0, states.dtype, "none", [], ""
         )
-        return torch.addcmul(self.bias, made, scale.to(states.dtype))
+        mapped: torch.Tensor = torch.addcmul(self.bias, made, scale.to(states.dtype), out=made)
+        return mapped
 
     def apply_gelu(self, states: torch.Tensor) -> torch.Tensor:
         """Map [N, in] to [N, out], then gelu (the exact one, with erf)."""
-        return F.gelu(self.apply(states))
+        mapped: torch.Tensor = torch.ops.aten.gelu_(self.apply(states))
+        return mapped
 
     def apply_add(self, states: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
         """Map [N, in] to [N, out], then add [N, out]."""
@@ -58,16 +59,16 @@ class Int8Linear:
 
     def _quantise(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Return states [N, in] as uint8, the scale [N, 1] float32 of each row, and the zero point of all."""
-        exact = states.float() if states.dtype != torch.float32 else states.clone()
-        largest = exact.amax(-1, keepdim=True)
+        largest = states.amax(-1, keepdim=True).float()
         if self.shift:
-            exact.add_(self.shift)
             scale, zero_point = (largest + self.shift) / (2 * LEVELS + 1), 0
         else:
-            scale, zero_point = torch.maximum(largest, -exact.amin(-1, keepdim=True)) / LEVELS, ZERO_POINT
-        scale.clamp_(min=_SMALLEST)
+            scale = torch.maximum(largest, -states.amin(-1, keepdim=True).float()) / LEVELS
+            zero_point = ZERO_POINT
+        steps = scale.clamp_(min=_SMALLEST).reciprocal()
         # The conversion cuts off, hence the half.
-        return exact.mul_(scale.reciprocal()).add_(zero_point + 0.5).to(torch.uint8), scale, zero_point
+        levels = torch.addcmul(steps * self.shift + (zero_point + 0.5), states.float(), steps)
+        return levels.to(torch.uint8), scale, zero_point
 
 
 def make_int8_linear(weight: torch.Tensor, bias: torch.Tensor, *, dtype: torch.dtype, behind_gelu: bool) -> Int8Linear:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
+from m3cli.ahead import map_lanes
 from m3cli.config import Dtype
 from m3cli.encoder.batcher import pack_batches
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
-from m3cli.encoder.device import auto_batch_tokens
-from m3cli.encoder.encode import encode_batch
+from m3cli.encoder.device import auto_batch_tokens, auto_threads, plan_lanes, set_threads
+from m3cli.encoder.encode import BatchEncoder, FailedRow
 from m3cli.encoder.model import TOKEN_STEP, load_model
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.encoder.window import order_rows
@@ -26,13 +28,18 @@ OUTPUTS: tuple[Output, ...] = ("dense", "sparse", "colbert")
 def load_m3(folder: Path, dtype: str) -> Runner:
     """Return a run of tokenising, batching, encoding (all three outputs) and ordering, one after the other.
 
-    `m3 encode` does all but encoding in threads beside it; here nothing is hidden.
+    Batches go side by side as `m3 encode` has them go; it does all else in threads beside that, here nothing is hidden.
     """
     checkpoint = read_checkpoint(folder)
     tokenizer = load_tokenizer(checkpoint)
     model = load_model(checkpoint, device="cpu", dtype=cast("Dtype", dtype))
     cutting = Cutting(max_length=checkpoint.default_max_length, long_docs="truncate")
     budget = auto_batch_tokens("cpu")
+    encoder = BatchEncoder(model, outputs=OUTPUTS, special_ids=tokenizer.special_ids)
+    threads = auto_threads()
+    lanes = plan_lanes(threads, device="cpu")
+    set_threads(threads // lanes)
+    encoder.spread = partial(map_lanes, lanes=lanes, name="encoding")
 
     def run(group: Group) -> Made:
         clock = [time.perf_counter()]
@@ -40,11 +47,7 @@ def load_m3(folder: Path, dtype: str) -> Runner:
         clock.append(time.perf_counter())
         batches = list(pack_batches(chunks, start=0, stop=chunks.num_rows, max_batch_tokens=budget))
         clock.append(time.perf_counter())
-        parts = [
-            part
-            for batch in batches
-            for part in encode_batch(model, batch, outputs=OUTPUTS, special_ids=tokenizer.special_ids)
-        ]
+        parts = [part for part in encoder.encode_all(batches) if not isinstance(part, FailedRow)]
         clock.append(time.perf_counter())
         order_rows(parts, start=0, stop=chunks.num_rows)
         clock.append(time.perf_counter())

@@ -15,10 +15,14 @@ SHORTEST = 40
 "characters; corpora hold many headings of a word or two"
 
 
-def read_texts(path: Path, count: int | None = None) -> list[str]:
-    """Read texts of a JSONL corpus that are no mere phrases: all, or `count` spread over the file."""
+def read_texts(path: Path, count: int | None = None, *, paragraphs: bool = False) -> list[str]:
+    """Read texts of a JSONL corpus that are no mere phrases, or their paragraphs: all, or `count` spread over them."""
     rows = [orjson.loads(line) for line in path.read_bytes().splitlines()]
-    texts = [f"{row.get('title') or ''}\n{row['text']}".strip() for row in rows if len(row["text"]) >= SHORTEST]
+    if paragraphs:
+        pieces = (piece.strip() for row in rows for piece in row["text"].split("\n\n"))
+        texts = [piece for piece in pieces if len(piece) >= SHORTEST]
+    else:
+        texts = [f"{row.get('title') or ''}\n{row['text']}".strip() for row in rows if len(row["text"]) >= SHORTEST]
     if count is None:
         return texts
     step = max(1, len(texts) // count)
