@@ -2,7 +2,8 @@
 
 An error in a thread is raised where items are read. Leaving the reader early (an exception, Ctrl-C, `close()`) stops
 each thread after the item it is at, closes the inner iterator, and waits for all. A thread that is not through with its
-item after `PATIENCE` is left behind, for a process that was told to stop must: `has_stragglers` tells.
+item after `PATIENCE` is left behind, for a process that was told to stop must: `has_stragglers` tells. With a large
+model on a slow CPU that is the rule: a batch takes longer.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ def map_lanes(work: Callable[[T], R], items: Iterable[T], *, lanes: int, name: s
     threads = [
         _Runner(target=_work_off, args=(work, tasks), name=f"{name} {lane}", daemon=True) for lane in range(lanes)
     ]
-    for thread in threads:
-        thread.start()
     waiting = deque[Future[R]]()
     try:
+        for thread in threads:
+            thread.start()
         for item in items:
             result = Future[R]()
             tasks.put((result, item))
@@ -79,7 +80,8 @@ def map_lanes(work: Callable[[T], R], items: Iterable[T], *, lanes: int, name: s
             tasks.put(None)
         deadline = time.monotonic() + PATIENCE
         for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.ident is not None:  # it was started
+                thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def has_stragglers() -> bool:

@@ -17,6 +17,7 @@ an exception.
 
 from __future__ import annotations
 
+import os
 from typing import ClassVar
 
 EXIT_DONE = 0
@@ -92,3 +93,18 @@ class Stopped(M3Error):
     """Stopped with work left: run the same command again."""
 
     exit_code: ClassVar[int] = 75
+
+
+def refuse_unreachable(path: str | os.PathLike[str], error: type[M3Error]) -> None:
+    """Refuse what the system does not even look at (no permission, a name too long); what is not there is no fault.
+
+    Raises:
+        M3Error: of the class `error`.
+    """
+    try:
+        os.stat(path)  # noqa: PTH116  Path.stat takes no name that is none
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as fault:
+        reason = fault.strerror if isinstance(fault, OSError) else str(fault)
+        raise error(f"{path} cannot be read: {reason}; check its name and who may read it") from fault

@@ -21,7 +21,7 @@ from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import PeekableStream, read_head
 from m3cli.corpus.trec import RUN_COLUMNS, split_run_line
 from m3cli.corpus.tsv import split_cells
-from m3cli.errors import CorpusError, UsageError
+from m3cli.errors import CorpusError, UsageError, refuse_unreachable
 from m3cli.records import Source
 
 PairsFormat = Literal["tsv", "csv", "jsonl", "parquet", "trec"]
@@ -79,6 +79,7 @@ def find_pairs(given: str, *, input_format: str = "auto", stdin: PeekableStream 
         raise UsageError(f"--input-format {input_format}: it is one of auto, {', '.join(get_args(PairsFormat))}")
     if given != "-":
         path = Path(given)
+        refuse_unreachable(path, CorpusError)
         if path.is_dir():
             raise UsageError(f"{given} is a folder: give one file of pairs, or '-' for standard input")
         if not path.exists():

@@ -10,7 +10,7 @@ A file that begins with '{' is JSON lines; else the first line tells how many co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -32,8 +32,9 @@ _REMEDY = (
     "or JSON lines with query_id and positive_passages (MLDR)"
 )
 
-_Judgement = tuple[str, str, int]
-_Parser = Callable[[str], Iterator[_Judgement]]
+_Judged = tuple[str, list[tuple[str, int]]]
+"a query, and documents with their relevance"
+_Parser = Callable[[str], _Judged]
 
 
 def read_qrels(given: str, *, stdin: PeekableStream | None = None) -> Judgements:
@@ -51,8 +52,9 @@ def read_qrels(given: str, *, stdin: PeekableStream | None = None) -> Judgements
     parse, is_header = _choose_parser(given, number, line)
     try:
         for number, line in lines if is_header else chain([head], lines):
-            for query, document, relevance in parse(line):
-                judged = judgements.setdefault(query, {})
+            query, found = parse(line)
+            judged = judgements.setdefault(query, {})
+            for document, relevance in found:
                 if judged.setdefault(document, relevance) != relevance:
                     raise CorpusError(
                         f"{given} line {number:,}: document {document[:80]!r} of query {query[:80]!r} has relevance "
@@ -81,14 +83,14 @@ def _choose_parser(given: str, number: int, line: str) -> tuple[_Parser, bool]:
     raise CorpusError(f"{given} line {number:,}: {len(cells)} columns without a known header; {_REMEDY}")
 
 
-def _parse_three(line: str) -> Iterator[_Judgement]:
+def _parse_three(line: str) -> _Judged:
     query, document, relevance = _take_cells(line, 3)
-    yield query, document, _read_relevance(relevance)
+    return query, [(document, _read_relevance(relevance))]
 
 
-def _parse_four(line: str) -> Iterator[_Judgement]:
+def _parse_four(line: str) -> _Judged:
     query, _, document, relevance = _take_cells(line, 4)
-    yield query, document, _read_relevance(relevance)
+    return query, [(document, _read_relevance(relevance))]
 
 
 def _take_cells(line: str, num_columns: int) -> list[str]:
@@ -98,20 +100,20 @@ def _take_cells(line: str, num_columns: int) -> list[str]:
     return cells
 
 
-def _parse_json(line: str) -> Iterator[_Judgement]:
+def _parse_json(line: str) -> _Judged:
     row = parse_json_line(line.encode())
     if isinstance(row, Fault):
         raise _NoJudgement(row.reason)
     query = _spell_id(_find(row, QUERY_NAMES))
     if "positive_passages" not in row:
-        yield query, _spell_id(_find(row, DOCUMENT_NAMES)), _read_relevance(_find(row, RELEVANCE_NAMES))
-        return
+        return query, [(_spell_id(_find(row, DOCUMENT_NAMES)), _read_relevance(_find(row, RELEVANCE_NAMES)))]
+    judged = []
     for name, relevance in _PASSAGES.items():
         passages = row.get(name) or []
         if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
             raise _NoJudgement(f"{name} is no list of objects")
-        for passage in passages:
-            yield query, _spell_id(_find(passage, DOCUMENT_NAMES)), relevance
+        judged += [(_spell_id(_find(passage, DOCUMENT_NAMES)), relevance) for passage in passages]
+    return query, judged
 
 
 def _find(row: dict[str, Any], names: tuple[str, ...]) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from m3cli.corpus.formats import REMEDIES, check_input_format, has_known_ending, identify, split_endings
 from m3cli.corpus.streams import PeekableStream
-from m3cli.errors import CorpusError, UsageError, is_utf8
+from m3cli.errors import CorpusError, UsageError, is_utf8, refuse_unreachable
 from m3cli.records import Source, SourceFormat
 
 ENDINGS_HINT = "files ending in .jsonl .ndjson .json .tsv .txt .text (also + .gz .zst) .parquet .pq are read"
@@ -51,6 +51,8 @@ def _find_stdin(inputs: Sequence[str], forced: SourceFormat | None, stdin: Peeka
 def _find_files(given: str) -> list[tuple[Path, Path]]:
     """Return the files of one input, each with the folder that its name is relative to."""
     path = Path(os.path.abspath(given))  # noqa: PTH100 -- Path.resolve would follow links, and name another file
+    if not glob.has_magic(given):
+        refuse_unreachable(path, CorpusError)
     if path.is_dir():
         if path.suffix == ".m3":
             raise CorpusError(f"{given} is a folder that m3 writes: give the corpus itself")

@@ -14,7 +14,7 @@ from pathlib import Path
 from m3cli.corpus.lines import BOM
 from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import BLOCK_BYTES, ByteStream, PeekableStream
-from m3cli.errors import CorpusError
+from m3cli.errors import CorpusError, refuse_unreachable
 from m3cli.records import Rankings
 
 RUN_COLUMNS = ("query_id", "Q0", "doc_id", "rank", "score", "tag")
@@ -66,6 +66,8 @@ def read_lines(given: str, *, stdin: PeekableStream | None = None) -> Iterator[t
         CorpusError: it cannot be read, or is not UTF-8.
     """
     path = Path(given)
+    if given != "-":
+        refuse_unreachable(path, CorpusError)
     if given != "-" and (path.is_dir() or (path.is_file() and path.stat().st_size == 0)):
         raise CorpusError(
             f"{given} is {'a folder' if path.is_dir() else 'empty'}; give a file, or '-' for standard input"

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from m3cli.encoder.transfer import send
+
 LENGTH_STEP = 16
 "tokens; lengths within it share a block and are padded to its end, for attention only"
 BLOCK_SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -141,9 +143,9 @@ def _lay_out_block(
     if not real.all():
         # Padding is a token of the same sequence: what is no number in one sequence stays there.
         stands = begins[:, None] + np.minimum(token, lengths[:, None] - 1)
-        places = torch.from_numpy(stands.reshape(-1)).to(device)
-        kept = torch.from_numpy(np.flatnonzero(real)).to(device)
-        mask = torch.from_numpy(np.where(real, 0.0, -math.inf)[:, None]).to(device, dtype)
+        places, kept, ends = send(device, stands.reshape(-1), np.flatnonzero(real), lengths)
+        beyond = torch.arange(length, device=device) >= ends[:, None]
+        mask = torch.zeros(beyond.shape, dtype=dtype, device=device).masked_fill_(beyond, -math.inf)[:, None]
     return Block(
         first=int(begins[0]),
         last=int(cu_seqlens[last]),

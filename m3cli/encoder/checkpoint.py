@@ -16,7 +16,7 @@ import orjson
 import xxhash
 
 from m3cli.config import MAX_LENGTH_CEILING, CheckpointIdentity
-from m3cli.errors import ModelError
+from m3cli.errors import ModelError, refuse_unreachable
 from m3cli.records import Output
 
 Pooling = Literal["cls", "mean", "lasttoken"]
@@ -74,6 +74,7 @@ def find_checkpoint(model: str, *, revision: str | None = None) -> Path:
         ModelError: neither a folder nor to be had from the hub.
     """
     folder = Path(model).expanduser()
+    refuse_unreachable(folder, ModelError)
     if folder.is_dir():
         return folder
     if folder.exists():

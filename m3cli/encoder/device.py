@@ -6,16 +6,23 @@ float32 elsewhere. int8 only where it is asked for: it is not quite the same num
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from m3cli.config import Dtype
 from m3cli.encoder.int8 import can_run_int8
 from m3cli.errors import UsageError
 
+BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+FLOAT16 = ("avx512_fp16", "amx_fp16", "fp16_arith")
+INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm")
+"instruction sets that multiply a dtype"
 _CPU_BATCH_TOKENS = 4096
 "queries, keys and values of 8,192 tokens, 48 MiB, would be mapped anew in each layer: see INNER_ROWS in model.py"
 MOST_LANES = 4
-"each has a batch's activations, some 100 MiB at the width of BGE-M3"
+"""each has a batch's activations, some 100 MiB at the width of BGE-M3; fixed, as the threads a lane has may decide the
+last bit of a sum, and with it a folder's bytes"""
 _GPU_BATCH_TOKENS = ((40 << 30, 65536), (20 << 30, 32768), (0, 16384))
 "(bytes of GPU memory from, tokens)"
 
@@ -45,7 +52,7 @@ def auto_dtype(device: str) -> Dtype:
     """Return the fastest dtype that keeps the model's quality on a device."""
     if device.startswith("cuda"):
         return "float16"
-    return "bfloat16" if _cpu_has_bfloat16() else "float32"
+    return "bfloat16" if cpu_has(BFLOAT16) else "float32"
 
 
 def resolve_dtype(dtype: Dtype | None, device: str) -> Dtype:
@@ -65,6 +72,12 @@ def state_dtype(dtype: Dtype) -> torch.dtype:
     """Return the dtype of hidden states: with int8, which is for weights and matmuls, the CPU's fastest other one."""
     found: torch.dtype = getattr(torch, auto_dtype("cpu") if dtype == "int8" else dtype)
     return found
+
+
+def is_emulated(dtype: torch.dtype, device: str) -> bool:
+    """Whether a CPU has no instructions to multiply a dtype, and float32 is faster on it."""
+    names = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}.get(dtype)
+    return names is not None and not device.startswith("cuda") and not cpu_has(names)
 
 
 def auto_batch_tokens(device: str) -> int:
@@ -101,6 +114,7 @@ def peak_device_bytes(device: str) -> int:
     return int(torch.cuda.max_memory_allocated(device)) if device.startswith("cuda") else 0
 
 
-def _cpu_has_bfloat16() -> bool:
+def cpu_has(names: Collection[str]) -> bool:
+    """Whether the CPU has one of the instruction sets, as torch names them."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+    return any(capabilities.get(name) for name in names)

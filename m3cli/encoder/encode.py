@@ -1,9 +1,9 @@
 """Batches through model and heads: in halves where memory runs out, again in float32 where a number is none.
 
 A batch is launched, which queues all its work on the device and waits for none of it, and collected. On CUDA one batch
-is launched before the one before it is collected, so that the device always has work while the host looks at what came
-back, hands it over and packs the next. A CPU does the work as it is launched; there several batches may go through the
-model at once, each in a thread that takes its share of the cores.
+is launched before the one before it is collected, so that within a window the device has work while the host looks at
+what came back, hands it over and packs the next. A CPU does the work as it is launched; there several batches may go
+through the model at once, each in a thread that takes its share of the cores.
 
 A row that comes out of neither is data like any other: it is given back as failed, with its reason.
 """
@@ -179,9 +179,14 @@ class BatchEncoder:
             return None
 
     def _collect_all(self, waiting: deque[_Launched], *, but: int = 0) -> Iterator[Embeddings | FailedRow]:
-        """Yield the rows of the batches that wait, first to last, all but the last `but` of them."""
+        """Yield the rows of the batches that wait, first to last, all but the last `but` of them at most."""
         while len(waiting) > but:
-            yield from self._repair(_collect(waiting.popleft()))
+            collected = [_collect(waiting.popleft())]
+            if not collected[0].whole.all():  # what waits holds memory that float32 needs
+                collected += [_collect(launched) for launched in waiting]
+                waiting.clear()
+            for made in collected:
+                yield from self._repair(made)
 
     def _repair(self, made: _Made) -> Iterator[Embeddings | FailedRow]:
         """Yield the rows that hold numbers only, and each other row again on its own, in float32."""

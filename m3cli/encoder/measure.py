@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from m3cli.config import Dtype
 from m3cli.encoder.attention import takes_varlen
 from m3cli.encoder.checkpoint import Checkpoint
-from m3cli.encoder.device import auto_threads, state_dtype
+from m3cli.encoder.device import BFLOAT16, FLOAT16, INT8, auto_threads, cpu_has, state_dtype
 
 _ROWS, _WIDTH, _COLUMNS = 4096, 1024, 4096
 _SECONDS = 0.4
@@ -123,9 +122,5 @@ def _count_cores() -> int:
 
 
 def _cpu_dtypes() -> list[str]:
-    able: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    has_bfloat16 = any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    has_float16 = any(able.get(name) for name in ("avx512_fp16", "amx_fp16", "fp16_arith"))
-    has_int8 = any(able.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm"))
-    found = [("bfloat16", has_bfloat16), ("float16", has_float16), ("int8", has_int8)]
-    return ["float32", *(name for name, has in found if has)]
+    sets = {"bfloat16": BFLOAT16, "float16": FLOAT16, "int8": INT8}
+    return ["float32", *(name for name, names in sets.items() if cpu_has(names))]

@@ -8,6 +8,7 @@ Shapes: B sequences, N tokens, C hidden width, I intermediate width, H heads.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,14 @@ from numpy.typing import NDArray
 from m3cli.config import Dtype
 from m3cli.encoder.attention import SequenceLayout, attend, lay_out, pad_borders
 from m3cli.encoder.checkpoint import HEAD_FILES, POSITION_OFFSET, Checkpoint
-from m3cli.encoder.device import resolve_dtype, state_dtype
+from m3cli.encoder.device import is_emulated, resolve_dtype, state_dtype
 from m3cli.encoder.int8 import Int8Linear, make_int8_linear
 from m3cli.encoder.linear import Linear, make_linear
 from m3cli.encoder.transfer import send
 from m3cli.errors import ModelError
 from m3cli.records import Batch
+
+_log = logging.getLogger(__name__)
 
 TOKEN_STEP = 128
 """Packed batches are filled up to a multiple of this many tokens, which belong to no sequence and cost at most 1.5 % of
@@ -90,6 +93,8 @@ def load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
         UsageError: the device cannot run the dtype.
     """
     target, kind = torch.device(device), state_dtype(resolve_dtype(dtype, device))
+    if is_emulated(kind, device):
+        _log.warning("%s is not in this CPU's hardware: float32 would be several times faster here", dtype)
     if target.type == "cuda":
         # Sums of products in float32 throughout: partial sums in float16 overflow where states are large, and save
         # nothing at thousands of rows. (Whole sums in float16, allow_fp16_accumulation, are off already.)

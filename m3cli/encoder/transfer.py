@@ -61,7 +61,7 @@ def fetch(tensors: Mapping[str, torch.Tensor], stream: torch.cuda.Stream | None)
     stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
         for name, tensor in tensors.items():
-            arriving[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            arriving[name] = _make_room(tensor)
             arriving[name].copy_(tensor, non_blocking=True)
             # Its memory may be needed by a later batch, whose kernels run on another stream.
             tensor.record_stream(stream)
@@ -69,3 +69,11 @@ def fetch(tensors: Mapping[str, torch.Tensor], stream: torch.cuda.Stream | None)
         ready = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         ready.record(stream)
     return Fetched(tensors=arriving, ready=ready)
+
+
+def _make_room(tensor: torch.Tensor) -> torch.Tensor:
+    """Return pinned memory for a tensor; where the system gives no more of it, other memory: that copy waits."""
+    try:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    except RuntimeError:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)

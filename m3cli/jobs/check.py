@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 
 from m3cli.ahead import run_ahead
 from m3cli.config import CheckRequest
-from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, DamageFound, ForeignFolder, Stopped, UsageError
+from m3cli.errors import (
+    EXIT_DONE,
+    EXIT_ROWS_SKIPPED,
+    DamageFound,
+    ForeignFolder,
+    Stopped,
+    UsageError,
+    refuse_unreachable,
+)
 from m3cli.jobs.run import Run, parse_run
 from m3cli.progress import FileMeter
 from m3cli.records import DoneEntry
@@ -65,6 +73,7 @@ class FolderCheck:
 def check_folder(request: CheckRequest, *, meter: FileMeter) -> FolderCheck:
     """Check a folder, and repair it if asked to."""
     root = Path(request.folder).absolute()
+    refuse_unreachable(root / "_m3", UsageError)
     if not root.is_dir():
         raise UsageError(f"{request.folder}: no such folder")
     if not is_ours(root):

@@ -34,6 +34,7 @@ from m3cli.jobs.space import refuse_full_disk
 from m3cli.jobs.stopping import Stop, refuse_too_many_skipped
 from m3cli.progress import Progress, Stopwatch
 from m3cli.records import DoneEntry, RunSummary, ShardCounts
+from m3cli.store.commit import refuse_unwritable
 from m3cli.store.entries import read_run
 from m3cli.store.folder import open_run_folder
 from m3cli.store.ids import read_id_hashes
@@ -91,6 +92,7 @@ def encode_corpus(
         the exit code: 0, or 3 if the folder is complete and rows were skipped.
     """
     watch = Stopwatch()
+    refuse_unwritable(request.gone)
     with keep_metrics(request.metrics, out=request.out or "") as metrics:
         sources = find_sources(request.inputs, input_format=request.input_format, stdin=stdin)
         out = choose_out(request, sources)
@@ -208,6 +210,7 @@ def encode(
             write_shards(opened, batches, request, todo=todo, work=work)
     finally:
         batches.close()
+        machine.set_threads(run.threads)  # for who goes on in this process
         progress.stop()
     encoded = time.perf_counter() - began
     complete = opened.folder.write_manifest(opened.share.num_shards)

@@ -11,7 +11,7 @@ from m3cli.corpus.fields import kept_schema
 from m3cli.corpus.plan import Plan, plan_shards
 from m3cli.corpus.reader import read_shards
 from m3cli.corpus.streams import PeekableStream
-from m3cli.errors import ForeignFolder, UsageError
+from m3cli.errors import CorpusError, ForeignFolder, UsageError, refuse_unreachable
 from m3cli.jobs.run import (
     Run,
     adopt_run,
@@ -81,6 +81,7 @@ def choose_out(request: EncodeRequest, sources: tuple[Source, ...]) -> Path:
         what = "standard input" if "-" in request.inputs else f"{len(request.inputs)} inputs"
         raise UsageError(f"{what}: say where to write with --out DIR")
     given = Path(request.inputs[0])
+    refuse_unreachable(given, CorpusError)
     if given.is_dir():
         return Path(f"{given.resolve().name}.m3")
     if len(sources) != 1:

@@ -109,6 +109,11 @@ def settle_mode(request: SearchRequest, folder: OutputFolder) -> Mode:
     ):
         if value is not None and mode != owner:
             raise UsageError(f"{flag} is for --mode {owner}, and this is {mode}")
+    if request.corpus_input is not None and request.level == "chunk":
+        raise UsageError(
+            f"--level chunk with --input {request.corpus_input}: a corpus is searched by whole documents; "
+            "leave --level out, or encode with --keep-text"
+        )
     return mode
 
 

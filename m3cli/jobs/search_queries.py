@@ -132,7 +132,12 @@ def read_vectors(
         raise UsageError(f"{queries.path.name}: there are no queries in it")
     if more:
         progress.say(f"{more:,} queries of {queries.path.name} have several chunks: the first stands for each")
-    return Queries(ids=tuple(ids), texts=(None,) * len(ids), embeddings=join_embeddings(parts))
+    if queries.manifest is None:
+        progress.say(f"{queries.path.name} is not complete: only the queries that are encoded so far are searched for")
+    skipped = queries.counts.skipped
+    if skipped:
+        progress.say(f"{queries.path.name}: {skipped:,} queries were skipped when it was made, see its _m3/skipped")
+    return Queries(ids=tuple(ids), texts=(None,) * len(ids), embeddings=join_embeddings(parts), skipped=skipped)
 
 
 def encode_queries(

@@ -14,7 +14,7 @@ from m3cli.corpus.fields import kept_schema, resolve_fields
 from m3cli.corpus.plan import plan_shards
 from m3cli.corpus.reader import Action, read_shards
 from m3cli.corpus.sources import find_sources
-from m3cli.errors import UsageError
+from m3cli.errors import CorpusError, UsageError, refuse_unreachable
 from m3cli.records import Shard
 from m3cli.store.passages import iter_passages
 from m3cli.store.reader import open_folder
@@ -46,6 +46,7 @@ class TextSource:
         """
         if self.given == "-":
             raise UsageError(f"{self.flag} -: texts are looked up by id, more than once; give a file or a folder")
+        refuse_unreachable(Path(self.given, "_m3"), CorpusError)
         left = set(wanted)
         for name, text in self._iter_folder(left) if Path(self.given, "_m3").is_dir() else self._iter_files(left):
             if name in left:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.errors import M3Error, UsageError
+from m3cli.errors import UsageError
 from m3cli.records import Judgements, Rankings
 
 DEFAULT_MEASURES = ("nDCG@10", "Recall@100", "MRR@10", "MAP")
@@ -111,5 +111,5 @@ def _import_package() -> tuple[Any, Any]:
     try:
         import ir_measures  # noqa: PLC0415  an optional package
     except ImportError as error:
-        raise M3Error("m3 eval needs ir-measures; install it with: pip install 'm3cli[eval]'") from error
+        raise UsageError("m3 eval needs ir-measures; install it with: pip install 'm3cli[eval]'") from error
     return ir_measures, getattr(ir_measures, _TREC_EVAL)

@@ -133,12 +133,12 @@ def refuse_unwritable(out: str | None) -> None:
     if out is None or out == "-":
         return
     final = Path(os.path.realpath(out))
-    if final.exists() and not final.is_file():  # renaming a file over a device or a pipe would do away with it
-        what = "a folder" if final.is_dir() else "no regular file"
-        raise OutputError(f"cannot write {out}: it is {what}; give --out the name of a file, or - for standard output")
-    if not final.parent.is_dir():
-        raise OutputError(f"cannot write {out}: there is no folder {final.parent}; make it, or choose another --out")
     with output_errors(final):
+        if final.exists() and not final.is_file():  # renaming a file over a device or a pipe would do away with it
+            what = "a folder" if final.is_dir() else "no regular file"
+            raise OutputError(f"cannot write {out}: it is {what}; give the name of a file")
+        if not final.parent.is_dir():
+            raise OutputError(f"cannot write {out}: there is no folder {final.parent}; make it, or choose another")
         temp = _wait_beside(final)
         temp.touch()
         remove(temp)

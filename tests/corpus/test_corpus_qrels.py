@@ -44,6 +44,11 @@ def test_mldr(tmp_path: Path) -> None:
     assert read_qrels(write(tmp_path, rows)) == {"q1": {"a": 1, "b": 0}, "7": {"c": 1}}
 
 
+def test_a_query_without_passages_counts_as_judged(tmp_path: Path) -> None:
+    rows = [*MLDR, {"query_id": "q9", "query": "?", "positive_passages": [], "negative_passages": []}]
+    assert read_qrels(write(tmp_path, b"\n".join(map(orjson.dumps, rows))))["q9"] == {}
+
+
 def test_the_same_judgement_twice_is_one(tmp_path: Path) -> None:
     assert read_qrels(write(tmp_path, "q 0 a 1\nq 0 a 1\n")) == {"q": {"a": 1}}
 

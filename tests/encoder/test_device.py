@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3cli.encoder.device import MOST_LANES, plan_lanes
+from m3cli.encoder.checkpoint import read_checkpoint
+from m3cli.encoder.device import MOST_LANES, auto_dtype, is_emulated, plan_lanes
+from m3cli.encoder.model import load_model
 
 
 @pytest.mark.parametrize(
@@ -22,3 +27,17 @@ def test_at_most_one_thread_has_no_lane(threads: int) -> None:
     lanes = plan_lanes(threads, device="cpu")
     assert 1 <= lanes <= MOST_LANES
     assert threads - lanes * (threads // lanes) <= 1
+
+
+@pytest.mark.parametrize("has", [{"avx512_bf16": True}, {"avx512_fp16": True}, {"avx512_bf16": False}, {}])
+def test_a_dtype_that_is_slower_than_float32_is_told(
+    tiny_m3: Path, has: dict[str, bool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    for dtype, name in (("float32", None), ("bfloat16", "avx512_bf16"), ("float16", "avx512_fp16")):
+        caplog.clear()
+        load_model(read_checkpoint(tiny_m3), device="cpu", dtype=dtype)  # type: ignore[arg-type]
+        words = f"{dtype} is not in this CPU's hardware: float32 would be several times faster here"
+        assert [record.message for record in caplog.records] == ([] if name is None or has.get(name) else [words])
+    assert auto_dtype("cpu") == ("bfloat16" if has.get("avx512_bf16") else "float32")
+    assert not is_emulated(torch.float16, "cuda:0")

@@ -173,6 +173,7 @@ def test_what_could_not_be_written_is_refused_beforehand(tmp_path: Path) -> None
         (".", "it is a folder"),
         ("pipe", "it is no regular file"),
         ("x" * 250, "File name too long"),
+        ("x" * 300, "File name too long"),
     ):
         with pytest.raises(OutputError, match=words):
             commit.refuse_unwritable(str(tmp_path / name))
@@ -185,6 +186,19 @@ def test_what_could_not_be_written_is_refused_beforehand(tmp_path: Path) -> None
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_may_not_be_written_to_is_refused_beforehand(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="Permission denied; check who may write there"):
+        commit.refuse_unwritable(str(tmp_path / "x.trec"))
+
+
+def test_a_folder_that_may_not_be_looked_into_is_refused_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Path.exists lets this error through."""
+
+    def stat(path: object, **_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "stat", stat)
     with pytest.raises(OutputError, match="Permission denied; check who may write there"):
         commit.refuse_unwritable(str(tmp_path / "x.trec"))
 
