@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from m3cli.encoder import device as machine
 from m3cli.encoder import encode as encoding
 from m3cli.encoder.model import run_model as real_run_model
 from m3cli.records import Batch
@@ -124,7 +125,10 @@ def test_a_row_too_large_for_float16_is_encoded_in_float32(m3_here: M3, tmp_path
 
 @pytest.fixture
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
-    """Let memory run out above so many tokens; the list grows by the tokens of each batch that is tried."""
+    """Let memory run out above so many tokens; the list grows by the tokens of each batch that is tried.
+
+    Only a GPU's memory runs out so, and there batches go through the model one after the other.
+    """
 
     def shrink(limit: int) -> list[int]:
         tried: list[int] = []
@@ -136,6 +140,7 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
             return real_run_model(model, batch)
 
         monkeypatch.setattr(encoding, "run_model", run_model)
+        monkeypatch.setattr(machine, "plan_lanes", lambda threads, *, device: 1)
         return tried
 
     return shrink
