@@ -34,13 +34,16 @@ def attend_one_by_one(qkv: torch.Tensor, borders: np.ndarray) -> torch.Tensor:
 
 
 @settings(deadline=None, max_examples=40)
-@given(lengths=LENGTHS, most_scores=st.integers(1, 40_000))
-def test_attention_equals_one_sequence_after_the_other(lengths: list[int], most_scores: int) -> None:
+@given(lengths=LENGTHS, most_scores=st.integers(1, 40_000), most_held=st.integers(1, 40_000))
+def test_attention_equals_one_sequence_after_the_other(
+    lengths: list[int], most_scores: int, most_held: int
+) -> None:
     borders = to_borders(lengths)
     generator = torch.Generator().manual_seed(sum(lengths))
     qkv = torch.randn(int(borders[-1]) + 3, 3, 2, 8, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(attention.BLOCK_SCORES, "cpu", most_scores)
+        patch.setitem(attention.HELD_SCORES, "cpu", most_held)
         patch.setattr(attention, "LEAST_QUERIES", LENGTH_STEP)
         layout = lay(borders, max_seqlen=lengths[0])
         made = attend(qkv, layout)
