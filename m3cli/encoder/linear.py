@@ -1,8 +1,8 @@
 """Affine maps in the form that a device runs fastest, what follows them fused in where it can be.
 
-On a CPU in bfloat16 weights are laid out once for oneDNN, and gelu is done while a tile is still in cache: torch's
-plain `linear` lays them out anew at every call, and its gelu reads and writes the widest tensor of the layer once more.
-Everywhere else it is torch's own `linear`.
+On a CPU in bfloat16 and float32 weights are laid out once for oneDNN, and gelu is done while a tile is still in cache:
+torch's plain `linear` lays bfloat16 out anew at every call, leaves float32 to MKL, which is slower on AMD's processors,
+and its gelu reads and writes the widest tensor of the layer once more. Everywhere else it is torch's own `linear`.
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ def _can_pack(weight: torch.Tensor) -> bool:
     # The operators are those that torch.compile freezes CPU models into; a torch built without oneDNN has none.
     return (
         weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and (
+            weight.dtype == torch.float32
+            or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        )
     )
