@@ -15,6 +15,9 @@ from m3cli.records import Batch, Chunks
 
 WINDOW_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 "ColBERT bytes of a window by device kind; fixed, because the bytes of a folder depend on it as on max_batch_tokens"
+ALIKE_STEP = 128
+"tokens; sizes of alike batches are multiples of it, as batches are filled up to one (TOKEN_STEP in model.py)"
+ALIKE_TRIES = 32
 
 
 def plan_windows(num_tokens: NDArray[np.int64], *, max_window_tokens: int | None) -> list[tuple[int, int]]:
@@ -34,15 +37,28 @@ def plan_windows(num_tokens: NDArray[np.int64], *, max_window_tokens: int | None
     return windows
 
 
-def batch_rows(num_tokens: NDArray[np.int64], *, max_batch_tokens: int) -> list[NDArray[np.int64]]:
+def batch_rows(num_tokens: NDArray[np.int64], *, max_batch_tokens: int, lanes: int = 1) -> list[NDArray[np.int64]]:
     """Group rows, longest first, into batches of at most `max_batch_tokens`; a longer row is a batch of its own.
+
+    For several lanes batches are made alike, and as many as each lane can have the same number of, as far as rows
+    allow: a last one of a few tokens, or one too many, would leave lanes idle while another one ends.
 
     Returns:
         row numbers, each exactly once; inside a batch and from batch to batch lengths never grow, equal lengths keep
         their order.
     """
     order = np.argsort(-num_tokens, kind="stable")
-    runs = plan_windows(num_tokens[order], max_window_tokens=max_batch_tokens)
+    lengths = num_tokens[order]
+    runs = plan_windows(lengths, max_window_tokens=max_batch_tokens)
+    if lanes > 1 and runs:
+        most = -(-len(runs) // lanes) * lanes
+        step = max(ALIKE_STEP, max_batch_tokens // ALIKE_TRIES // ALIKE_STEP * ALIKE_STEP)
+        least_tokens = -(-int(lengths.sum()) // most // ALIKE_STEP) * ALIKE_STEP
+        for budget in range(least_tokens, max_batch_tokens, step):
+            alike = plan_windows(lengths, max_window_tokens=budget)
+            if len(alike) <= most:
+                runs = alike
+                break
     return [order[start:stop] for start, stop in runs]
 
 

@@ -109,6 +109,13 @@ def plan_lanes(threads: int, *, device: str) -> int:
     return next(lanes for lanes in range(MOST_LANES, 0, -1) if lanes <= threads and threads % lanes <= 1)
 
 
+def lacks_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether torch could not get memory: for a GPU that is an error of its own, for a CPU it is told by its text."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "DefaultCPUAllocator" in str(error) and "allocate memory" in str(error)
+
+
 def peak_device_bytes(device: str) -> int:
     """Return the most GPU memory that was allocated at once; 0 on a CPU."""
     return int(torch.cuda.max_memory_allocated(device)) if device.startswith("cuda") else 0

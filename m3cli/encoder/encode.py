@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import tee
+from itertools import chain
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from m3cli.config import VectorDtype
 from m3cli.encoder.batcher import split_batch
+from m3cli.encoder.device import lacks_memory
 from m3cli.encoder.heads import Wanted, build_embeddings, run_heads
 from m3cli.encoder.mcls import pool_as_cls, run_with_added
 from m3cli.encoder.model import Model, run_model
@@ -94,6 +95,8 @@ class BatchEncoder:
         "batches that are launched before the first of them is collected"
         self.spread: Spread | None = None
         "None: batches go one after the other"
+        self.lanes = 1
+        "batches that `spread` has at once"
         self._wanted = Wanted(
             outputs=outputs,
             special_ids=special_ids,
@@ -111,13 +114,37 @@ class BatchEncoder:
 
     def encode_all(self, batches: Iterable[Batch]) -> Iterator[Embeddings | FailedRow]:
         """Yield the rows of batches, in order, as `encode` does; the device goes on while they are looked at."""
-        if self.spread is None:
-            yield from self._encode_in_turn(batches)
-            return
-        batches, ahead = tee(batches)
-        with closing(self.spread(self._run, ahead)) as results:
-            for batch, made in zip(batches, results, strict=True):
-                yield from self._encode_in_turn((batch,)) if made is None else self._repair(made)
+        return self._encode_in_turn(batches) if self.spread is None else self._encode_at_once(batches, self.spread)
+
+    def _encode_at_once(self, batches: Iterable[Batch], spread: Spread) -> Iterator[Embeddings | FailedRow]:
+        source, drawn = iter(batches), deque[Batch]()
+        lacking: Batch | None = None
+        while True:
+            left, lacking = chain(tuple(drawn), source), None
+            drawn.clear()
+            with closing(spread(self._run, self._draw(left, drawn))) as results:
+                for made in results:
+                    batch = drawn.popleft()
+                    if made is None:
+                        lacking = batch
+                        break
+                    yield from self._repair(made)
+            if lacking is None:
+                return
+            # By now the others have ended, and what they held is free.
+            yield from self._encode_in_turn((lacking,))
+
+    def _draw(self, batches: Iterable[Batch], drawn: deque[Batch]) -> Iterator[Batch]:
+        """Yield batches, those that are known to be too large in halves, and keep them in `drawn` too."""
+        for batch in batches:
+            if self._is_too_large(batch):
+                yield from self._draw(split_batch(batch), drawn)
+            else:
+                drawn.append(batch)
+                yield batch
+
+    def _is_too_large(self, batch: Batch) -> bool:
+        return len(batch.rows) > 1 and self.max_tokens is not None and len(batch.input_ids) > self.max_tokens
 
     def _run(self, batch: Batch) -> _Made | None:
         """Return what comes of a batch; None: memory ran out."""
@@ -130,20 +157,18 @@ class BatchEncoder:
             left = [batch]  # the next last
             while left:
                 part = left.pop()
-                single = len(part.rows) == 1
-                if not single and self.max_tokens is not None and len(part.input_ids) > self.max_tokens:
+                if self._is_too_large(part):
                     left += reversed(split_batch(part))
                     continue
                 launched = self._launch(self.model, part)
                 if launched is None and waiting:
                     yield from self._collect_all(waiting)  # what waits holds memory too
-                    if single:
-                        launched = self._launch(self.model, part)
+                    launched = self._launch(self.model, part)
                 if launched is not None:
                     waiting.append(launched)
                     del launched  # or its outputs would be kept until the next batch is launched
                     yield from self._collect_all(waiting, but=self.ahead)
-                elif single:
+                elif len(part.rows) == 1:
                     torch.cuda.empty_cache()
                     yield _lacks_memory(part, self.model.dtype, self.model.device)
                 else:
@@ -175,8 +200,10 @@ class BatchEncoder:
             made = run_heads(model, batch, states, layout, self._wanted)
             made["finite"] = torch.isfinite(states[: len(batch.input_ids)].sum(-1, dtype=torch.float32))
             return _Launched(batch=batch, outputs=fetch(made, self._stream))
-        except torch.OutOfMemoryError:
-            return None
+        except (RuntimeError, MemoryError) as error:
+            if lacks_memory(error):
+                return None
+            raise
 
     def _collect_all(self, waiting: deque[_Launched], *, but: int = 0) -> Iterator[Embeddings | FailedRow]:
         """Yield the rows of the batches that wait, first to last, all but the last `but` of them at most."""
@@ -208,7 +235,9 @@ class BatchEncoder:
                     _log.warning("a row is not a number in %s; trying it in float32", _name(self.model.dtype))
                     self._exact = self._load_float32()
                 launched = self._launch(self._exact, batch)
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not lacks_memory(error):
+                    raise
                 launched = None
             if launched is None:
                 torch.cuda.empty_cache()

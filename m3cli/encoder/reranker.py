@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from m3cli.config import Dtype
 from m3cli.encoder.batcher import split_batch
 from m3cli.encoder.checkpoint import Checkpoint
+from m3cli.encoder.device import lacks_memory
 from m3cli.encoder.model import Model, load_model, read_pickled, run_model
 from m3cli.errors import ModelError
 from m3cli.records import Batch
@@ -125,8 +126,10 @@ def _run(reranker: Reranker, batch: Batch) -> NDArray[np.float32] | None:
         firsts = torch.from_numpy(batch.cu_seqlens[:-1].astype(np.int64)).to(states.device)
         inner = torch.tanh(torch.nn.functional.linear(states[firsts].float(), *reranker.dense))
         logits: NDArray[np.float32] = torch.nn.functional.linear(inner, *reranker.out_proj)[:, 0].cpu().numpy()
-    except torch.OutOfMemoryError:
-        return None
+    except (RuntimeError, MemoryError) as error:
+        if lacks_memory(error):
+            return None
+        raise
     return logits
 
 

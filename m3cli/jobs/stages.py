@@ -129,6 +129,7 @@ def make_encoder(
         load_float32=load_float32,
     )
     if lanes > 1:
+        encoder.lanes = lanes
         encoder.spread = partial(map_lanes, lanes=lanes, name="encoding")
     return encoder
 
@@ -245,7 +246,9 @@ def encode_window(shard: TokenisedShard, route: Route, *, start: int, stop: int)
     limit = min(route.max_batch_tokens, route.encoder.max_tokens or route.max_batch_tokens)
     single = np.unique(originals)
     groups = batch_rows(
-        count_with_added(shard.chunks.num_tokens[single], every=route.encoder.mcls), max_batch_tokens=limit
+        count_with_added(shard.chunks.num_tokens[single], every=route.encoder.mcls),
+        max_batch_tokens=limit,
+        lanes=route.encoder.lanes,
     )
     batches = (pack_rows(shard.chunks, single[group]) for group in groups)
     for made in count_seconds(route.encoder.encode_all(batches), route.watch, "encoding"):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from m3cli.encoder.batcher import batch_rows, pack_batches, pack_rows, plan_windows, split_batch
+from m3cli.encoder.batcher import ALIKE_STEP, batch_rows, pack_batches, pack_rows, plan_windows, split_batch
 from m3cli.records import Chunks
 
 LENGTHS = st.lists(st.integers(2, 50), max_size=60).map(lambda lengths: np.array(lengths, np.int64))
@@ -39,13 +39,24 @@ def test_a_shard_without_budget_is_one_window() -> None:
     assert plan_windows(np.array([3, 4, 5]), max_window_tokens=None) == [(0, 3)]
 
 
-@given(LENGTHS, st.integers(1, 120))
-def test_batches_hold_every_row_once_longest_first_within_the_budget(lengths: NDArray[np.int64], budget: int) -> None:
-    batches = batch_rows(lengths, max_batch_tokens=budget)
+@given(LENGTHS, st.integers(1, 1000), st.integers(1, 4))
+def test_batches_hold_every_row_once_longest_first_within_the_budget(
+    lengths: NDArray[np.int64], budget: int, lanes: int
+) -> None:
+    batches = batch_rows(lengths, max_batch_tokens=budget, lanes=lanes)
     rows = [int(row) for batch in batches for row in batch]
     assert sorted(rows) == list(range(len(lengths)))
     assert all(np.diff(lengths[rows]) <= 0)
     assert all(lengths[batch].sum() <= budget or len(batch) == 1 for batch in batches)
+
+
+@given(st.lists(st.integers(2, 300), min_size=200, max_size=400), st.integers(2, 4))
+def test_lanes_have_alike_batches_and_the_same_number_of_them(lengths: list[int], lanes: int) -> None:
+    tokens = np.array(lengths, np.int64)
+    batches = [int(tokens[batch].sum()) for batch in batch_rows(tokens, max_batch_tokens=4096, lanes=lanes)]
+    fewest = len(batch_rows(tokens, max_batch_tokens=4096))
+    assert len(batches) <= -(-fewest // lanes) * lanes
+    assert max(batches) <= sum(batches) / len(batches) + 300 + ALIKE_STEP + 300
 
 
 def test_equal_lengths_keep_their_order() -> None:

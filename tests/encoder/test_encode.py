@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -123,6 +124,61 @@ def test_a_batch_that_memory_does_not_hold_goes_in_halves_when_its_turn_comes(
     assert [each.row for each in made if isinstance(each, FailedRow)] == [5]
 
 
+def test_a_row_that_fits_alone_waits_until_the_lanes_beside_it_have_ended(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running: list[int] = []
+
+    def run_model(model: Any, batch: Batch) -> Any:
+        running.append(int(batch.rows[0]))
+        time.sleep(0.05)
+        try:
+            if len(batch.input_ids) == 30 and len(running) > 1:
+                raise torch.OutOfMemoryError("injected")
+            return real_run_model(model, batch)
+        finally:
+            running.remove(int(batch.rows[0]))
+
+    monkeypatch.setattr(encoding, "run_model", run_model)
+    encoder = make_encoder(model, ahead=None)
+    encoder.spread = partial(map_lanes, lanes=2, name="test")
+    made = list(encoder.encode_all(make_batches([9], [30], [30], [8], [7])))
+    assert list_rows(made) == [0, 1, 2, 3, 4]
+    assert all(isinstance(each, Embeddings) for each in made)
+
+
+def allocate_too_much() -> None:
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def multiply_what_does_not_fit() -> None:
+    torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_memory_of_the_host_runs_out_as_that_of_a_gpu_does(
+    model: Model, lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_model(model: Any, batch: Batch) -> Any:
+        if len(batch.input_ids) > 25:
+            allocate_too_much()
+        return real_run_model(model, batch)
+
+    monkeypatch.setattr(encoding, "run_model", run_model)
+    encoder = make_encoder(model, ahead=None)
+    if lanes > 1:
+        encoder.spread = partial(map_lanes, lanes=lanes, name="test")
+    made = list(encoder.encode_all(make_batches([20], [10, 10, 10, 10], [26])))
+    assert list_rows(made) == list(range(6))
+    assert [(each.row, each.reason) for each in made if isinstance(each, FailedRow)] == [(5, OUT_OF_MEMORY)]
+
+
+def test_another_error_of_torch_is_no_lack_of_memory(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "run_model", lambda *_: multiply_what_does_not_fit())
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        list(make_encoder(model, ahead=None).encode_all(make_batches([9])))
+
+
 @pytest.mark.parametrize(
     ("ahead", "events"),
     [
@@ -169,7 +225,7 @@ def test_where_memory_runs_out_halves_come_in_their_place(
         made = list(encoder.encode_all(make_batches([20], [10, 10, 10, 10], [26], [9, 9, 9], [5, 5])))
     assert list_rows(made) == list(range(11))
     assert encoder.max_tokens == 20
-    assert tried == [20, 40, 20, 20, *[26] * (1 + ahead), 18, 9, 10]
+    assert tried == [20, *[40] * (1 + ahead), 20, 20, *[26] * (1 + ahead), 18, 9, 10]
     assert [record.message for record in caplog.records] == [
         "out of memory with a batch of 40 tokens; from here on batches have at most 20"
     ]
