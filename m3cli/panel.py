@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 import orjson
@@ -82,11 +82,27 @@ def plan_panel(plan: RunPlan, *, title: str | None = None) -> Panel:
     if plan.bytes_on_disk is not None:
         parts = ", ".join(f"{output} {format_bytes(size)}" for output, size in plan.bytes_on_disk.items())
         rows.add_row("disk", f"about {format_bytes(sum(plan.bytes_on_disk.values()))}: {parts}")
-    rows.add_row("free", format_bytes(plan.free_bytes))
-    for place, (flags, needed) in enumerate((plan.colbert_choices or {}).items()):
-        rows.add_row("" if place else "colbert as", f"{format_bytes(needed):>10}  {flags}")
+    rows.add_row("free", _free_words(plan))
+    choices = plan.colbert_choices or {}
+    if title is None and choices:
+        rows.add_row("colbert as", ", ".join(f"{name} {format_bytes(size)}" for name, size in _short_names(choices)))
+    elif choices:
+        for place, (flags, needed) in enumerate(choices.items()):
+            rows.add_row("" if place else "colbert as", f"{format_bytes(needed):>10}  {flags}")
     title = title or ("m3 encode, going on" if plan.resumed else "m3 encode")
     return Panel(rows, title=title, subtitle=f"fingerprint {plan.fingerprint[:7]}", box=box.ROUNDED, expand=False)
+
+
+def _free_words(plan: RunPlan) -> str:
+    free, needed = format_bytes(plan.free_bytes), plan.bytes_needed
+    if needed is None or needed <= plan.free_bytes:
+        return free
+    return f"{free}: too little, about {format_bytes(needed)} are still to be written"
+
+
+def _short_names(choices: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Name ways to store ColBERT vectors in a word or two: 'int8', 'pool 2 int8'."""
+    return [(flags.replace("--colbert-dtype ", "").replace("--colbert-", ""), size) for flags, size in choices.items()]
 
 
 def summary_panel(summary: RunSummary) -> Panel:

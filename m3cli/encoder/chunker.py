@@ -20,6 +20,7 @@ from m3cli.config import LongDocs, Meaning, Split
 from m3cli.encoder.segments import SEGMENT_CHARS, read_tokens
 from m3cli.encoder.split import Window, cut_windows
 from m3cli.encoder.tokenizer import Tokenizer
+from m3cli.errors import UsageError
 from m3cli.records import Chunks, Document
 
 NUM_SPECIALS = 2
@@ -49,6 +50,22 @@ def cutting_of(meaning: Meaning) -> Cutting:
         long_docs=meaning.long_docs,
         prefix=meaning.prefix,
     )
+
+
+def refuse_no_room(tokenizer: Tokenizer, cutting: Cutting) -> None:
+    """Refuse a prefix and an overlap that leave no room for text in a chunk.
+
+    Raises:
+        UsageError: naming both, and the length.
+    """
+    num_prefix = len(tokenizer.backend.encode(cutting.prefix, add_special_tokens=False).ids)
+    room = cutting.max_length - NUM_SPECIALS - num_prefix
+    if room <= cutting.overlap:
+        raise UsageError(
+            f"--prefix of {num_prefix} tokens and --overlap {cutting.overlap}: a chunk of {cutting.max_length} tokens "
+            f"has room for {cutting.max_length - NUM_SPECIALS}, and none is left for text; "
+            "shorten --prefix, lower --overlap or raise --max-length"
+        )
 
 
 def chunk_documents(documents: Sequence[Document], tokenizer: Tokenizer, cutting: Cutting) -> Chunks:

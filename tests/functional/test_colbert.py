@@ -175,6 +175,42 @@ def test_plan_names_the_price_of_each_choice(m3_here: M3, tiny_m3: Path, corpus:
         assert written / 1.3 < choices[flags] < written * 1.3
 
 
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that has room for int8 vectors and not for float16."""
+    monkeypatch.setattr("m3cli.jobs.space.find_free_bytes", lambda folder: 300_000)
+    monkeypatch.setattr("m3cli.jobs.plan.find_free_bytes", lambda folder: 300_000)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_refusal_leaves_nothing_and_its_remedy_works(m3_here: M3, tiny_m3: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"id": str(n), "text": f"a short text of {n} words"}) + "\n" for n in range(400)]
+    Path("full.jsonl").write_text("".join(rows))
+    words = ("full.jsonl", "--model", tiny_m3)
+    planned = m3_here("plan", *words)
+    assert planned.returncode == 0
+    assert "too little, about" in planned.stdout
+    refused = m3_here("encode", *words)
+    assert refused.returncode == 6
+    assert "try --colbert-dtype int8, or" in refused.stderr
+    assert not Path("full.m3").exists()
+    done = m3_here("encode", *words, "--colbert-dtype", "int8", "--progress", "log")
+    assert done.returncode == 0, done.stderr
+    assert "colbert as" in done.stderr
+    assert "binary" in done.stderr
+    assert "too little" not in done.stderr
+
+
+@pytest.mark.parametrize("worker", ["0/2", "1/2"])
+def test_workers_count_what_all_of_them_will_write(
+    m3_here: M3, tiny_m3: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, worker: str
+) -> None:
+    words = ("encode", corpus, "--model", tiny_m3, *FLAGS, "--out", "out.m3", "--worker", worker)
+    needed = json.loads(m3_here("plan", *words[1:6], "--shard-size", "2K", "--json").stdout)["bytes_needed"]
+    monkeypatch.setattr("m3cli.jobs.space.find_free_bytes", lambda folder: int(0.7 * needed))
+    assert m3_here(*words).returncode == 6
+
+
 def test_vectors_may_be_compressed_in_parquet_only(m3_here: M3, tiny_m3: Path, corpus: Path) -> None:
     for chosen in ("none", "zstd"):
         assert (
