@@ -211,6 +211,47 @@ def test_workers_count_what_all_of_them_will_write(
     assert m3_here(*words).returncode == 6
 
 
+@pytest.mark.parametrize(
+    ("flags", "skipped"),
+    [
+        ((), 1),
+        (("--colbert-top-k", "1000000"), 1),
+        (("--colbert-dtype", "int8"), 0),
+        (("--colbert-dtype", "binary"), 0),
+        (("--colbert-pool", "2"), 0),
+        (("--colbert-top-k", "50"), 0),
+        (("--format", "npy"), 0),
+    ],
+    ids=lambda value: " ".join(value) or "float16" if isinstance(value, tuple) else "",
+)
+def test_a_merged_matrix_is_skipped_only_where_the_folder_cannot_hold_it(
+    m3_here: M3, tiny_m3: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], skipped: int
+) -> None:
+    for module in ("jobs.stages", "store.parquet"):
+        monkeypatch.setattr(f"m3cli.{module}.MAX_MATRIX_BYTES", 100 * 64 * 2)
+    with corpus.open("a") as rows:
+        rows.write(json.dumps({"id": "long", "text": "word " * 150}) + "\n")
+    words = ("--model", tiny_m3, *FLAGS, "--long-docs", "merge", *flags)
+    done = m3_here("encode", corpus, *words, "--out", "out.m3")
+    assert done.returncode == (3 if skipped else 0), done.stderr
+    lines = [line for path in Path("out.m3/_m3").glob("skipped/*") for line in path.read_text().splitlines()]
+    listed = [json.loads(line) for line in lines]
+    assert [row["id"] for row in listed] == ["long"] * skipped
+    assert all("Parquet holds 12,800; use --format npy" in row["detail"] for row in listed)
+    assert m3_here("check", "out.m3").returncode == done.returncode
+
+
+def test_a_corpus_of_nothing_but_such_matrices_is_told_what_helps(
+    m3_here: M3, tiny_m3: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("m3cli.jobs.stages.MAX_MATRIX_BYTES", 100 * 64 * 2)
+    corpus.write_text(json.dumps({"id": "long", "text": "word " * 150}) + "\n")
+    refused = m3_here("encode", corpus, "--model", tiny_m3, *FLAGS, "--long-docs", "merge", "--out", "out.m3")
+    assert refused.returncode == 4
+    assert "use --format npy, --long-docs chunk" in refused.stderr
+    assert "--text-field" not in refused.stderr
+
+
 def test_vectors_may_be_compressed_in_parquet_only(m3_here: M3, tiny_m3: Path, corpus: Path) -> None:
     for chosen in ("none", "zstd"):
         assert (
