@@ -92,7 +92,7 @@ def cut_document(text: str, tokenizer: Tokenizer, cutting: Cutting) -> Iterator[
     """Yield the rows of one document that is, or may be, longer than `max_length`."""
     truncate = cutting.long_docs == "truncate"
     tokens = read_tokens(text, tokenizer, prefix=cutting.prefix, enough=cutting.max_length if truncate else None)
-    size = cutting.max_length - NUM_SPECIALS - len(tokens.prefix_ids)
+    size = cutting.max_length - NUM_SPECIALS - max(len(tokens.lead_ids), len(tokens.prefix_ids))
     num_tokens = len(tokens.input_ids)
     if truncate:
         windows = cut_windows(tokens.levels, size=size, overlap=0, split="tokens")[:1]
@@ -104,7 +104,8 @@ def cut_document(text: str, tokenizer: Tokenizer, cutting: Cutting) -> Iterator[
     for index, window in enumerate(windows):
         char_start = int(tokens.starts[window.start]) if index else 0
         char_end = len(text) if window.stop == num_tokens else int(tokens.starts[window.stop])
-        input_ids = np.concatenate((bos, tokens.prefix_ids, tokens.input_ids[window.start : window.stop], eos))
+        before = tokens.prefix_ids if index else tokens.lead_ids
+        input_ids = np.concatenate((bos, before, tokens.input_ids[window.start : window.stop], eos))
         repeated = window.repeated + len(tokens.prefix_ids) if index else 0
         yield input_ids, index, len(windows), char_start, char_end, window.stop < num_tokens and truncate, repeated
 

@@ -101,6 +101,17 @@ def test_prefix_goes_before_every_chunk_and_not_into_offsets(tokenizer: Tokenize
     assert [*prefix, *(token for ids in row_ids(chunks) for token in ids[1 + len(prefix) : -1])] == joint[1:-1]
 
 
+@pytest.mark.parametrize("prefix", ["query: ", "query:", "re", "passage：", "Represent this: re"])  # noqa: RUF001
+def test_every_chunk_has_the_tokens_of_prefix_and_its_text(tokenizer: Tokenizer, prefix: str) -> None:
+    text = "search the old books of " * 20
+    chunks = chunk_documents(as_documents(text), tokenizer, Cutting(max_length=20, prefix=prefix))
+    assert chunks.num_rows > 5
+    for ids, start, end in zip(row_ids(chunks), chunks.char_start, chunks.char_end, strict=True):
+        assert len(ids) <= 20
+        blank = " " if start else ""  # that the text has before a word, and no chunk's span
+        assert ids == tokenizer.encode([prefix + blank + text[start:end]])[0].tolist()
+
+
 def test_prefix_longer_than_a_chunk_is_a_usage_error(tokenizer: Tokenizer) -> None:
     with pytest.raises(UsageError, match="--prefix"):
         chunk_documents(
