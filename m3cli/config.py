@@ -31,6 +31,8 @@ Split = Literal["tokens", "sentence"]
 
 COLBERT_MEMBERS = ("colbert_dtype", "colbert_pool", "colbert_min_weight", "colbert_top_k")
 "members of Meaning that say how ColBERT vectors are stored"
+OUTPUT_OF: dict[str, Output] = {"dense_dtype": "dense", **dict.fromkeys(COLBERT_MEMBERS, "colbert")}
+"of each member of Meaning that says how an output is stored, that output"
 ADDED_LATER = (*COLBERT_MEMBERS, "compression", "split", "mcls")
 """Members of Meaning that older folders lack; at their defaults they mean what those folders hold, and a fingerprint
 leaves them out."""
