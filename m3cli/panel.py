@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from m3cli.config import list_chosen
 from m3cli.errors import spell_printable
 from m3cli.records import QueryHits, RunPlan, RunSummary
 
@@ -70,6 +71,8 @@ def plan_panel(plan: RunPlan, *, title: str | None = None) -> Panel:
         "model", _plain(f"{plan.model}, {plan.dtype} on {plan.device}, up to {plan.max_length:,} tokens a chunk")
     )
     rows.add_row("output", _plain(f"{plan.out} ({plan.format}): {', '.join(plan.outputs)}"))
+    if plan.settings:
+        rows.add_row("settings", _plain(_chosen_words(plan.settings)))
     size = "" if plan.input_bytes is None else f" in {format_bytes(plan.input_bytes)}"
     rows.add_row("documents", f"{_about(plan.documents)}{size}")
     if plan.tokens is not None:
@@ -164,7 +167,19 @@ def info_panel(folder: str, found: dict[str, Any]) -> Panel:
 def _settings_words(meaning: dict[str, Any]) -> str:
     fields = meaning["fields"]
     named = [f"{part} from '{fields[part]}'" for part in ("id", "title", "text") if fields[part]]
-    return f"{meaning['format']}, up to {meaning['max_length']:,} tokens a row, {', '.join(named)}"
+    words = f"{meaning['format']}, up to {meaning['max_length']:,} tokens a row, {', '.join(named)}"
+    chosen = _chosen_words(list_chosen(meaning))
+    return f"{words}; {chosen}" if chosen else words
+
+
+def _chosen_words(settings: Mapping[str, Any]) -> str:
+    """Spell settings as flags without their dashes: 'long-docs merge, overlap 32, keep-text'."""
+    words = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        quoted = isinstance(value, str) and value != (value.strip() or None)
+        words.append(flag if value is True else f"{flag} {value!r}" if quoted else f"{flag} {value}")
+    return ", ".join(words)
 
 
 def _name_some(names: list[str]) -> str:

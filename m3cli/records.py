@@ -302,6 +302,8 @@ class RunPlan:
     max_length: int
     outputs: tuple[str, ...]
     format: str
+    settings: dict[str, Any]
+    "that are not the default, by the members of Meaning"
     fingerprint: str
     documents: int | None
     "estimated from a sample, exact for Parquet; None where only reading tells (piped input)"

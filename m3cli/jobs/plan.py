@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from m3cli.config import EncodeRequest
+from m3cli.config import EncodeRequest, list_chosen
 from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder import device as machine
@@ -66,6 +66,7 @@ def describe_run(
         max_length=meaning.max_length,
         outputs=meaning.outputs,
         format=meaning.format,
+        settings=list_chosen(meaning.to_json()),
         fingerprint=run.fingerprint,
         documents=estimate.documents if estimate else None,
         tokens=estimate.tokens if estimate else None,
