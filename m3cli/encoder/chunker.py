@@ -4,7 +4,7 @@ Invariants: no row has more than `max_length` tokens, `<s>`, `</s>` and prefix i
 document's rows tile its text (the first begins at 0, each ends where the next begins, the last ends at the end); a
 row's ids are those of the document's own tokens: at white space the same as the piece alone would have, and where a
 row begins inside a word its first token, seldom the first few, may be others. Offsets are Unicode code points of
-`Document.text`; the prefix is no part of them. A document of any size takes time and memory in proportion to its length.
+`Document.text`; the prefix is no part of them. A document takes time and memory in proportion to its length.
 """
 
 from __future__ import annotations

@@ -128,8 +128,8 @@ def settle(request: EncodeRequest, sources: tuple[Source, ...], stdin: PeekableS
     return Settled(run=run, form=form, checkpoint=checkpoint, tokenizer=tokenizer)
 
 
-def make_form(run: Run) -> RowForm:
-    """Say what every shard of a run's folder has in common."""
+def make_form(run: Run, *, kept: bool = True) -> RowForm:
+    """Say what every shard of a run's folder has in common; the types of kept fields only the input knows."""
     meaning = run.meaning
     return RowForm(
         format=meaning.format,
@@ -141,7 +141,7 @@ def make_form(run: Run) -> RowForm:
         compression=meaning.compression,
         exact_vectors=meaning.exact_vectors,
         keep_text=meaning.keep_text,
-        kept=kept_schema(run.sources, meaning.fields) if meaning.fields.kept else None,
+        kept=kept_schema(run.sources, meaning.fields) if kept and meaning.fields.kept else None,
     )
 
 

@@ -32,8 +32,10 @@ def encode(m3_here: M3, tiny_m3: Path) -> M3:
 
 def test_what_is_not_the_default_is_shown_everywhere(encode: M3, m3_here: M3) -> None:
     write("a.jsonl", "1", "2")
-    flags = ("--max-length", 32, "--long-docs", "merge", "--split", "tokens", "--overlap", 4, "--mcls", 8)
-    flags += ("--colbert-dtype", "int8", "--prefix", "query: ", "--keep-text")
+    flags = (
+        *("--max-length", 32, "--long-docs", "merge", "--split", "tokens", "--overlap", 4, "--mcls", 8),
+        *("--colbert-dtype", "int8", "--prefix", "query: ", "--keep-text"),
+    )
     words = "long-docs merge, split tokens, overlap 4, mcls 8, colbert-dtype int8, prefix 'query: ', keep-text"
     for done in (
         encode("a.jsonl", *flags, command="plan"),

@@ -12,8 +12,11 @@ import pytest
 
 from m3cli.config import EncodeRequest
 from m3cli.corpus.sources import find_sources
-from m3cli.jobs.estimate import Estimate, estimate_corpus
+from m3cli.encoder.chunker import Cutting, chunk_documents
+from m3cli.encoder.tokenizer import Tokenizer
+from m3cli.jobs.estimate import SAMPLE_CHARS, Estimate, estimate_corpus
 from m3cli.jobs.opening import settle
+from m3cli.records import Chunks, Document
 
 Estimating = Callable[..., Estimate]
 SENTENCE = "The keeper of the lighthouse wrote down when each ship went by. "
@@ -62,17 +65,14 @@ def test_books_among_short_rows_weigh_what_they_hold(estimate: Estimating) -> No
 
 def test_the_work_of_a_book_is_that_of_its_beginning(estimate: Estimating, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
-    from m3cli.jobs import estimate as module  # noqa: PLC0415
 
-    cut = module.chunk_documents
-
-    def chunk(documents, tokenizer, cutting):  # type: ignore[no-untyped-def]
+    def chunk(documents: Sequence[Document], tokenizer: Tokenizer, cutting: Cutting) -> Chunks:
         lengths.extend(len(document.text) for document in documents)
-        return cut(documents, tokenizer, cutting)
+        return chunk_documents(documents, tokenizer, cutting)
 
-    monkeypatch.setattr(module, "chunk_documents", chunk)
+    monkeypatch.setattr("m3cli.jobs.estimate.chunk_documents", chunk)
     estimate([BOOK] * 4)
-    assert sum(lengths) <= 4 * module.SAMPLE_CHARS
+    assert sum(lengths) <= 4 * SAMPLE_CHARS
 
 
 def test_what_becomes_of_long_documents_is_what_is_priced(estimate: Estimating) -> None:
