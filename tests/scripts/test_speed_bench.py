@@ -182,7 +182,7 @@ def test_a_peer_that_is_absent_is_known_by_name(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_long_document_has_its_size_and_one_without_blanks_stands_beside_it(tmp_path: Path) -> None:
-    texts = ["A first text of some words. And a second sentence.", "山路を登りながら、こう考えた。" * 4]  # noqa: RUF001
+    texts = ["A first text of some words. And a second sentence.", "山路を登りながら、こう考えた。" * 4]
     lines = write_shard(tmp_path / "a.jsonl", texts, size=10_001, rows=10).read_bytes().splitlines()
     rows = [orjson.loads(line) for line in lines]
     assert [row["id"] for row in rows] == [*"01234", "long", "joined", *"56789"]
