@@ -6,6 +6,7 @@ dictionaries of what was typed; `auto` values are resolved once, written into `r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -31,6 +32,13 @@ Split = Literal["tokens", "sentence"]
 
 COLBERT_MEMBERS = ("colbert_dtype", "colbert_pool", "colbert_min_weight", "colbert_top_k")
 "members of Meaning that say how ColBERT vectors are stored"
+OUTPUT_OF: dict[str, Output] = {"dense_dtype": "dense", **dict.fromkeys(COLBERT_MEMBERS, "colbert")}
+"of each member of Meaning that says how an output is stored, that output"
+CHOSEN = (
+    *("long_docs", "split", "overlap", "mcls", "dense_dtype", *COLBERT_MEMBERS, "compression"),
+    *("title_sep", "prefix", "keep_text", "limit", "dedupe"),
+)
+"members of Meaning that are shown where they are not the default"
 ADDED_LATER = (*COLBERT_MEMBERS, "compression", "split", "mcls")
 """Members of Meaning that older folders lack; at their defaults they mean what those folders hold, and a fingerprint
 leaves them out."""
@@ -136,6 +144,16 @@ class Meaning:
         return {
             name: value for name, value in self.to_json().items() if name not in ADDED_LATER or value != defaults[name]
         }
+
+
+def list_chosen(meaning: Mapping[str, Any]) -> dict[str, Any]:
+    """Return, of a Meaning's members as JSON, those that people choose and that are not what a new folder has."""
+    defaults = {each.name: each.default for each in fields(Meaning)}
+    chosen = {name: meaning.get(name, defaults[name]) for name in CHOSEN}
+    usual = {**defaults, "split": DEFAULT_SPLIT}
+    if chosen["long_docs"] == "truncate":
+        usual["split"] = chosen["split"]  # there is nothing that it would part
+    return {name: value for name, value in chosen.items() if value != usual[name]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 import orjson
@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from m3cli.config import list_chosen
 from m3cli.errors import spell_printable
 from m3cli.records import QueryHits, RunPlan, RunSummary
 
@@ -70,6 +71,8 @@ def plan_panel(plan: RunPlan, *, title: str | None = None) -> Panel:
         "model", _plain(f"{plan.model}, {plan.dtype} on {plan.device}, up to {plan.max_length:,} tokens a chunk")
     )
     rows.add_row("output", _plain(f"{plan.out} ({plan.format}): {', '.join(plan.outputs)}"))
+    if plan.settings:
+        rows.add_row("settings", _plain(_chosen_words(plan.settings)))
     size = "" if plan.input_bytes is None else f" in {format_bytes(plan.input_bytes)}"
     rows.add_row("documents", f"{_about(plan.documents)}{size}")
     if plan.tokens is not None:
@@ -82,11 +85,27 @@ def plan_panel(plan: RunPlan, *, title: str | None = None) -> Panel:
     if plan.bytes_on_disk is not None:
         parts = ", ".join(f"{output} {format_bytes(size)}" for output, size in plan.bytes_on_disk.items())
         rows.add_row("disk", f"about {format_bytes(sum(plan.bytes_on_disk.values()))}: {parts}")
-    rows.add_row("free", format_bytes(plan.free_bytes))
-    for place, (flags, needed) in enumerate((plan.colbert_choices or {}).items()):
-        rows.add_row("" if place else "colbert as", f"{format_bytes(needed):>10}  {flags}")
+    rows.add_row("free", _free_words(plan))
+    choices = plan.colbert_choices or {}
+    if title is None and choices:
+        rows.add_row("colbert as", ", ".join(f"{name} {format_bytes(size)}" for name, size in _short_names(choices)))
+    elif choices:
+        for place, (flags, needed) in enumerate(choices.items()):
+            rows.add_row("" if place else "colbert as", f"{format_bytes(needed):>10}  {flags}")
     title = title or ("m3 encode, going on" if plan.resumed else "m3 encode")
     return Panel(rows, title=title, subtitle=f"fingerprint {plan.fingerprint[:7]}", box=box.ROUNDED, expand=False)
+
+
+def _free_words(plan: RunPlan) -> str:
+    free, needed = format_bytes(plan.free_bytes), plan.bytes_needed
+    if needed is None or needed <= plan.free_bytes:
+        return free
+    return f"{free}: too little, about {format_bytes(needed)} are still to be written"
+
+
+def _short_names(choices: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Name ways to store ColBERT vectors in a word or two: 'int8', 'pool 2 int8'."""
+    return [(flags.replace("--colbert-dtype ", "").replace("--colbert-", ""), size) for flags, size in choices.items()]
 
 
 def summary_panel(summary: RunSummary) -> Panel:
@@ -148,7 +167,19 @@ def info_panel(folder: str, found: dict[str, Any]) -> Panel:
 def _settings_words(meaning: dict[str, Any]) -> str:
     fields = meaning["fields"]
     named = [f"{part} from '{fields[part]}'" for part in ("id", "title", "text") if fields[part]]
-    return f"{meaning['format']}, up to {meaning['max_length']:,} tokens a row, {', '.join(named)}"
+    words = f"{meaning['format']}, up to {meaning['max_length']:,} tokens a row, {', '.join(named)}"
+    chosen = _chosen_words(list_chosen(meaning))
+    return f"{words}; {chosen}" if chosen else words
+
+
+def _chosen_words(settings: Mapping[str, Any]) -> str:
+    """Spell settings as flags without their dashes: 'long-docs merge, overlap 32, keep-text'."""
+    words = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        quoted = isinstance(value, str) and value != (value.strip() or None)
+        words.append(flag if value is True else f"{flag} {value!r}" if quoted else f"{flag} {value}")
+    return ", ".join(words)
 
 
 def _name_some(names: list[str]) -> str:

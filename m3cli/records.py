@@ -302,6 +302,8 @@ class RunPlan:
     max_length: int
     outputs: tuple[str, ...]
     format: str
+    settings: dict[str, Any]
+    "that are not the default, by the members of Meaning"
     fingerprint: str
     documents: int | None
     "estimated from a sample, exact for Parquet; None where only reading tells (piped input)"
@@ -311,10 +313,12 @@ class RunPlan:
     shards_done: int
     bytes_on_disk: dict[str, int] | None
     "estimated bytes per output of the whole folder"
+    bytes_needed: int | None
+    "estimated bytes that are still to be written"
     free_bytes: int
     "of the disk that the folder is on, or is to be on"
     colbert_choices: dict[str, int] | None
-    "estimated bytes of the ColBERT vectors by the flags that say how they are stored; None: not asked for"
+    "estimated bytes of the ColBERT vectors by the flags that say how they are stored; None: not known, or none"
     resumed: bool
 
 

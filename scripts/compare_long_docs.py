@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Prints recall@10 of each way to treat long documents, as a table for the README.
 
-    scripts/compare_long_docs.py SET --model DIR --work DIR
+    scripts/compare_long_docs.py SET --model DIR --work DIR [--json FILE]
 
 SET is what make_long_set.py wrote. Each of truncate, chunk and merge is encoded into --work with the real `m3 encode`
 (one that is there is not made again), searched with `m3 search` and measured with `m3 eval`. Encoding takes minutes.
@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("set", type=Path, metavar="SET")
     parser.add_argument("--model", required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--json", type=Path, help="write what was found there too")
     options = parser.parse_args(arguments)
+    found = {}
     print(f"| `--long-docs` | rows | MB | {' | '.join(MODES)} |")
     print(f"|---|---:|---:|{'---:|' * len(MODES)}")
     for way in WAYS:
@@ -55,8 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             *("--out", folder, "--progress", "none"),
         )
         rows, size = count_rows(folder)
-        recalls = [f"{measure(folder, options.set, options.model, mode):.3f}" for mode in MODES]
-        print(f"| `{way}` | {rows:,} | {size / 1e6:.0f} | {' | '.join(recalls)} |", flush=True)
+        recalls = {mode: measure(folder, options.set, options.model, mode) for mode in MODES}
+        found[way] = {"rows": rows, "bytes": size, MEASURE: recalls}
+        cells = [f"{recall:.3f}" for recall in recalls.values()]
+        print(f"| `{way}` | {rows:,} | {size / 1e6:.0f} | {' | '.join(cells)} |", flush=True)
+    if options.json:
+        options.json.write_text(
+            json.dumps({"model": options.model, "set": options.set.name, "ways": found}, indent=2) + "\n"
+        )
     return 0
 
 

@@ -38,6 +38,12 @@ def info(
     """Show what is in a folder: settings, counts, bytes per output, and how long its rows are; or of one document."""
     if (text or source) and document_id is None:
         raise UsageError("--text and --input need --id: they are about one document")
+    if truncated and document_id is not None:
+        raise UsageError(f"--truncated and --id {document_id}: one lists all documents, the other shows one; drop one")
+    if source is not None and not text:
+        raise UsageError(f"--input {source} needs --text: only the text is read from the input")
+    if source == "-":
+        raise UsageError("--input -: standard input is not searched for a document; save it, and name the file")
     from m3cli.jobs import info as job  # noqa: PLC0415  pyarrow, not for --help
     from m3cli.panel import info_panel, print_panel  # noqa: PLC0415
 

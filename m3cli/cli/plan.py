@@ -28,10 +28,12 @@ def plan(
     id_field: flags.IdField = None,
     text_field: flags.TextField = None,
     title_field: flags.TitleField = None,
+    title_sep: flags.TitleSep = None,
     keep_fields: flags.KeepFields = None,
     keep_text: flags.KeepText = None,
     prefix: flags.Prefix = None,
     limit: flags.Limit = None,
+    max_row_bytes: flags.MaxRowBytes = None,
     max_length: flags.MaxLength = None,
     long_docs: flags.LongDocs = None,
     overlap: flags.Overlap = None,
@@ -40,6 +42,8 @@ def plan(
     dtype: flags.Dtype = None,
     device: flags.Device = None,
     shard_size: flags.ShardSize = None,
+    since_run: flags.SinceRun = None,
+    dedupe: flags.Dedupe = None,
     as_json: flags.AsJson = False,
 ) -> None:
     """Show what an encode would do: shards, documents, tokens, bytes on disk, and what is done already.
@@ -63,10 +67,12 @@ def plan(
         id_field=id_field,
         text_field=text_field,
         title_field=title_field,
+        title_sep=title_sep,
         keep_fields=parse_names(keep_fields),
         keep_text=keep_text,
         prefix=prefix,
         limit=limit,
+        max_row_bytes=parse_size("--max-row-bytes", max_row_bytes),
         max_length=max_length,
         long_docs=long_docs,
         overlap=overlap,
@@ -75,6 +81,8 @@ def plan(
         dtype=auto(dtype),
         device=auto(device),
         shard_size=parse_size("--shard-size", shard_size),
+        since_run=since_run,
+        dedupe=dedupe,
     )
     from m3cli.jobs.plan import plan_corpus  # noqa: PLC0415  pyarrow and torch, not for --help
     from m3cli.panel import plan_panel, print_panel  # noqa: PLC0415

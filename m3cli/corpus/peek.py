@@ -1,6 +1,7 @@
 """The first rows of a source, looked at without being consumed: which fields they have, and which hold text.
 
-At most 100 rows of at most 1 MiB together; of Parquet the schema. Malformed rows are passed over, the first is told.
+At most 100 rows of at most 1 MiB together, or a first one that is longer by itself; of Parquet the schema. Malformed
+rows are passed over, the first is told.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from m3cli.config import MAX_ROW_BYTES
 from m3cli.corpus.jsonl import parse_json_line
 from m3cli.corpus.lines import BOM
 from m3cli.corpus.parquet import is_text, read_parquet_schema
@@ -51,7 +53,7 @@ def peek_source(source: Source, layout: TsvLayout, *, stdin: PeekableStream | No
         return Peek(source=source, names=tuple(schema.names), texts=texts, fault=None)
     lines, cut = _read_lines(source, stdin)
     if source.format == "jsonl":
-        fault = Fault(reason=f"its first row is longer than {PEEK_BYTES:,} bytes") if cut and not lines else None
+        fault = Fault(reason=f"its first row is longer than {MAX_ROW_BYTES:,} bytes") if cut and not lines else None
         return _peek_json(source, lines, fault) if lines or fault else None
     names = layout.columns if source.format == "tsv" else ("text",)
     return Peek(source=source, names=names, texts=frozenset(names), fault=None) if lines or cut else None
@@ -91,6 +93,10 @@ def _read_lines(source: Source, stdin: PeekableStream | None) -> tuple[list[byte
     """Return the first whole rows, and whether the look was cut off in the middle of one."""
     head = read_head(source, PEEK_BYTES, stdin=stdin)
     cut = len(head) == PEEK_BYTES
+    if cut and b"\n" not in head:
+        head = read_head(source, MAX_ROW_BYTES, stdin=stdin)
+        cut = len(head) == MAX_ROW_BYTES
+        head = head[: head.find(b"\n") + 1] or head
     lines = head.removeprefix(BOM).split(b"\n")
     if cut:
         lines.pop()

@@ -3,8 +3,8 @@
 Invariants: no row has more than `max_length` tokens, `<s>`, `</s>` and prefix included; without overlap the spans of a
 document's rows tile its text (the first begins at 0, each ends where the next begins, the last ends at the end); a
 row's ids are those of the document's own tokens: at white space the same as the piece alone would have, and where a
-row begins inside a word its first token may be another. Offsets are Unicode code points of `Document.text`; the prefix
-is no part of them. A document of any size takes time and memory in proportion to its length.
+row begins inside a word its first token, seldom the first few, may be others. Offsets are Unicode code points of
+`Document.text`; the prefix is no part of them. A document takes time and memory in proportion to its length.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from m3cli.config import LongDocs, Meaning, Split
 from m3cli.encoder.segments import SEGMENT_CHARS, read_tokens
 from m3cli.encoder.split import Window, cut_windows
 from m3cli.encoder.tokenizer import Tokenizer
+from m3cli.errors import UsageError
 from m3cli.records import Chunks, Document
 
 NUM_SPECIALS = 2
@@ -51,6 +52,22 @@ def cutting_of(meaning: Meaning) -> Cutting:
     )
 
 
+def refuse_no_room(tokenizer: Tokenizer, cutting: Cutting) -> None:
+    """Refuse a prefix and an overlap that leave no room for text in a chunk.
+
+    Raises:
+        UsageError: naming both, and the length.
+    """
+    num_prefix = len(tokenizer.backend.encode(cutting.prefix, add_special_tokens=False).ids)
+    room = cutting.max_length - NUM_SPECIALS - num_prefix
+    if room <= cutting.overlap:
+        raise UsageError(
+            f"--prefix of {num_prefix} tokens and --overlap {cutting.overlap}: a chunk of {cutting.max_length} tokens "
+            f"has room for {cutting.max_length - NUM_SPECIALS}, and none is left for text; "
+            "shorten --prefix, lower --overlap or raise --max-length"
+        )
+
+
 def chunk_documents(documents: Sequence[Document], tokenizer: Tokenizer, cutting: Cutting) -> Chunks:
     """Tokenise documents and cut those that are longer than `max_length` tokens.
 
@@ -75,7 +92,7 @@ def cut_document(text: str, tokenizer: Tokenizer, cutting: Cutting) -> Iterator[
     """Yield the rows of one document that is, or may be, longer than `max_length`."""
     truncate = cutting.long_docs == "truncate"
     tokens = read_tokens(text, tokenizer, prefix=cutting.prefix, enough=cutting.max_length if truncate else None)
-    size = cutting.max_length - NUM_SPECIALS - len(tokens.prefix_ids)
+    size = cutting.max_length - NUM_SPECIALS - max(len(tokens.lead_ids), len(tokens.prefix_ids))
     num_tokens = len(tokens.input_ids)
     if truncate:
         windows = cut_windows(tokens.levels, size=size, overlap=0, split="tokens")[:1]
@@ -87,7 +104,8 @@ def cut_document(text: str, tokenizer: Tokenizer, cutting: Cutting) -> Iterator[
     for index, window in enumerate(windows):
         char_start = int(tokens.starts[window.start]) if index else 0
         char_end = len(text) if window.stop == num_tokens else int(tokens.starts[window.stop])
-        input_ids = np.concatenate((bos, tokens.prefix_ids, tokens.input_ids[window.start : window.stop], eos))
+        before = tokens.prefix_ids if index else tokens.lead_ids
+        input_ids = np.concatenate((bos, before, tokens.input_ids[window.start : window.stop], eos))
         repeated = window.repeated + len(tokens.prefix_ids) if index else 0
         yield input_ids, index, len(windows), char_start, char_end, window.stop < num_tokens and truncate, repeated
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from m3cli.config import ColbertForm
-from m3cli.encoder.pooling import pool_vectors
+from m3cli.encoder.pooling import BLOCK_VECTORS, pool_vectors
 from m3cli.encoder.pruning import choose_vectors, keep_vectors
 from m3cli.encoder.quantising import quantise_binary, quantise_int8
 from m3cli.records import Embeddings, TokenMatrices
@@ -39,3 +41,18 @@ def compress_matrices(matrices: TokenMatrices, form: ColbertForm) -> TokenMatric
         return TokenMatrices(indptr=matrices.indptr, vectors=rounded, scales=scales)
     stored = quantise_binary(matrices.vectors) if form.dtype == "binary" else matrices.vectors.astype(np.float16)
     return TokenMatrices(indptr=matrices.indptr, vectors=stored)
+
+
+def bound_vectors(num_vectors: NDArray[Any], form: ColbertForm) -> NDArray[np.int64]:
+    """Return how many vectors [R] are stored at most of rows that have so many [R] before.
+
+    How many a least weight leaves out only the model tells.
+    """
+    vectors = num_vectors.astype(np.int64)
+    if form.top_k is not None:
+        vectors = np.minimum(vectors, form.top_k)
+    if form.pool == 1:
+        return vectors
+    # Each block is rounded up, and the protected vector stands by itself.
+    bound: NDArray[np.int64] = np.minimum(vectors, vectors // form.pool + -(-vectors // BLOCK_VECTORS) + 1)
+    return bound

@@ -29,7 +29,6 @@ from m3cli.encoder.mcls import pool_as_cls, run_with_added
 from m3cli.encoder.model import Model, run_model
 from m3cli.encoder.picking import pick_rows
 from m3cli.encoder.transfer import Fetched, fetch, open_stream
-from m3cli.errors import ModelError
 from m3cli.records import Batch, Embeddings, Output
 
 NOT_A_NUMBER = "not a number in the output"
@@ -246,26 +245,6 @@ class BatchEncoder:
             if made.whole.all():
                 return made.embeddings
         return FailedRow(row=int(batch.rows[0]), reason=NOT_A_NUMBER, detail=detail)
-
-
-def encode_batch(
-    model: Model,
-    batch: Batch,
-    *,
-    outputs: Collection[Output],
-    special_ids: Collection[int],
-    dense_dtype: VectorDtype = "float16",
-) -> Iterator[Embeddings]:
-    """Yield the rows of a batch, in order, each of which must be encoded.
-
-    Raises:
-        ModelError: one of them cannot be.
-    """
-    encoder = BatchEncoder(model, outputs=outputs, special_ids=special_ids, dense_dtype=dense_dtype)
-    for made in encoder.encode(batch):
-        if isinstance(made, FailedRow):
-            raise ModelError(f"{made.reason}: {made.detail}")
-        yield made
 
 
 def _collect(launched: _Launched) -> _Made:

@@ -95,23 +95,6 @@ def build_embeddings(batch: Batch, made: Mapping[str, NDArray[Any]]) -> Embeddin
     return Embeddings(rows=batch.rows, dense_vecs=made.get("dense_vecs"), lexical_weights=lexical, colbert_vecs=colbert)
 
 
-def compute_embeddings(
-    model: Model,
-    batch: Batch,
-    last_hidden_state: torch.Tensor,
-    layout: SequenceLayout,
-    *,
-    outputs: Collection[Output],
-    special_ids: Collection[int],
-    dense_dtype: VectorDtype = "float16",
-    colbert_dtype: VectorDtype = "float16",
-) -> Embeddings:
-    """Do what `run_heads` does, and wait for it."""
-    wanted = Wanted(outputs=outputs, special_ids=special_ids, dense_dtype=dense_dtype, colbert_dtype=colbert_dtype)
-    made = run_heads(model, batch, last_hidden_state, layout, wanted)
-    return build_embeddings(batch, {name: tensor.cpu().numpy() for name, tensor in made.items()})
-
-
 def pool_rows(hidden: torch.Tensor, layout: SequenceLayout, *, pooling: Pooling) -> torch.Tensor:
     """Return [B, C] float32 of norm 1: the state of `<s>`, of the last token, or the mean of all tokens."""
     borders = layout.borders

@@ -36,8 +36,10 @@ _EXTENDING = 16
 class TextTokens:
     """T tokens of a text, or of its beginning."""
 
+    lead_ids: NDArray[np.int32]
+    "tokens of the prefix before the text's first token, which has the end of a prefix that is glued to it"
     prefix_ids: NDArray[np.int32]
-    "tokens of the prefix"
+    "tokens of the whole prefix, for where the text goes on behind it"
     input_ids: NDArray[np.int32]
     "[T], without <s>, </s> and prefix"
     starts: NDArray[np.int64]
@@ -52,7 +54,7 @@ def read_tokens(text: str, tokenizer: Tokenizer, *, prefix: str = "", enough: in
     ids: list[NDArray[np.int32]] = []
     starts: list[NDArray[np.int64]] = []
     levels: list[NDArray[np.uint8]] = []
-    prefix_ids = np.empty(0, np.int32)
+    lead_ids = prefix_ids = np.empty(0, np.int32)
     found = 0
     while (enough is None or found <= enough) and (lot := list(islice(spans, 1 if enough else SEGMENTS_TOGETHER))):
         pieces = [text[first:last] if first else prefix + text[:last] for first, last in lot]
@@ -62,8 +64,12 @@ def read_tokens(text: str, tokenizer: Tokenizer, *, prefix: str = "", enough: in
             offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2) + (first - (0 if first else len(prefix)))
             if prefix and not first:
                 # A token that reaches past the prefix (the blank before a word is glued to it) is the text's.
-                num_prefix = int(np.count_nonzero(offsets[:, 1] <= 0))
-                prefix_ids, mine, offsets = mine[:num_prefix], mine[num_prefix:], np.maximum(offsets[num_prefix:], 0)
+                num_lead = int(np.count_nonzero(offsets[:, 1] <= 0))
+                lead_ids, mine, offsets = mine[:num_lead], mine[num_lead:], offsets[num_lead:]
+                prefix_ids = lead_ids
+                if len(offsets) and offsets[0, 0] + len(prefix) < len(prefix.rstrip()):
+                    prefix_ids = np.array(tokenizer.backend.encode(prefix, add_special_tokens=False).ids, np.int32)
+                offsets = np.maximum(offsets, 0)
             low, high = max(0, first - CONTEXT_CHARS), min(len(text), last + CONTEXT_CHARS)
             ids.append(mine)
             starts.append(offsets[:, 0])
@@ -72,7 +78,11 @@ def read_tokens(text: str, tokenizer: Tokenizer, *, prefix: str = "", enough: in
     joined = np.concatenate(starts)
     joined[:1] = 0
     return TextTokens(
-        prefix_ids=prefix_ids, input_ids=np.concatenate(ids), starts=joined, levels=np.concatenate(levels)
+        lead_ids=lead_ids,
+        prefix_ids=prefix_ids,
+        input_ids=np.concatenate(ids),
+        starts=joined,
+        levels=np.concatenate(levels),
     )
 
 

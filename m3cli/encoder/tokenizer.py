@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from m3cli.encoder.checkpoint import TOKENIZER_FILES, Checkpoint
@@ -42,10 +41,6 @@ class Tokenizer:
     def encode(self, texts: list[str]) -> list[NDArray[np.int32]]:
         """Return the token ids of each text with `<s>` and `</s>`, texts spread over the cores."""
         return [np.array(encoding.ids, dtype=np.int32) for encoding in self.backend.encode_batch_fast(texts)]
-
-    def encode_with_offsets(self, text: str) -> Encoding:
-        """Return the tokens of one text without `<s>` and `</s>`, with spans in code points."""
-        return self.backend.encode(text, add_special_tokens=False)
 
     def token(self, token_id: int) -> str:
         """Return the string of a token id."""

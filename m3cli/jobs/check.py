@@ -30,11 +30,12 @@ from m3cli.errors import (
     UsageError,
     refuse_unreachable,
 )
+from m3cli.jobs.opening import make_form
 from m3cli.jobs.run import Run, parse_run
 from m3cli.progress import FileMeter
 from m3cli.records import DoneEntry
 from m3cli.store.entries import is_ours
-from m3cli.store.layout import RUN_NAME, RowForm
+from m3cli.store.layout import RUN_NAME
 from m3cli.store.lock import hold_lock
 from m3cli.store.verify.faults import Fault
 from m3cli.store.verify.files import check_files
@@ -158,19 +159,10 @@ def _hash_shards(root: Path, ledger: Ledger) -> Iterator[tuple[DoneEntry, list[F
 
 def _expect(run: Run) -> Expected:
     meaning = run.meaning
-    form = RowForm(
-        format=meaning.format,
-        outputs=meaning.outputs,
-        dim=run.dim,
-        vocabulary=run.vocabulary,
-        dense_dtype=meaning.dense_dtype,
-        colbert=meaning.colbert_form,
-        compression=meaning.compression,
-        exact_vectors=meaning.exact_vectors,
-        keep_text=meaning.keep_text,
-    )
     merged = meaning.long_docs == "merge"
-    return Expected(form=form, kept=meaning.fields.kept, max_length=meaning.max_length, merged=merged)
+    return Expected(
+        form=make_form(run, kept=False), kept=meaning.fields.kept, max_length=meaning.max_length, merged=merged
+    )
 
 
 def _count_bytes(ledger: Ledger) -> int:

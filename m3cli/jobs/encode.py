@@ -27,7 +27,7 @@ from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED
 from m3cli.jobs.metrics import MetricsFile, keep_metrics
-from m3cli.jobs.opening import Opened, choose_out, open_run, settle
+from m3cli.jobs.opening import Opened, Settled, choose_out, open_run, settle
 from m3cli.jobs.run import open_checkpoint, refuse_other_checkpoint, refuse_other_tokenizer
 from m3cli.jobs.since import Since, open_since
 from m3cli.jobs.space import refuse_full_disk
@@ -98,11 +98,16 @@ def encode_corpus(
         out = choose_out(request, sources)
         metrics.out = str(out)
         with watch.count("loading"):
-            # What can be wrong with corpus or model is said before a folder is made for it.
+            # What can be wrong with corpus, model or disk is said before a folder is made for it.
             fresh = None if read_run(out) else settle(request, sources, stdin)
+            if fresh is not None:
+                fresh = estimate_run(fresh, request, progress)
+                if request.space_check and (estimate := fresh.estimate):
+                    choices = estimate.colbert_choices
+                    refuse_full_disk(out, estimate.bytes_on_disk, num_shards=None, done={}, choices=choices)
         with open_run_folder(out, worker=request.worker, num_workers=request.num_workers) as folder:
             metrics.write()
-            opened = open_run(folder, fresh, request, sources)
+            opened = open_run(folder, None if fresh is None else fresh.run, request, sources)
             tally = Tally()
             if (todo := opened.num_shards) is not None:
                 todo = opened.share.count_todo(todo)
@@ -110,10 +115,41 @@ def encode_corpus(
                 finish(opened, request, progress=progress, stdin=stdin)
             else:
                 work = Work(progress=progress, watch=watch, stop=stop or Stop(), metrics=metrics, tally=tally)
-                encode(opened, request, todo=todo, stdin=stdin, work=work)
+                encode(opened, request, fresh=fresh, todo=todo, stdin=stdin, work=work)
             code = judge(opened, request, tally)
         metrics.numbers["exit_code"] = code
     return code
+
+
+def estimate_run(settled: Settled, request: EncodeRequest, progress: Progress) -> Settled:
+    """Estimate what a run will come to, if anyone asks."""
+    from m3cli.jobs.estimate import estimate_corpus  # noqa: PLC0415  torch, only where there is work
+
+    if not request.space_check and progress.mode == "none":
+        return settled
+    return replace(settled, estimate=estimate_corpus(settled.run, settled.form, settled.tokenizer))
+
+
+def ready_adopted(opened: Opened, request: EncodeRequest, progress: Progress) -> Settled:
+    """Get ready to go on with a folder that was there before.
+
+    Raises:
+        ForeignFolder: checkpoint or tokenizer are others than the folder's.
+        OutputError: the disk has no room for what is left to do.
+    """
+    from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415  torch, only where there is work
+
+    run = opened.run
+    checkpoint = open_checkpoint(request)
+    refuse_other_checkpoint(run, checkpoint, out=opened.name)
+    tokenizer = load_tokenizer(checkpoint)
+    refuse_other_tokenizer(run, tokenizer.serialisation_hash, out=opened.name)
+    settled = Settled(run=run, form=opened.form, checkpoint=checkpoint, tokenizer=tokenizer)
+    settled = estimate_run(settled, request, progress)
+    if request.space_check and (estimate := settled.estimate):
+        sizes = estimate.bytes_on_disk
+        refuse_full_disk(opened.folder.path, sizes, num_shards=opened.num_shards, done=opened.done)
+    return settled
 
 
 def finish(opened: Opened, request: EncodeRequest, *, progress: Progress, stdin: PeekableStream | None) -> None:
@@ -137,44 +173,33 @@ def encode(
     opened: Opened,
     request: EncodeRequest,
     *,
+    fresh: Settled | None,
     todo: int | None,
     stdin: PeekableStream | None,
     work: Work,
 ) -> None:
-    """Encode what is left, and say what was done."""
+    """Encode what is left, and say what was done; `fresh` is of a folder that this run has begun."""
     # torch, and what speaks it, only where there is work
     from m3cli.encoder import device as machine  # noqa: PLC0415
     from m3cli.encoder.model import load_model  # noqa: PLC0415
-    from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415
     from m3cli.jobs import stages  # noqa: PLC0415
-    from m3cli.jobs.estimate import estimate_corpus  # noqa: PLC0415
     from m3cli.jobs.plan import describe_run  # noqa: PLC0415
 
     run, meaning, progress, watch = opened.run, opened.run.meaning, work.progress, work.watch
     with watch.count("loading"):
-        checkpoint = open_checkpoint(request)
-        refuse_other_checkpoint(run, checkpoint, out=opened.name)
-        tokenizer = load_tokenizer(checkpoint)
-        refuse_other_tokenizer(run, tokenizer.serialisation_hash, out=opened.name)
+        # Of workers that begin a folder together one writes its run.json, the others go on with it.
+        ready = fresh if fresh and not opened.resumed else ready_adopted(opened, request, progress)
+        checkpoint, tokenizer = ready.checkpoint, ready.tokenizer
         device = machine.resolve_device(request.device)
         since = open_since(run, request.since_run, out=opened.name)
-        estimate = estimate_corpus(run, opened.form, tokenizer)
-    if request.space_check and estimate:
-        refuse_full_disk(
-            opened.folder.path,
-            estimate.bytes_on_disk,
-            todo=todo,
-            num_shards=opened.num_shards,
-            bytes_done=sum(file.length for entry in opened.done.values() for file in entry.files),
-        )
     progress.show_plan(
         describe_run(
             run,
             out=opened.shown_path,
             device=device,
-            estimate=estimate,
+            estimate=ready.estimate,
             num_shards=opened.num_shards,
-            shards_done=len(opened.done),
+            done=opened.done,
             resumed=opened.resumed,
         )
     )

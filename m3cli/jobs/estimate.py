@@ -1,8 +1,9 @@
-"""What a corpus will come to, from a small sample of it: documents, tokens, bytes on disk.
+"""What a corpus will come to, from a small sample of it: documents, rows, tokens, bytes on disk.
 
-A few shards of 64 KiB spread over the input are read and tokenised; line formats are scaled by bytes, Parquet by rows,
-whose number its footer tells. Of compressed files the beginnings are read, and scaled by what the first MiBs of each
-come to when they are decompressed. Of standard input nothing is read: then nothing is said.
+A few portions of 64 KiB spread over the input are read and tokenised, each brought to whole rows; line formats are
+scaled by bytes, Parquet by rows, whose number its footer tells. Of compressed files the beginnings are read, and scaled
+by what the first MiBs of each come to when they are decompressed. Of standard input nothing is read: then nothing is
+said. Of a long document only the beginning is tokenised, so that the work is small whatever is in the input.
 """
 
 from __future__ import annotations
@@ -10,19 +11,27 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from m3cli.config import ColbertForm
 from m3cli.corpus.plan import Plan, plan_shards
 from m3cli.corpus.reader import Action, read_shards
+from m3cli.corpus.spread import spread_portions
 from m3cli.corpus.streams import measure_ratio
 from m3cli.encoder.chunker import chunk_documents, cutting_of
+from m3cli.encoder.compression import bound_vectors
+from m3cli.encoder.merge import DOCUMENT_ROW, plan_rows
 from m3cli.encoder.tokenizer import Tokenizer
 from m3cli.errors import CorpusError
 from m3cli.jobs.run import Run
 from m3cli.records import Shard, ShardText, Source
-from m3cli.store.layout import RowForm, estimate_bytes
+from m3cli.store.layout import WEIGHTS_PER_TOKEN, RowForm, estimate_bytes
 
 SAMPLE_SHARD_BYTES = 64 << 10
 SAMPLE_SHARDS = 6
+SAMPLE_CHARS = 64 << 10
+"of a document that are tokenised"
 RATIO_BYTES = 4 << 20
 "of a compressed file, to see what they come to"
 CHOICES = {
@@ -42,28 +51,30 @@ class Estimate:
     """What a corpus will come to."""
 
     documents: int
-    rows: int
     tokens: int
     bytes_on_disk: dict[str, int]
     "per output"
+    colbert_choices: dict[str, int] | None
+    "bytes of the ColBERT vectors by the flags that say how they are stored; None: there are none"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Sample:
-    weight: int = 0
-    "bytes or rows of the input that were read"
-    documents: int = 0
-    rows: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
+    """Documents of the sample, and the S rows that are written for them."""
 
-    def add(self, sample: _Sample, *, factor: float) -> _Sample:
-        """Add what a sample stands for."""
-        self.documents += round(sample.documents * factor)
-        self.rows += round(sample.rows * factor)
-        self.tokens += round(sample.tokens * factor)
-        self.text_bytes += round(sample.text_bytes * factor)
-        return self
+    factor: float
+    "how many times as many documents they stand for"
+    documents: int
+    num_tokens: NDArray[np.float64]
+    "[S]"
+    weights: NDArray[np.float64]
+    "[S] how many rows of the document each stands for"
+    own: NDArray[np.bool_]
+    "[S] whether it is a document's own row beside its chunks: it has no ColBERT matrix, and its tokens are theirs"
+    text_bytes: float
+    "of the rows' texts"
+    kept_bytes: float
+    "of the rows' kept fields"
 
 
 def estimate_corpus(run: Run, form: RowForm, tokenizer: Tokenizer) -> Estimate | None:
@@ -71,29 +82,52 @@ def estimate_corpus(run: Run, form: RowForm, tokenizer: Tokenizer) -> Estimate |
     if any(source.path == "-" for source in run.sources):
         return None
     sampler = _Sampler(run, form, tokenizer)
-    totals = _Sample()
-    plain = tuple(source for source in run.sources if not source.sequential)
-    if plain:
-        sampler.add_plain(plain, totals)
     try:
-        sampler.add_streams([source for source in run.sources if source.sequential], totals)
+        samples = [
+            *sampler.read_plain(tuple(source for source in run.sources if not source.sequential)),
+            *sampler.read_streams([source for source in run.sources if source.sequential]),
+        ]
     except CorpusError:
         return None  # what comes before the fault is encoded, and the fault named where it is met
-    limit = run.meaning.limit
-    if limit is not None and totals.documents > limit:
-        totals = _Sample().add(totals, factor=limit / totals.documents)
-    if not totals.documents:
+    documents = sum(sample.documents * sample.factor for sample in samples)
+    if not documents:
         return None
-    sizes = estimate_bytes(form, rows=totals.rows, tokens=totals.tokens, text_bytes=totals.text_bytes)
-    return Estimate(documents=totals.documents, rows=totals.rows, tokens=totals.tokens, bytes_on_disk=sizes)
+    limit = run.meaning.limit
+    if limit is not None and documents > limit:
+        samples = [replace(sample, factor=sample.factor * limit / documents) for sample in samples]
+    sizes = _estimate_sizes(form, samples)
+    choices = None
+    if "colbert" in form.outputs:
+        choices = {
+            flags: _estimate_sizes(replace(form, colbert=colbert), samples)["colbert"]
+            for flags, colbert in CHOICES.items()
+        }
+    return Estimate(
+        documents=round(sum(sample.documents * sample.factor for sample in samples)),
+        tokens=round(
+            sum(float(sample.num_tokens @ (sample.weights * ~sample.own)) * sample.factor for sample in samples)
+        ),
+        bytes_on_disk=sizes,
+        colbert_choices=choices,
+    )
 
 
-def estimate_choices(form: RowForm, estimate: Estimate) -> dict[str, int]:
-    """Return the bytes of the ColBERT vectors, by the flags that say how they are stored."""
-    return {
-        flags: estimate_bytes(replace(form, colbert=colbert), rows=estimate.rows, tokens=estimate.tokens)["colbert"]
-        for flags, colbert in CHOICES.items()
-    }
+def _estimate_sizes(form: RowForm, samples: Sequence[_Sample]) -> dict[str, int]:
+    counts = dict.fromkeys(("documents", "rows", "weights", "vectors", "text_bytes", "kept_bytes"), 0.0)
+    for sample in samples:
+        lexical = np.minimum(sample.num_tokens * WEIGHTS_PER_TOKEN, form.vocabulary)
+        vectors = bound_vectors(np.maximum(sample.num_tokens - 1, 0), form.colbert) * ~sample.own
+        found = {
+            "documents": sample.documents,
+            "rows": sample.weights.sum(),
+            "weights": lexical @ sample.weights,
+            "vectors": vectors @ sample.weights,
+            "text_bytes": sample.text_bytes,
+            "kept_bytes": sample.kept_bytes,
+        }
+        for name, count in found.items():
+            counts[name] += float(count) * sample.factor
+    return estimate_bytes(form, **{name: round(count) for name, count in counts.items()})
 
 
 class _Sampler:
@@ -104,31 +138,34 @@ class _Sampler:
         self._form = form
         self._tokenizer = tokenizer
 
-    def add_plain(self, sources: tuple[Source, ...], totals: _Sample) -> None:
-        """Add files of which any part can be read."""
+    def read_plain(self, sources: tuple[Source, ...]) -> list[_Sample]:
+        """Read portions of files of which any part can be read."""
         plan = self._plan(sources)
-        chosen = set(_spread(plan.shards))
-        samples = {True: _Sample(), False: _Sample()}
-        for text in self._read(sources, plan, lambda shard: "read" if shard.index in chosen else "skip"):
-            self._count(text, samples[_counts_rows(text.shard)])
-        for rows, sample in samples.items():
-            weight = sum(shard.stop - shard.start for shard in plan.shards if _counts_rows(shard) == rows)
-            totals.add(sample, factor=weight / sample.weight if sample.weight else 0.0)
+        portions = spread_portions(sources, plan, number=SAMPLE_SHARDS, max_row_bytes=self._meaning.max_row_bytes)
+        plan = replace(plan, shards=tuple(portion.shard for portion in portions), rows_left=None)
+        texts = self._read(sources, plan, lambda _: "read")
+        return [self._measure([text], portion.factor) for text, portion in zip(texts, portions, strict=True)]
 
-    def add_streams(self, sources: Sequence[Source], totals: _Sample) -> None:
-        """Add compressed files, of which some are begun to be read."""
-        sample, size = _Sample(), 0.0
+    def read_streams(self, sources: Sequence[Source]) -> list[_Sample]:
+        """Read the beginnings of some compressed files."""
         begun = sources[:: max(1, len(sources) // SAMPLE_SHARDS)][:SAMPLE_SHARDS]
-        for source in begun:
-            length = source.size * measure_ratio(source, size=RATIO_BYTES)
-            size += length
-            texts = self._read((source,), self._plan((source,)), lambda _: "read")
-            for _, text in zip(range(SAMPLE_SHARDS), texts, strict=False):
-                self._count(text, sample)
-                sample.weight -= max(0, text.shard.stop - round(length))  # the last shard ends where it was meant to
-            texts.close()
-        whole = size * sum(source.size for source in sources) / max(1, sum(source.size for source in begun))
-        totals.add(sample, factor=whole / sample.weight if sample.weight else 0.0)
+        whole = sum(source.size for source in sources) / max(1, sum(source.size for source in begun))
+        return [self._read_beginning(source, whole) for source in begun]
+
+    def _read_beginning(self, source: Source, factor: float) -> _Sample:
+        """Read what begins in the first shards of a file, up to the row after it, or its end."""
+        texts: list[ShardText] = []
+        shards = self._read((source,), self._plan((source,)), lambda _: "read")
+        for text in shards:
+            positions = [document.position for document in text.documents]
+            positions += [skipped.position for skipped in text.skipped]
+            if text.shard.index >= SAMPLE_SHARDS and positions:
+                length = source.size * measure_ratio(source, size=RATIO_BYTES)
+                factor *= max(1.0, length / min(positions))
+                break
+            texts.append(text)
+        shards.close()
+        return self._measure(texts, factor)
 
     def _plan(self, sources: tuple[Source, ...]) -> Plan:
         meaning = self._meaning
@@ -153,25 +190,33 @@ class _Sampler:
             ask=ask,
         )
 
-    def _count(self, text: ShardText, sample: _Sample) -> None:
-        chunks = chunk_documents(text.documents, self._tokenizer, cutting_of(self._meaning))
-        sample.weight += text.shard.stop - text.shard.start
-        sample.documents += len(text.documents)
-        sample.rows += chunks.num_rows
-        sample.tokens += len(chunks.input_ids)
-        sample.text_bytes += sum(len(document.text.encode()) for document in text.documents)
-
-
-def _counts_rows(shard: Shard) -> bool:
-    """Whether a shard's start and stop count rows (Parquet), not bytes."""
-    return shard.row_group >= 0
-
-
-def _spread(shards: Sequence[Shard]) -> list[int]:
-    """Choose shards from the beginning to the end, of each kind there is."""
-    chosen = []
-    for rows in (True, False):
-        kind = [shard.index for shard in shards if _counts_rows(shard) == rows]
-        step = max(1, len(kind) // SAMPLE_SHARDS)
-        chosen += kind[::step][:SAMPLE_SHARDS]
-    return chosen
+    def _measure(self, texts: Sequence[ShardText], factor: float) -> _Sample:
+        """Cut documents into the rows that are written for them; what is cut off a long one counts by its length."""
+        documents = [document for text in texts for document in text.documents]
+        begun = [replace(document, text=document.text[:SAMPLE_CHARS]) for document in documents]
+        truncated = self._meaning.long_docs == "truncate"
+        stretch = np.array(
+            [
+                1.0 if truncated else len(whole.text) / len(part.text)
+                for whole, part in zip(documents, begun, strict=True)
+            ]
+        )
+        none = np.empty(0, np.int64)
+        chunks = chunk_documents(begun, self._tokenizer, cutting_of(self._meaning))
+        rows = plan_rows(chunks, long_docs=self._meaning.long_docs, taken=none)
+        own = rows.chunk_index == DOCUMENT_ROW
+        longer = stretch[rows.document] if rows.num_rows else np.empty(0)
+        is_whole = own if self._meaning.long_docs == "both" else np.full(rows.num_rows, self._meaning.merges)
+        weights = np.where(is_whole, 1.0, longer)
+        bytes_a_char = np.array([len(part.text.encode()) / len(part.text) for part in begun])
+        chars = (rows.char_end - rows.char_start) * longer
+        kept = sum(text.kept.nbytes for text in texts if text.kept is not None)
+        return _Sample(
+            factor=factor,
+            documents=len(documents),
+            num_tokens=np.where(is_whole, rows.num_tokens * longer, rows.num_tokens),
+            weights=weights,
+            own=own,
+            text_bytes=float(chars @ bytes_a_char[rows.document]) if rows.num_rows else 0.0,
+            kept_bytes=kept * float(weights.sum()) / max(1, len(documents)),
+        )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from m3cli.config import EncodeRequest
+from m3cli.corpus.plan import Plan
 from m3cli.corpus.sources import find_sources
 from m3cli.errors import ForeignFolder, UsageError
 from m3cli.jobs.input_again import find_input, read_texts
-from m3cli.jobs.run import Run, adopt_run, parse_run
+from m3cli.jobs.opening import plan_run
+from m3cli.jobs.run import Run, parse_run
+from m3cli.records import Source
 from m3cli.store.describe import FolderDescription, describe
 from m3cli.store.layout import TEXT_COLUMN
 from m3cli.store.lookup import RowLookup
@@ -81,8 +83,9 @@ def find_chunks(folder: str, document_id: str, *, text: bool = False, source: st
 
 def _read_text(folder: OutputFolder, shard: int, document_id: str, *, source: str | None) -> str:
     assert folder.run is not None
-    run, entry = _find_source(parse_run(folder.run), folder, source), folder.entries[shard]
-    for text in read_texts(run, {shard}):
+    entry = folder.entries[shard]
+    run, plan = _find_source(parse_run(folder.run), folder, shard, source)
+    for text in read_texts(run, {shard}, plan=plan):
         if text.input_hash != entry.input_hash:
             raise ForeignFolder(f"{entry.source} has changed since {folder.path.name} was made from it: drop --text")
         for document in text.documents:
@@ -91,11 +94,48 @@ def _read_text(folder: OutputFolder, shard: int, document_id: str, *, source: st
     raise ForeignFolder(f"the input has no document {document_id!r} any more: drop --text")
 
 
-def _find_source(run: Run, folder: OutputFolder, source: str | None) -> Run:
+def _find_source(run: Run, folder: OutputFolder, shard: int, source: str | None) -> tuple[Run, Plan]:
+    """Return the run with its input where it is now, and a plan that has the shard; of several files one is enough.
+
+    Raises:
+        ForeignFolder: the input that was named is not what the folder was made from.
+    """
     if source is None:
-        return find_input(run, folder.path, otherwise="say with --input where it is")
-    sources = find_sources((source,), input_format="auto", stdin=None)
-    return adopt_run(run, EncodeRequest(inputs=(source,)), sources=sources, out=folder.path.name)
+        run = find_input(run, folder.path, otherwise="say with --input where it is")
+        return run, plan_run(run)
+    formats = {each.format for each in run.sources}
+    found = find_sources((source,), input_format=formats.pop() if len(formats) == 1 else "auto", stdin=None)
+    names = len(run.sources) > 1  # one file may have another name now
+    if [_identify(each, name=names) for each in found] == [_identify(each, name=names) for each in run.sources]:
+        run = replace(run, sources=found)
+        return run, plan_run(run)
+    entry = folder.entries[shard]
+    wanted = run.sources[entry.shard.source]
+    # One file of several is read by itself; what is compressed is numbered by what comes before it.
+    if len(found) == 1 and not wanted.sequential and _identify(found[0], name=False) == _identify(wanted, name=False):
+        sources = [found[0] if each is wanted else each for each in run.sources]
+        plan = Plan(
+            shards=(entry.shard,),
+            num_sources=len(sources),
+            complete=True,
+            shard_size=run.meaning.shard_size,
+            limit=None,
+            rows_left=None,
+        )
+        return replace(run, sources=tuple(sources)), plan
+    remedies = []
+    if len(run.sources) == 1 or not wanted.sequential:
+        remedies.append("name that file")
+    if len(run.sources) > 1:
+        remedies.append(f"name the folder with all {len(run.sources)} files of the input")
+    raise ForeignFolder(
+        f"--input {source} is not what {folder.path.name} was made from: the document is in {wanted.name}, "
+        f"{wanted.size:,} bytes of {wanted.format}; {', '.join(remedies)}, or drop --text"
+    )
+
+
+def _identify(source: Source, *, name: bool) -> tuple[str, str, str, int]:
+    return source.name if name else "", source.format, source.compression, source.size
 
 
 def list_truncated(folder: str) -> Iterator[tuple[str, int, int]]:

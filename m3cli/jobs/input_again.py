@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from m3cli.config import EncodeRequest
+from m3cli.corpus.plan import Plan
 from m3cli.corpus.reader import Action, read_shards
 from m3cli.errors import CorpusError
 from m3cli.jobs.opening import make_form, plan_run
@@ -33,8 +34,8 @@ def find_input(run: Run, root: Path, *, otherwise: str) -> Run:
     return adopt_run(run, EncodeRequest(inputs=()), sources=tuple(now), out=root.name)
 
 
-def read_texts(run: Run, shards: Container[int]) -> Iterator[ShardText]:
-    """Read the documents of some shards again."""
+def read_texts(run: Run, shards: Container[int], *, plan: Plan | None = None) -> Iterator[ShardText]:
+    """Read the documents of some shards again, of a plan that has them; None: of all there are."""
 
     def ask(shard: Shard) -> Action:
         return "read" if shard.index in shards else "skip"
@@ -42,7 +43,7 @@ def read_texts(run: Run, shards: Container[int]) -> Iterator[ShardText]:
     meaning = run.meaning
     texts = read_shards(
         run.sources,
-        plan=plan_run(run),
+        plan=plan or plan_run(run),
         fields=meaning.fields,
         schema=make_form(run).kept,
         title_sep=meaning.title_sep,

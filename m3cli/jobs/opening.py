@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from m3cli.config import EncodeRequest
 from m3cli.corpus.fields import kept_schema
@@ -28,7 +29,24 @@ from m3cli.records import DoneEntry, ShardText, Source
 from m3cli.store.folder import RunFolder
 from m3cli.store.layout import RowForm
 
+if TYPE_CHECKING:
+    from m3cli.encoder.checkpoint import Checkpoint
+    from m3cli.encoder.tokenizer import Tokenizer
+    from m3cli.jobs.estimate import Estimate
+
 _ENDINGS = {".gz", ".zst", ".jsonl", ".ndjson", ".json", ".tsv", ".txt", ".text", ".parquet", ".pq"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """A run with what it needs beside its folder; of a new one, before there is a folder."""
+
+    run: Run
+    form: RowForm
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    estimate: Estimate | None = None
+    "of the whole corpus; None: not known, or not wanted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,19 +110,26 @@ def choose_out(request: EncodeRequest, sources: tuple[Source, ...]) -> Path:
     return Path(f"{name}.m3")
 
 
-def settle(request: EncodeRequest, sources: tuple[Source, ...], stdin: PeekableStream | None) -> Run:
+def settle(request: EncodeRequest, sources: tuple[Source, ...], stdin: PeekableStream | None) -> Settled:
     """Settle a new folder's run, with all that can be wrong with corpus and model."""
-    from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415  a second, only for a new folder
+    # A second, only for a new folder.
+    from m3cli.encoder.chunker import cutting_of, refuse_no_room  # noqa: PLC0415
+    from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415
 
     checkpoint = open_checkpoint(request)
-    tokenizer_hash = load_tokenizer(checkpoint).serialisation_hash
-    run = settle_run(request, sources=sources, checkpoint=checkpoint, tokenizer_hash=tokenizer_hash, stdin=stdin)
-    make_form(run)
-    return run if request.since_run is None else settle_since(run, request.since_run)
+    tokenizer = load_tokenizer(checkpoint)
+    run = settle_run(
+        request, sources=sources, checkpoint=checkpoint, tokenizer_hash=tokenizer.serialisation_hash, stdin=stdin
+    )
+    refuse_no_room(tokenizer, cutting_of(run.meaning))
+    form = make_form(run)
+    if request.since_run is not None:
+        run = settle_since(run, request.since_run)
+    return Settled(run=run, form=form, checkpoint=checkpoint, tokenizer=tokenizer)
 
 
-def make_form(run: Run) -> RowForm:
-    """Say what every shard of a run's folder has in common."""
+def make_form(run: Run, *, kept: bool = True) -> RowForm:
+    """Say what every shard of a run's folder has in common; the types of kept fields only the input knows."""
     meaning = run.meaning
     return RowForm(
         format=meaning.format,
@@ -116,7 +141,7 @@ def make_form(run: Run) -> RowForm:
         compression=meaning.compression,
         exact_vectors=meaning.exact_vectors,
         keep_text=meaning.keep_text,
-        kept=kept_schema(run.sources, meaning.fields) if meaning.fields.kept else None,
+        kept=kept_schema(run.sources, meaning.fields) if kept and meaning.fields.kept else None,
     )
 
 

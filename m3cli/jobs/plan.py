@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
-from m3cli.config import EncodeRequest
+from m3cli.config import EncodeRequest, list_chosen
 from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder import device as machine
 from m3cli.encoder.tokenizer import load_tokenizer
-from m3cli.jobs.estimate import Estimate, estimate_choices, estimate_corpus
+from m3cli.jobs.estimate import Estimate, estimate_corpus
 from m3cli.jobs.opening import choose_out, make_form, plan_run, settle
 from m3cli.jobs.run import Run, adopt_run, open_checkpoint, parse_run, refuse_other_checkpoint
-from m3cli.jobs.space import find_free_bytes
-from m3cli.records import RunPlan
+from m3cli.jobs.space import count_needed, find_free_bytes
+from m3cli.records import DoneEntry, RunPlan
 from m3cli.store.entries import read_entries, read_run
 
 
@@ -23,27 +23,25 @@ def plan_corpus(request: EncodeRequest, *, stdin: PeekableStream | None = None) 
     sources = find_sources(request.inputs, input_format=request.input_format, stdin=stdin)
     out = choose_out(request, sources)
     document = read_run(out)
+    done: Mapping[int, DoneEntry] = {}
     if document is None:
-        run, done = settle(request, sources, stdin), 0
+        settled = settle(request, sources, stdin)
+        run, form, tokenizer = settled.run, settled.form, settled.tokenizer
     else:
         run = adopt_run(parse_run(document), request, sources=sources, out=out.name)
-        done = len(read_entries(out)[0])
-    checkpoint = open_checkpoint(request)
-    refuse_other_checkpoint(run, checkpoint, out=out.name)
-    plan, form = plan_run(run), make_form(run)
-    estimate = estimate_corpus(run, form, load_tokenizer(checkpoint))
-    described = describe_run(
+        checkpoint = open_checkpoint(request)
+        refuse_other_checkpoint(run, checkpoint, out=out.name)
+        done, form, tokenizer = read_entries(out)[0], make_form(run), load_tokenizer(checkpoint)
+    plan = plan_run(run)
+    return describe_run(
         run,
         out=str(out),
         device=machine.resolve_device(request.device),
-        estimate=estimate,
+        estimate=estimate_corpus(run, form, tokenizer),
         num_shards=len(plan.shards) if plan.complete else None,
-        shards_done=done,
+        done=done,
         resumed=document is not None,
     )
-    if estimate is None or "colbert" not in run.meaning.outputs:
-        return described
-    return replace(described, colbert_choices=estimate_choices(form, estimate))
 
 
 def describe_run(
@@ -53,12 +51,13 @@ def describe_run(
     device: str,
     estimate: Estimate | None,
     num_shards: int | None,
-    shards_done: int,
+    done: Mapping[int, DoneEntry],
     resumed: bool,
 ) -> RunPlan:
     """Put together what the panel before a run shows."""
     meaning = run.meaning
     sizes = [source.size for source in run.sources]
+    on_disk = estimate.bytes_on_disk if estimate else None
     return RunPlan(
         out=out,
         model=run.model,
@@ -67,14 +66,16 @@ def describe_run(
         max_length=meaning.max_length,
         outputs=meaning.outputs,
         format=meaning.format,
+        settings=list_chosen(meaning.to_json()),
         fingerprint=run.fingerprint,
         documents=estimate.documents if estimate else None,
         tokens=estimate.tokens if estimate else None,
         input_bytes=sum(sizes) if min(sizes) >= 0 else None,
         num_shards=num_shards,
-        shards_done=shards_done,
-        bytes_on_disk=estimate.bytes_on_disk if estimate else None,
+        shards_done=len(done),
+        bytes_on_disk=on_disk,
+        bytes_needed=None if on_disk is None else count_needed(on_disk, num_shards=num_shards, done=done),
         free_bytes=find_free_bytes(Path(out)),
-        colbert_choices=None,
+        colbert_choices=estimate.colbert_choices if estimate else None,
         resumed=resumed,
     )

@@ -23,6 +23,7 @@ from m3cli.config import (
     COLBERT_MEMBERS,
     DEFAULT_MODEL,
     DEFAULT_SPLIT,
+    OUTPUT_OF,
     EncodeRequest,
     Meaning,
 )
@@ -43,6 +44,8 @@ _PLAIN = (
     *("title_sep", "keep_text", "prefix", "limit", "shard_size", "max_row_bytes", "dedupe"),
 )
 "flags whose settled value is a member of Meaning of the same name"
+_NEEDED: dict[str, Output] = {**OUTPUT_OF, "mcls": "dense"}
+"of each flag that is about one output, that output"
 _OTHER_NAMES = {"colbert_top_k": "/--colbert-max-vectors"}
 MOST = (1 << 31) - 1
 "that a number of tokens, vectors or weight can be"
@@ -158,7 +161,8 @@ def settle_run(
         longest = fit_length(longest, every=request.mcls)
     max_length = request.max_length or min(checkpoint.default_max_length, longest)
     check_outputs(outputs, checkpoint)
-    check_colbert(request, outputs, checkpoint)
+    refuse_unwanted_flags(request, outputs)
+    check_colbert(request, checkpoint)
     if request.compression == "zstd" and request.format == "npy":
         raise UsageError(
             "--compression zstd is for --format parquet: arrays that are mapped into memory are not compressed"
@@ -216,9 +220,8 @@ def check_outputs(outputs: Sequence[Output], checkpoint: Checkpoint) -> None:
         )
 
 
-def check_colbert(request: EncodeRequest, outputs: Sequence[Output], checkpoint: Checkpoint) -> None:
-    """Refuse ways to store ColBERT vectors that these outputs or this checkpoint do not have."""
-    refuse_colbert_flags(request, outputs)
+def check_colbert(request: EncodeRequest, checkpoint: Checkpoint) -> None:
+    """Refuse ways to store ColBERT vectors that this checkpoint does not have."""
     if request.colbert_dtype == "binary" and checkpoint.hidden_size % 8:
         raise UsageError(
             f"--colbert-dtype binary: signs are stored eight to a byte, and the vectors of {checkpoint.name} are "
@@ -240,17 +243,25 @@ def refuse_endless(request: EncodeRequest) -> None:
             raise UsageError(f"{spell_flag(name)} {value}: at most {MOST}")
 
 
-def refuse_colbert_flags(request: EncodeRequest, outputs: Sequence[Output]) -> None:
-    """Refuse flags that say how to store an output that there will not be."""
-    typed = [name for name in COLBERT_MEMBERS if getattr(request, name) is not None]
-    if typed and "colbert" not in outputs:
-        value = getattr(request, typed[0])
-        raise UsageError(f"{spell_flag(typed[0])} {value} needs colbert among the outputs {','.join(outputs)}")
+def refuse_unwanted_flags(request: EncodeRequest, outputs: Sequence[Output]) -> None:
+    """Refuse flags about an output that there will not be."""
+    for name, output in _NEEDED.items():
+        value = getattr(request, name)
+        if value is not None and output not in outputs:
+            raise UsageError(
+                f"{spell_flag(name)} {value} needs {output} among the outputs {','.join(outputs)}; "
+                f"leave the flag out, or add {output} to --outputs"
+            )
 
 
 def check_lengths(max_length: int, request: EncodeRequest, checkpoint: Checkpoint, *, longest: int) -> None:
-    """Refuse a length that the checkpoint has no positions for, and an overlap that repeats nothing or everything."""
+    """Refuse a length that the checkpoint has no positions for, and flags about chunks that there are not."""
     overlap = request.overlap or 0
+    if request.split and request.long_docs == "truncate":
+        raise UsageError(
+            f"--split {request.split} with --long-docs truncate: a document has its first chunk only, which is full; "
+            "leave --split out, or choose --long-docs chunk, merge or both"
+        )
     if overlap and request.long_docs == "truncate":
         raise UsageError(
             f"--overlap {overlap} with --long-docs truncate: a document has its first chunk only, and none to repeat; "
@@ -275,7 +286,7 @@ def adopt_run(run: Run, request: EncodeRequest, *, sources: tuple[Source, ...], 
     Raises:
         ForeignFolder: a typed setting, or the input, is another than the folder's.
     """
-    refuse_colbert_flags(request, request.outputs or run.meaning.outputs)
+    refuse_unwanted_flags(request, request.outputs or run.meaning.outputs)
     for flag in _PLAIN:
         _refuse_other(flag, getattr(request, flag), getattr(run.meaning, flag), out)
     for flag, member in _FLAGS.items():

@@ -15,6 +15,7 @@ import numpy as np
 import orjson
 import xxhash
 
+from m3cli.config import OUTPUT_OF
 from m3cli.encoder.picking import join_chunks, pick_chunks, pick_rows
 from m3cli.errors import ForeignFolder, UsageError
 from m3cli.jobs.run import Run, parse_run
@@ -45,8 +46,9 @@ def settle_since(run: Run, path: str) -> Run:
         raise UsageError(f"--since-run {path} holds nothing yet: leave --since-run out")
     then = parse_run(old.run)
     settings = then.meaning.to_json()
+    unwanted = {name for name, output in OUTPUT_OF.items() if output not in run.meaning.outputs}
     for name, value in run.meaning.to_json().items():
-        if name not in MAY_DIFFER and settings[name] != value:
+        if name not in MAY_DIFFER | unwanted and settings[name] != value:
             raise ForeignFolder(
                 f"--since-run {path} was made with --{name.replace('_', '-')} {settings[name]}, this run has {value}; "
                 "use the same, or leave --since-run out"

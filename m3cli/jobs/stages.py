@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3cli.ahead import map_lanes
-from m3cli.config import Meaning
+from m3cli.config import ColbertForm, Meaning
 from m3cli.corpus.rows import ROW_HEAD_BYTES
 from m3cli.encoder.batcher import WINDOW_BYTES, batch_rows, count_with_added, pack_rows, plan_windows
 from m3cli.encoder.chunker import chunk_documents, cutting_of
+from m3cli.encoder.compression import bound_vectors
 from m3cli.encoder.encode import NOT_A_NUMBER, OUT_OF_MEMORY, BatchEncoder, FailedRow
 from m3cli.encoder.merge import merge_chunks
 from m3cli.encoder.model import Model
@@ -29,7 +30,7 @@ from m3cli.store.layout import MAX_MATRIX_BYTES
 T = TypeVar("T")
 
 COLBERT_ITEM_BYTES = 2
-"float16"
+"float16: what a window is measured in, whatever is stored"
 TOO_LARGE = "merged ColBERT matrix too large"
 
 
@@ -100,11 +101,12 @@ def refuse_hopeless(text: ShardText) -> None:
         remedies = {
             OUT_OF_MEMORY: "free memory on the device",
             NOT_A_NUMBER: "use another checkpoint, or --dtype float32",
+            TOO_LARGE: "",  # it is in the detail
         }
         remedy = remedies.get(first.reason, "check the format and the fields (--text-field, --input-format)")
         raise (ModelError if first.reason == OUT_OF_MEMORY else CorpusError)(
             f"all {len(text.skipped):,} rows of the first shard, from {first.source}, would be skipped: "
-            f"{first.reason}{detail}; {remedy}"
+            f"{first.reason}{detail}{'; ' if remedy else ''}{remedy}"
         )
 
 
@@ -135,6 +137,19 @@ def make_encoder(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixLimit:
+    """What a merged row's ColBERT matrix may be, as it is stored."""
+
+    form: ColbertForm
+    vector_bytes: int
+    "of a stored vector"
+
+    def find_bytes(self, num_tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the bytes of the matrices of rows of so many tokens, at most."""
+        return bound_vectors(num_tokens - 1, self.form) * self.vector_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """What the rows of every shard go through, and in what portions."""
 
@@ -143,8 +158,8 @@ class Route:
     dedupe: bool
     max_batch_tokens: int
     window_tokens: int | None
-    max_merged_tokens: int | None
-    "of a merged row; None: there is no limit"
+    matrix_limit: MatrixLimit | None
+    "None: there is none"
     watch: Stopwatch
     progress: Progress
 
@@ -159,19 +174,20 @@ def plan_route(
     progress: Progress,
 ) -> Route:
     """Say what every shard goes through."""
-    window_tokens = max_merged_tokens = None
+    window_tokens = limit = None
     if "colbert" in meaning.outputs:
-        vector_bytes = encoder.model.checkpoint.hidden_size * COLBERT_ITEM_BYTES
-        window_tokens = WINDOW_BYTES[encoder.model.device.type] // vector_bytes
-        if meaning.long_docs == "merge" and meaning.colbert_top_k is None:
-            max_merged_tokens = MAX_MATRIX_BYTES // vector_bytes
+        dim = encoder.model.checkpoint.hidden_size
+        window_tokens = WINDOW_BYTES[encoder.model.device.type] // (dim * COLBERT_ITEM_BYTES)
+        if meaning.long_docs == "merge" and meaning.format == "parquet":
+            form = meaning.colbert_form
+            limit = MatrixLimit(form=form, vector_bytes=form.vector_bytes(dim))
     return Route(
         encoder=encoder,
         since=since,
         dedupe=meaning.dedupe,
         max_batch_tokens=max_batch_tokens,
         window_tokens=window_tokens,
-        max_merged_tokens=max_merged_tokens,
+        matrix_limit=limit,
         watch=watch,
         progress=progress,
     )
@@ -182,7 +198,7 @@ def encode_batches(
 ) -> Iterator[EncodedBatch]:
     """Run each shard's rows through the model; one with documents that fail there comes again without them."""
     for shard in shards:
-        failed = list(find_oversized(shard.chunks, max_tokens=route.max_merged_tokens))
+        failed = list(find_oversized(shard.chunks, route.matrix_limit))
         done = False
         while failed or not done:
             if failed:
@@ -192,17 +208,21 @@ def encode_batches(
             done = True
 
 
-def find_oversized(chunks: Chunks, *, max_tokens: int | None) -> Iterator[FailedRow]:
-    """Yield the first row of each document that has more tokens than its merged ColBERT matrix may have."""
-    if max_tokens is None or len(chunks.input_ids) <= max_tokens:
+def find_oversized(chunks: Chunks, limit: MatrixLimit | None) -> Iterator[FailedRow]:
+    """Yield the first row of each document whose merged ColBERT matrix may be larger than a value of Parquet."""
+    # Most shards have too few tokens for one such document.
+    if limit is None or len(chunks.input_ids) * limit.vector_bytes <= MAX_MATRIX_BYTES:
         return
     merged = merge_chunks(chunks)
-    for number in np.flatnonzero(merged.num_tokens > max_tokens).tolist():
+    sizes = limit.find_bytes(merged.num_tokens)
+    for number in np.flatnonzero(sizes > MAX_MATRIX_BYTES).tolist():
+        least = " at most" if limit.form.min_weight else ""
         yield FailedRow(
             row=int(np.searchsorted(chunks.document, merged.document[number])),
             reason=TOO_LARGE,
-            detail=f"merged, its {merged.num_tokens[number]:,} tokens make a ColBERT matrix of more than 2^31 bytes; "
-            "use --long-docs chunk or both, or keep fewer vectors with --colbert-top-k",
+            detail=f"merged, its {merged.num_tokens[number]:,} tokens make a ColBERT matrix of {sizes[number]:,} bytes"
+            f"{least}, and Parquet holds {MAX_MATRIX_BYTES:,}; use --format npy, --long-docs chunk or both, "
+            "or --colbert-dtype, --colbert-pool or --colbert-top-k for a smaller one",
         )
 
 

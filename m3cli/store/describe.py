@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from m3cli.records import DoneEntry, ShardCounts
-from m3cli.store.layout import VECTOR_COLUMNS, rows_name
+from m3cli.store.layout import SCALES_COLUMN, VECTOR_COLUMNS, rows_name
 from m3cli.store.reader import OutputFolder
 
 
@@ -58,10 +58,11 @@ def _file_bytes(entry: DoneEntry) -> Counter[str]:
 
 def _read_rows(path: Path, *, sizes: Counter[str], lengths: Counter[int]) -> None:
     """Count rows by length, and move the bytes of vector columns from "rows" to their outputs."""
+    columns = [*VECTOR_COLUMNS.items(), ("colbert", SCALES_COLUMN)]
     with pq.ParquetFile(path) as file:
         tokens = file.read(columns=["num_tokens"], use_threads=False).column("num_tokens").to_numpy()
         metadata = file.metadata
-        for output, column in VECTOR_COLUMNS.items():
+        for output, column in columns:
             if column in file.schema_arrow.names:
                 moved = sum(
                     chunk.total_compressed_size

@@ -13,7 +13,6 @@ that a column of that name means the chunk's text in every folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +57,7 @@ TEXT_RATIO = 0.55
 # tokens on average), shorter ones more. 4 bytes of id and 4 of weight each.
 WEIGHTS_PER_TOKEN = 0.6
 WEIGHT_BYTES = 8
+HASH_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,28 +187,26 @@ def _describe_vectors(form: RowForm) -> dict[str, str]:
     return described
 
 
-def clashing_fields(kept: Iterable[str]) -> list[str]:
-    """List the kept fields whose name is one of ours, in their order."""
-    return [name for name in kept if name in RESERVED_COLUMNS]
+def estimate_bytes(
+    form: RowForm, *, documents: int, rows: int, weights: int, vectors: int, text_bytes: int = 0, kept_bytes: int = 0
+) -> dict[str, int]:
+    """Estimate the bytes on disk of "rows", of each output, and of "_m3", which are the documents' hashes.
 
-
-def estimate_bytes(form: RowForm, *, rows: int, tokens: int, text_bytes: int = 0) -> dict[str, int]:
-    """Estimate the bytes on disk of "rows" and of each output; kept text counts with `text_bytes`, other fields not."""
-    sizes = {"rows": rows * ROW_BYTES + (int(text_bytes * TEXT_RATIO) if form.keep_text else 0)}
+    Args:
+        form: what is written.
+        documents: how many.
+        rows: how many.
+        weights: lexical weights of all rows.
+        vectors: ColBERT vectors of all rows, as many as are stored.
+        text_bytes: of the rows' texts, which count where they are kept.
+        kept_bytes: of the rows' kept fields.
+    """
+    repeating = kept_bytes + (text_bytes if form.keep_text else 0)
+    sizes = {"rows": rows * ROW_BYTES + int(repeating * TEXT_RATIO)}
     if "dense" in form.outputs:
         sizes["dense"] = rows * form.dim * (4 if form.dense_dtype == "float32" else 2)
     if "sparse" in form.outputs:
-        sizes["sparse"] = int(tokens * WEIGHTS_PER_TOKEN) * WEIGHT_BYTES + rows * 4
+        sizes["sparse"] = weights * WEIGHT_BYTES + rows * 4
     if "colbert" in form.outputs:
-        vector = form.vector_bytes + (SCALE_BYTES if form.scaled else 0)
-        sizes["colbert"] = _estimate_vectors(form, rows=rows, tokens=tokens) * vector + rows * 8
-    return sizes
-
-
-def _estimate_vectors(form: RowForm, *, rows: int, tokens: int) -> int:
-    """Estimate ColBERT vectors on the high side: what a least weight leaves out is not known before."""
-    vectors, colbert = tokens - rows, form.colbert
-    if colbert.top_k is not None:
-        vectors = min(vectors, rows * colbert.top_k)
-    # Rounded up row by row, with a protected vector in each.
-    return vectors if colbert.pool == 1 else min(vectors, vectors // colbert.pool + 2 * rows)
+        sizes["colbert"] = vectors * (form.vector_bytes + (SCALE_BYTES if form.scaled else 0)) + rows * 8
+    return {**sizes, "_m3": documents * HASH_BYTES}

@@ -1,11 +1,11 @@
-"""Writes `rows/*.parquet`: row groups of about 64 MiB of vectors, the same whatever windows the rows came in.
+"""Writes `rows/*.parquet`: row groups of about 64 MiB of values, the same whatever windows the rows came in.
 
-A row group ends before the row that would take its vectors over ROW_GROUP_BYTES, so the end of a window waits, copied,
-for the beginning of the next: what is held is at most one row group. Vectors are neither dictionary coded nor given
-statistics, for they do not repeat, and are compressed only if asked for: zstd took 0.91 of the bytes of float16 ColBERT
-vectors, 0.94 of int8 and 0.73 of signs (a multilingual-e5 model's), at 170 to 380 MB/s of one core. All else is zstd:
-kept text at 390 MB/s of one core to 0.30 of its size, snappy 430 MB/s to 0.44 (English docstrings). Values reach the
-pages without a Python loop.
+A row group ends before the row that would take its vectors, text and kept fields over ROW_GROUP_BYTES, so the end of a
+window waits, copied, for the beginning of the next: what is held is at most one row group. Vectors are neither
+dictionary coded nor given statistics, for they do not repeat, and are compressed only if asked for: zstd took 0.91 of
+the bytes of float16 ColBERT vectors, 0.94 of int8 and 0.73 of signs (a multilingual-e5 model's), at 170 to 380 MB/s of
+one core. All else is zstd: kept text at 390 MB/s of one core to 0.30 of its size, snappy 430 MB/s to 0.44 (English
+docstrings). Values reach the pages without a Python loop.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -21,6 +22,7 @@ from m3cli.records import Embeddings, LexicalWeights
 from m3cli.store.commit import output_errors
 from m3cli.store.layout import (
     MAX_MATRIX_BYTES,
+    ROW_COLUMNS,
     SCALE_BYTES,
     SCALES_COLUMN,
     TEXT_COLUMN,
@@ -33,7 +35,7 @@ from m3cli.store.staging import StagedFile
 
 ROW_GROUP_BYTES = 64 << 20
 ROW_OVERHEAD = 64
-"bytes; what a row counts for beside its vectors, so that rows without vectors end a row group too (a million rows)"
+"bytes; what a row counts for beside its vectors, texts and kept fields, so that small rows end a row group too"
 ROWS_PER_BATCH = 4
 "a page is looked at for its size (1 MiB) only so often: by default every 1,024 rows, which are a GiB of ColBERT"
 
@@ -51,7 +53,7 @@ class RowsFile:
 
     def append(self, rows: pa.Table, embeddings: Embeddings) -> None:
         """Append a window."""
-        sizes = np.concatenate([[0], np.cumsum(_row_bytes(embeddings, form=self._form))])
+        sizes = np.concatenate([[0], np.cumsum(_row_bytes(rows, embeddings, form=self._form))])
         first, num_rows = 0, rows.num_rows
         while first < num_rows:
             room = ROW_GROUP_BYTES - self._waiting_bytes
@@ -100,8 +102,11 @@ class RowsFile:
         self._writer.close()
 
 
-def _row_bytes(embeddings: Embeddings, *, form: RowForm) -> NDArray[np.int64]:
+def _row_bytes(rows: pa.Table, embeddings: Embeddings, *, form: RowForm) -> NDArray[np.int64]:
     sizes = np.full(len(embeddings.rows), ROW_OVERHEAD, dtype=np.int64)
+    for name in rows.column_names:
+        if name == "id" or name not in dict(ROW_COLUMNS):
+            sizes += _value_bytes(rows.column(name).combine_chunks())
     if form.format != "parquet":
         return sizes
     if embeddings.dense_vecs is not None:
@@ -111,6 +116,30 @@ def _row_bytes(embeddings: Embeddings, *, form: RowForm) -> NDArray[np.int64]:
     if embeddings.colbert_vecs is not None:
         vector = form.vector_bytes + (SCALE_BYTES if form.scaled else 0)
         sizes += np.diff(embeddings.colbert_vecs.indptr) * vector
+    return sizes
+
+
+def _value_bytes(values: pa.Array) -> NDArray[np.int64]:
+    """Return the bytes of each value [R], of any type that a kept field may have, offsets and nulls not counted."""
+    if isinstance(values, pa.ExtensionArray):
+        values = values.storage
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    kind = values.type
+    sizes: NDArray[np.int64] = np.zeros(len(values), np.int64)
+    if pa.types.is_struct(kind):
+        sizes = sum(map(_value_bytes, values.flatten()), start=sizes)
+    elif pa.types.is_fixed_size_list(kind):
+        every = values.values.slice(values.offset * kind.list_size, len(values) * kind.list_size)
+        sizes = _value_bytes(every).reshape(len(values), kind.list_size).sum(axis=1)
+    elif pa.types.is_nested(kind):  # lists and maps
+        ends = np.concatenate([[0], np.cumsum(_value_bytes(values.values))])
+        sizes = np.diff(ends[values.offsets.to_numpy()])
+    elif pa.types.is_primitive(kind) or pa.types.is_decimal(kind):
+        sizes += kind.bit_width // 8
+    elif not pa.types.is_null(kind):
+        text = values.cast(pa.large_binary()) if kind in (pa.string_view(), pa.binary_view()) else values
+        sizes = pc.binary_length(text).fill_null(0).to_numpy().astype(np.int64)
     return sizes
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from m3cli.config import ALL_OUTPUTS
 from m3cli.errors import DamageFound, UsageError, refuse_unreachable
 from m3cli.records import DoneEntry, Embeddings, LexicalWeights, Output, ShardCounts, TokenMatrices
+from m3cli.store.blobs import read_blobs
 from m3cli.store.entries import is_ours, read_entries, read_manifest, read_run
 from m3cli.store.layout import (
     SCALES_COLUMN,
@@ -196,7 +197,7 @@ def _from_columns(table: pa.Table) -> dict[str, Any]:
         if name in table.column_names
     }
     if SCALES_COLUMN in table.column_names:
-        _, scales = _read_blobs(_whole(table.column(SCALES_COLUMN)), np.dtype("<f4"), width=1)
+        _, scales = _view_blobs(_whole(table.column(SCALES_COLUMN)), np.dtype("<f4"), width=1)
         vectors["colbert"] = replace(vectors["colbert"], scales=scales.reshape(-1))
     return vectors
 
@@ -223,18 +224,16 @@ def _read_lexical(array: pa.Array, _field: pa.Field) -> LexicalWeights:
 def _read_colbert(array: pa.Array, field: pa.Field) -> TokenMatrices:
     described = field.metadata
     dtype = np.dtype(described[b"dtype"].decode()).newbyteorder("<")
-    indptr, vectors = _read_blobs(array, dtype, width=int(described.get(b"width", described[b"dim"])))
+    indptr, vectors = _view_blobs(array, dtype, width=int(described.get(b"width", described[b"dim"])))
     return TokenMatrices(indptr=indptr, vectors=vectors)
 
 
-def _read_blobs(array: pa.Array, dtype: np.dtype[Any], *, width: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
+def _view_blobs(array: pa.Array, dtype: np.dtype[Any], *, width: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Return where rows begin [R + 1] among the items of a binary array, and those [N, width]."""
-    _, places, data = array.buffers()
-    if not len(array) or data is None:  # nothing in any row
-        return np.zeros(len(array) + 1, dtype=np.int64), np.empty((0, width), dtype=dtype)
-    offsets = np.frombuffer(places, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
-    raw = np.frombuffer(data, dtype=np.uint8)[offsets[0] : offsets[-1]]
-    return (offsets - offsets[0]) // (width * dtype.itemsize), raw.view(dtype).reshape(-1, width)
+    indptr, raw = read_blobs(array, width * dtype.itemsize)
+    if raw is None:
+        raise ValueError(f"a value is no whole number of {width} {dtype}")
+    return indptr, raw.view(dtype).reshape(-1, width)
 
 
 def _from_files(root: Path, index: int, outputs: Sequence[Output], first: int, stop: int) -> dict[str, Any]:

@@ -125,10 +125,17 @@ def test_only_malformed_rows_keep_what_is_named_and_refuse_what_is_not() -> None
         resolve_text(body)
 
 
-def test_first_row_longer_than_the_look_is_told() -> None:
-    body = b'{"a":"' + b"x" * (1 << 20) + b'","text":"b"}\n'
+@pytest.mark.parametrize("end", [b"", b"\n", b'\n{"text":"c"}\n', b"\n{" + b"x" * (1 << 21)])
+def test_a_first_row_that_is_a_book_is_looked_at(end: bytes) -> None:
+    body = b'{"docid":"1","contents":"' + b"x" * (1 << 21) + b'"}' + end
+    assert triple(resolve_text(body)) == ("docid", None, "contents")
+
+
+def test_a_first_row_that_is_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m3cli.corpus.peek.MAX_ROW_BYTES", 3 << 20)
+    body = b'{"a":"' + b"x" * (3 << 20) + b'","text":"b"}\n'
     assert resolve_text(body, text_field="text").text == "text"
-    with pytest.raises(CorpusError, match=r"its first row is longer than 1,048,576 bytes.*--text-field"):
+    with pytest.raises(CorpusError, match=r"its first row is longer than 3,145,728 bytes.*--text-field"):
         resolve_text(body)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,11 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from m3cli.config import Split
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
 from m3cli.errors import UsageError
 from m3cli.records import Chunks, Document
+from tests.conftest import build_sample
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +105,17 @@ def test_prefix_goes_before_every_chunk_and_not_into_offsets(tokenizer: Tokenize
     assert [*prefix, *(token for ids in row_ids(chunks) for token in ids[1 + len(prefix) : -1])] == joint[1:-1]
 
 
+@pytest.mark.parametrize("prefix", ["query: ", "query:", "re", "passage：", "Represent this: re"])  # noqa: RUF001
+def test_every_chunk_has_the_tokens_of_prefix_and_its_text(tokenizer: Tokenizer, prefix: str) -> None:
+    text = "search the old books of " * 20
+    chunks = chunk_documents(as_documents(text), tokenizer, Cutting(max_length=20, prefix=prefix))
+    assert chunks.num_rows > 5
+    for ids, start, end in zip(row_ids(chunks), chunks.char_start, chunks.char_end, strict=True):
+        assert len(ids) <= 20
+        blank = " " if start else ""  # that the text has before a word, and no chunk's span
+        assert ids == tokenizer.encode([prefix + blank + text[start:end]])[0].tolist()
+
+
 def test_prefix_longer_than_a_chunk_is_a_usage_error(tokenizer: Tokenizer) -> None:
     with pytest.raises(UsageError, match="--prefix"):
         chunk_documents(
@@ -176,3 +191,40 @@ def test_the_prefix_of_later_chunks_counts_as_repeated(tokenizer: Tokenizer) -> 
     )
     prefix = len(tokenizer.encode(["query:"])[0]) - 2
     assert chunks.num_repeated.tolist() == [0] + [prefix + 2] * (chunks.num_rows - 1)
+
+
+def count_other_tokens(text: str, tokenizer: Tokenizer, cutting: Cutting) -> Iterator[tuple[bool, int]]:
+    """Of each chunk but the first yield whether it begins at white space, and how many tokens its text alone changes.
+
+    Tokens are counted up to the last that is another one.
+    """
+    chunks = chunk_documents(as_documents(text), tokenizer, cutting)
+    spans = list(zip(chunks.char_start.tolist(), chunks.char_end.tolist(), strict=True))
+    alone = tokenizer.encode([text[start:end] for start, end in spans])
+    for (start, _), mine, other in list(zip(spans, row_ids(chunks), alone, strict=True))[1:]:
+        own, theirs = mine[1:], other.tolist()[1:]
+        pairs = zip(reversed(own), reversed(theirs), strict=False)
+        equal = next((place for place, (one, two) in enumerate(pairs) if one != two), min(len(own), len(theirs)))
+        yield text[start - 1].isspace() or text[start].isspace(), max(len(own), len(theirs)) - equal
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=TEXTS, max_length=st.integers(5, 40), split=st.sampled_from(["tokens", "sentence"]))
+def test_a_chunk_that_begins_at_white_space_has_the_tokens_of_its_text(
+    tokenizer: Tokenizer, text: str, max_length: int, split: Split
+) -> None:
+    found = count_other_tokens(text, tokenizer, Cutting(max_length=max_length, split=split))
+    assert all(number == 0 for at_blank, number in found if at_blank)
+
+
+@pytest.mark.parametrize("lang", ["zh", "ja", "th", "en"])
+def test_a_chunk_that_begins_inside_a_word_differs_in_its_first_tokens_at_most(tokenizer: Tokenizer, lang: str) -> None:
+    rows = map(json.loads, build_sample().read_text(encoding="utf-8").splitlines())
+    text = " ".join(row["text"] for row in rows if row["lang"] == lang)
+    cuttings = [Cutting(max_length=length, split=split) for length in (16, 33, 64) for split in ("tokens", "sentence")]
+    found = [each for cutting in cuttings for each in count_other_tokens(text, tokenizer, cutting)]
+    assert not any(number for at_blank, number in found if at_blank)
+    inside = np.array([number for at_blank, number in found if not at_blank])
+    assert len(inside) > 20
+    assert inside.max() <= 4
+    assert (inside > 1).mean() < (0.1 if lang == "en" else 0.05)

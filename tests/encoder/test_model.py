@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from transformers import XLMRobertaModel
 
 from m3cli.encoder.checkpoint import read_checkpoint
-from m3cli.encoder.heads import compute_embeddings, pool_rows
+from m3cli.encoder.heads import pool_rows
 from m3cli.encoder.model import OCTAVE_STEPS, TOKEN_STEP, fill_up, load_model, run_model
 from m3cli.errors import ModelError
 from m3cli.records import Batch
+from tests.at_once import compute_embeddings
 
 SPECIALS = frozenset({0, 1, 2, 3})
 

@@ -175,6 +175,83 @@ def test_plan_names_the_price_of_each_choice(m3_here: M3, tiny_m3: Path, corpus:
         assert written / 1.3 < choices[flags] < written * 1.3
 
 
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that has room for int8 vectors and not for float16."""
+    monkeypatch.setattr("m3cli.jobs.space.find_free_bytes", lambda folder: 300_000)
+    monkeypatch.setattr("m3cli.jobs.plan.find_free_bytes", lambda folder: 300_000)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_refusal_leaves_nothing_and_its_remedy_works(m3_here: M3, tiny_m3: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"id": str(n), "text": f"a short text of {n} words"}) + "\n" for n in range(400)]
+    Path("full.jsonl").write_text("".join(rows))
+    words = ("full.jsonl", "--model", tiny_m3)
+    planned = m3_here("plan", *words)
+    assert planned.returncode == 0
+    assert "too little, about" in planned.stdout
+    refused = m3_here("encode", *words)
+    assert refused.returncode == 6
+    assert "try --colbert-dtype int8, or" in refused.stderr
+    assert not Path("full.m3").exists()
+    done = m3_here("encode", *words, "--colbert-dtype", "int8", "--progress", "log")
+    assert done.returncode == 0, done.stderr
+    assert "colbert as" in done.stderr
+    assert "binary" in done.stderr
+    assert "too little" not in done.stderr
+
+
+@pytest.mark.parametrize("worker", ["0/2", "1/2"])
+def test_workers_count_what_all_of_them_will_write(
+    m3_here: M3, tiny_m3: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, worker: str
+) -> None:
+    words = ("encode", corpus, "--model", tiny_m3, *FLAGS, "--out", "out.m3", "--worker", worker)
+    needed = json.loads(m3_here("plan", *words[1:6], "--shard-size", "2K", "--json").stdout)["bytes_needed"]
+    monkeypatch.setattr("m3cli.jobs.space.find_free_bytes", lambda folder: int(0.7 * needed))
+    assert m3_here(*words).returncode == 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "skipped"),
+    [
+        ((), 1),
+        (("--colbert-top-k", "1000000"), 1),
+        (("--colbert-dtype", "int8"), 0),
+        (("--colbert-dtype", "binary"), 0),
+        (("--colbert-pool", "2"), 0),
+        (("--colbert-top-k", "50"), 0),
+        (("--format", "npy"), 0),
+    ],
+    ids=lambda value: " ".join(value) or "float16" if isinstance(value, tuple) else "",
+)
+def test_a_merged_matrix_is_skipped_only_where_the_folder_cannot_hold_it(
+    m3_here: M3, tiny_m3: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], skipped: int
+) -> None:
+    for module in ("jobs.stages", "store.parquet"):
+        monkeypatch.setattr(f"m3cli.{module}.MAX_MATRIX_BYTES", 100 * 64 * 2)
+    with corpus.open("a") as rows:
+        rows.write(json.dumps({"id": "long", "text": "word " * 150}) + "\n")
+    words = ("--model", tiny_m3, *FLAGS, "--long-docs", "merge", *flags)
+    done = m3_here("encode", corpus, *words, "--out", "out.m3")
+    assert done.returncode == (3 if skipped else 0), done.stderr
+    lines = [line for path in Path("out.m3/_m3").glob("skipped/*") for line in path.read_text().splitlines()]
+    listed = [json.loads(line) for line in lines]
+    assert [row["id"] for row in listed] == ["long"] * skipped
+    assert all("Parquet holds 12,800; use --format npy" in row["detail"] for row in listed)
+    assert m3_here("check", "out.m3").returncode == done.returncode
+
+
+def test_a_corpus_of_nothing_but_such_matrices_is_told_what_helps(
+    m3_here: M3, tiny_m3: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("m3cli.jobs.stages.MAX_MATRIX_BYTES", 100 * 64 * 2)
+    corpus.write_text(json.dumps({"id": "long", "text": "word " * 150}) + "\n")
+    refused = m3_here("encode", corpus, "--model", tiny_m3, *FLAGS, "--long-docs", "merge", "--out", "out.m3")
+    assert refused.returncode == 4
+    assert "use --format npy, --long-docs chunk" in refused.stderr
+    assert "--text-field" not in refused.stderr
+
+
 def test_vectors_may_be_compressed_in_parquet_only(m3_here: M3, tiny_m3: Path, corpus: Path) -> None:
     for chosen in ("none", "zstd"):
         assert (

@@ -151,6 +151,25 @@ def test_an_older_folder_of_other_vectors_is_refused(m3_here: M3, tmp_path: Path
     assert m3_here("encode", "a.jsonl", *model, "--out", "b.m3", "--since-run", "none.m3").returncode == 2
 
 
+def test_how_an_output_was_stored_that_is_not_wanted_does_not_matter(
+    m3_here: M3, tmp_path: Path, tiny_m3: Path, encoded: list[int]
+) -> None:
+    write(tmp_path / "a.jsonl", make_rows(30))
+    model = ("--model", tiny_m3, "--dtype", "float32", "--max-length", "24")
+    stored = ("--colbert-dtype", "int8", "--colbert-pool", "2", "--dense-dtype", "float32")
+    assert m3_here("encode", "a.jsonl", *model, *stored).returncode == 0
+    encoded.clear()
+    for outputs in ("sparse", "dense,sparse"):
+        kept = ("--dense-dtype", "float32") if "dense" in outputs else ()
+        words = ("--outputs", outputs, *kept, "--since-run", "a.m3", "--out", f"{outputs}.m3")
+        done = m3_here("encode", "a.jsonl", *model, *words)
+        assert done.returncode == 0, done.stderr
+    assert encoded == []
+    refused = m3_here("encode", "a.jsonl", *model, "--outputs", "dense", "--since-run", "a.m3", "--out", "x.m3")
+    assert refused.returncode == 10
+    assert "--dense-dtype float32" in refused.stderr
+
+
 def test_a_stopped_increment_goes_on_with_the_same_older_folder_only(
     m3_here: M3, tmp_path: Path, tiny_m3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

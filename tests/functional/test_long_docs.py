@@ -173,6 +173,20 @@ def test_an_overlap_of_truncated_documents_is_refused(m3: Run, pages: Path, tiny
     assert not (tmp_path / "o.m3").exists()
 
 
+@pytest.mark.parametrize("command", ["encode", "plan"])
+def test_a_prefix_without_room_is_refused_before_anything_is_written(
+    m3: Run, tiny_m3: Path, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "c.jsonl").write_text('{"id": "1", "text": "short"}\n')
+    words = (command, "c.jsonl", "--model", tiny_m3, "--out", "o.m3", "--max-length", 16, "--overlap", 5)
+    assert m3(*words, "--prefix", "query: ").returncode == 0
+    shutil.rmtree(tmp_path / "o.m3", ignore_errors=True)
+    done = m3(*words, "--prefix", "a long instruction of so many words for every one of the texts: ")
+    assert done.returncode == 2
+    assert "and --overlap 5: a chunk of 16 tokens has room for 14, and none is left for text" in done.stderr
+    assert not (tmp_path / "o.m3").exists()
+
+
 def test_truncation_is_counted_and_listed(m3: Run, pages: Path, tiny_m3: Path, tmp_path: Path) -> None:
     encode(m3, pages, "o", "--long-docs", "truncate", model=tiny_m3)
     rows = read_rows(tmp_path / "o")

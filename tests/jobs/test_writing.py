@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from m3cli.jobs.stages import TOO_LARGE, find_oversized
+import numpy as np
+import pytest
+
+from m3cli.config import ColbertForm
+from m3cli.encoder.encode import FailedRow
+from m3cli.jobs.stages import TOO_LARGE, MatrixLimit, find_oversized
 from m3cli.records import Chunks
 
 
@@ -24,15 +29,33 @@ def make_chunks(rows_of: list[int]) -> Chunks:
     )
 
 
-def test_a_document_of_more_tokens_than_its_matrix_may_have_is_found_by_its_first_row() -> None:
-    chunks = make_chunks([1, 5, 2, 6])
-    found = list(find_oversized(chunks, max_tokens=41))
-    assert [(fault.row, fault.reason) for fault in found] == [(1, TOO_LARGE), (8, TOO_LARGE)]
-    assert "42 tokens" in found[0].detail
-    assert "--colbert-top-k" in found[0].detail
+@pytest.fixture
+def parquet_of_410_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m3cli.jobs.stages.MAX_MATRIX_BYTES", 410)
+
+
+def find(chunks: Chunks, **form: Any) -> list[FailedRow]:
+    return list(find_oversized(chunks, MatrixLimit(form=ColbertForm(**form), vector_bytes=10)))
+
+
+@pytest.mark.usefixtures("parquet_of_410_bytes")
+def test_a_document_whose_matrix_is_too_large_is_found_by_its_first_row() -> None:
+    found = find(make_chunks([1, 5, 2, 6]))
+    assert [(fault.row, fault.reason) for fault in found] == [(8, TOO_LARGE)]
+    assert (
+        "its 50 tokens make a ColBERT matrix of 490 bytes, and Parquet holds 410; use --format npy" in found[0].detail
+    )
+
+
+@pytest.mark.usefixtures("parquet_of_410_bytes")
+def test_what_is_stored_counts() -> None:
+    chunks = make_chunks([6])
+    assert find(chunks, top_k=42)
+    assert find(chunks, top_k=10**9)
+    assert not find(chunks, top_k=41)
+    assert not find(chunks, pool=2)
+    assert "490 bytes at most," in find(chunks, min_weight=0.1)[0].detail
 
 
 def test_without_a_limit_nothing_is_too_large() -> None:
-    chunks = make_chunks([1, 5])
-    assert not list(find_oversized(chunks, max_tokens=None))
-    assert not list(find_oversized(chunks, max_tokens=42))
+    assert not list(find_oversized(make_chunks([1, 5]), None))

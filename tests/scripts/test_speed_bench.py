@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 import pytest
+from bench_documents import write_shard
 from bench_speed import CONTENDERS, REFERENCE, draw, pick_best
 from hypothesis import given
 from hypothesis import strategies as st
@@ -178,6 +179,17 @@ def test_a_peer_that_is_absent_is_known_by_name(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("speed_bench.running.find_spec", lambda package: None if package == "openvino" else package)
     assert find_missing("OpenVINO float32 2048") == ["openvino"]
     assert find_missing("m3 int8") == []
+
+
+def test_a_long_document_has_its_size_and_one_without_blanks_stands_beside_it(tmp_path: Path) -> None:
+    texts = ["A first text of some words. And a second sentence.", "山路を登りながら、こう考えた。" * 4]
+    lines = write_shard(tmp_path / "a.jsonl", texts, size=10_001, rows=10).read_bytes().splitlines()
+    rows = [orjson.loads(line) for line in lines]
+    assert [row["id"] for row in rows] == [*"01234", "long", "joined", *"56789"]
+    assert 10_001 - 3 <= len(rows[5]["text"].encode()) <= 10_001
+    assert 5_000 - 3 <= len(rows[6]["text"].encode()) <= 5_000
+    assert rows[6]["text"].split() == [rows[6]["text"]]
+    assert len(write_shard(tmp_path / "b.jsonl", texts, size=0, rows=10).read_bytes().splitlines()) == 10
 
 
 def test_bench_names_what_there_is() -> None:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from m3cli.config import ColbertForm
-from m3cli.store.layout import RESERVED_COLUMNS, clashing_fields, estimate_bytes, row_schema
+from m3cli.store.layout import RESERVED_COLUMNS, estimate_bytes, row_schema
 from tests.store import samples
 from tests.store.test_store_shard import write_folder
 
@@ -33,7 +33,6 @@ def test_npy_rows_have_no_vector_columns() -> None:
 def test_every_column_of_ours_is_reserved() -> None:
     form = replace(samples.make_form(keep_text=True), colbert=ColbertForm(dtype="int8"))
     assert set(row_schema(form).names) == RESERVED_COLUMNS
-    assert clashing_fields(["lang", "text", "id"]) == ["text", "id"]
 
 
 @pytest.mark.parametrize("format", ["parquet", "npy"])
@@ -41,6 +40,7 @@ def test_estimate_is_near_what_is_written(tmp_path: Path, format: str) -> None: 
     form = samples.make_form(format, outputs=("dense", "colbert"))  # type: ignore[arg-type]
     write_folder(tmp_path / "out", form, lengths=[[40]] * 2000)
     written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("shard-*") if "_m3" not in path.parts)
-    guess = estimate_bytes(form, rows=2000, tokens=80_000)
-    assert list(guess) == ["rows", "dense", "colbert"]
+    guess = estimate_bytes(form, documents=2000, rows=2000, weights=0, vectors=78_000)
+    assert list(guess) == ["rows", "dense", "colbert", "_m3"]
+    assert guess.pop("_m3") == 2000 * 16
     assert 0.9 < sum(guess.values()) / written < 1.1

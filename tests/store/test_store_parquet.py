@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 
 from m3cli.records import Embeddings, TokenMatrices
 from m3cli.store.folder import open_run_folder
-from m3cli.store.layout import colbert_name, rows_name
+from m3cli.store.layout import MAX_MATRIX_BYTES, colbert_name, rows_name
 from m3cli.store.parquet import ROW_GROUP_BYTES
 from m3cli.store.reader import iter_parts, open_folder
+from m3cli.store.verify.shard import Expected, check_contents
 from tests.store import samples
 
 pytestmark = pytest.mark.slow
@@ -64,3 +66,37 @@ def test_more_than_two_gib_of_vectors_in_a_shard(tmp_path: Path, format: str, ex
             assert np.array_equal(values[:, -1], part.embeddings.rows.astype(np.float16))
         seen += len(part.embeddings.rows)
     assert seen == ROWS
+
+
+@pytest.mark.skipif(
+    os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 14 << 30, reason="takes 11 GiB of memory"
+)
+def test_the_longest_matrix_that_parquet_holds(tmp_path: Path) -> None:
+    num_vectors = MAX_MATRIX_BYTES // VECTOR_BYTES
+    vectors = np.zeros((num_vectors, DIM), np.float16)
+    vectors[:, 0] = 1
+    vectors[-1] = np.eye(1, DIM, DIM - 1)
+    form = replace(samples.make_form("parquet", outputs=("colbert",)), dim=DIM)
+    text = samples.make_text(documents=2)
+    chunks = samples.make_chunks(text, lengths=[[num_vectors + 1], [4]])
+    with open_run_folder(tmp_path / "out") as folder:
+        folder.write_run({})
+        with folder.open_shard(form=form, text=text, chunks=chunks, source="corpus.jsonl") as writer:
+            for row, matrix in enumerate((vectors, vectors[:3])):
+                matrices = TokenMatrices(indptr=np.array([0, len(matrix)]), vectors=matrix)
+                rows = np.array([row])
+                writer.append(Embeddings(rows=rows, dense_vecs=None, lexical_weights=None, colbert_vecs=matrices))
+            entry = writer.finish()
+            folder.commit(entry)
+    lengths = []
+    for part in iter_parts(open_folder(tmp_path / "out"), outputs=("colbert",), columns=["num_tokens"]):
+        found = part.embeddings.colbert_vecs
+        assert found is not None
+        lengths += np.diff(found.indptr).tolist()
+        if part.embeddings.rows[0] == 0:
+            assert (found.vectors[num_vectors - 1] == vectors[-1]).all()
+            assert (found.vectors[: num_vectors - 1, 0] == 1).all()
+        del found, part
+    assert lengths == [num_vectors, 3]
+    expected = Expected(form=form, kept=(), max_length=num_vectors + 1, merged=True)
+    assert not check_contents(tmp_path / "out", entry, expected).faults

@@ -5,17 +5,21 @@ from __future__ import annotations
 import errno
 import tempfile  # noqa: TID251 - hypothesis wants a fresh folder an example
 from collections.abc import Sequence
+from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import orjson
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from m3cli.config import Format
 from m3cli.errors import OutputError
 from m3cli.records import Embeddings, Output
 from m3cli.store import parquet
@@ -26,6 +30,7 @@ from tests.crash import crash_at, folder_bytes
 from tests.store import samples
 
 LENGTHS = [[4, 7], [3], [9, 9, 2], [2], [5]]
+FORMATS: tuple[Format, ...] = ("parquet", "npy")
 OUTPUTS: list[tuple[Output, ...]] = [("dense", "sparse", "colbert"), ("dense",), ("sparse",), ("colbert",)]
 
 
@@ -60,16 +65,19 @@ def read_back(root: Path) -> ShardArrays:
     cuts=st.lists(st.integers(1, 20), max_size=5),
     group_bytes=st.sampled_from([1, 300, 1000, 64 << 20]),
     outputs=st.sampled_from(OUTPUTS),
+    kept=st.booleans(),
 )
 def test_any_windows_give_the_same_arrays_and_bytes_in_both_formats(
-    lengths: list[list[int]], cuts: list[int], group_bytes: int, outputs: tuple[Output, ...]
+    lengths: list[list[int]], cuts: list[int], group_bytes: int, outputs: tuple[Output, ...], kept: bool
 ) -> None:
     with (
         tempfile.TemporaryDirectory() as tmp,
         mock.patch.object(parquet, "ROW_GROUP_BYTES", group_bytes),
         crash_at(None),  # waits for no fsync
     ):
-        for form in (samples.make_form("parquet", outputs=outputs), samples.make_form("npy", outputs=outputs)):
+        for chosen in FORMATS:
+            schema = samples.KEPT if kept else None
+            form = samples.make_form(chosen, outputs=outputs, keep_text=kept, kept=schema)
             whole, cut = Path(tmp, form.format, "whole"), Path(tmp, form.format, "cut")
             embeddings = write_folder(whole, form, lengths=lengths)
             write_folder(cut, form, lengths=lengths, cuts=cuts)
@@ -143,8 +151,44 @@ def test_row_group_never_exceeds_its_bytes_unless_it_is_one_row(tmp_path: Path) 
         write_folder(tmp_path / "out", samples.make_form(outputs=("colbert",)))
     metadata = pq.ParquetFile(tmp_path / "out/rows/shard-0000000.parquet").metadata
     groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    # 64 + 16 * vectors a row: 112 160 | 96 192 | 192 80 | 80 128
+    # 64 + 3 of the id + 16 * vectors a row: 115 163 | 99 195 | 195 83 | 83 131
     assert groups == [2, 2, 2, 2]
+
+
+def test_a_row_group_of_long_texts_is_bounded(tmp_path: Path) -> None:
+    form = samples.make_form("npy", outputs=("dense",), keep_text=True)
+    text = samples.make_text(documents=9)
+    documents = tuple(replace(document, text="x" * 1000) for document in text.documents)
+    text = replace(text, documents=documents)
+    chunks = samples.make_chunks(text, lengths=[[3]] * 9)
+    # A chunk's text is 667 of the 1,000 characters.
+    with mock.patch.object(parquet, "ROW_GROUP_BYTES", 3000), open_run_folder(tmp_path / "out") as folder:
+        folder.write_run({})
+        with folder.open_shard(form=form, text=text, chunks=chunks, source="s") as writer:
+            writer.append(samples.make_embeddings(chunks, outputs=("dense",)))
+            folder.commit(writer.finish())
+    metadata = pq.ParquetFile(tmp_path / "out/rows/shard-0000000.parquet").metadata
+    assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [4, 4, 1]
+
+
+KINDS = [
+    (pa.array(["a", None, "ccc"]).slice(1), [0, 3]),
+    (pa.array([["a"], None, ["bb", "c"]]).slice(1), [0, 3]),
+    (pa.array([{"a": "x", "b": 1}, None]), [9, 8]),
+    (pa.array([[1, 2], [3, 4]], pa.list_(pa.int32(), 2)).slice(1), [8]),
+    (pa.array([[("k", "vv")], []], pa.map_(pa.string(), pa.string())), [3, 0]),
+    (pa.array(["aa", "aa"]).dictionary_encode(), [2, 2]),
+    (pa.array([Decimal("1.1")]), [16]),
+    (pa.array([None, None]), [0, 0]),
+    (pa.array([b"abc"], pa.binary(3)), [3]),
+    (pa.array(["x", "yyy"], pa.string_view()), [1, 3]),
+    (pa.array([1.5]), [8]),
+]
+
+
+@pytest.mark.parametrize(("values", "sizes"), KINDS, ids=[str(values.type) for values, _ in KINDS])
+def test_values_of_every_kind_have_a_size(values: pa.Array, sizes: list[int]) -> None:
+    assert parquet._value_bytes(values).tolist() == sizes
 
 
 def test_skipped_rows_and_hashes(tmp_path: Path) -> None:

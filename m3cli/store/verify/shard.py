@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from m3cli.records import DoneEntry, TokenMatrices
+from m3cli.store.blobs import read_blobs
 from m3cli.store.layout import (
     ROW_COLUMNS,
     SCALE_BYTES,
@@ -152,12 +153,12 @@ def _check_lists(column: pa.Array, form: RowForm, *, num_tokens: NDArray[Any], f
 def _check_blobs(table: pa.Table, form: RowForm, *, num_tokens: NDArray[Any], first_row: int) -> list[str]:
     dtype, width = vector_layout(form)
     kind = np.dtype(dtype).newbyteorder("<")
-    indptr, raw = _read_blobs(table.column(VECTOR_COLUMNS["colbert"]), width * kind.itemsize)
+    indptr, raw = read_blobs(table.column(VECTOR_COLUMNS["colbert"]).combine_chunks(), width * kind.itemsize)
     if raw is None:
         return [f"colbert_vecs has values that are no rows of {width} {dtype}"]
     scales = None
     if form.scaled:
-        scale_indptr, scale_bytes = _read_blobs(table.column(SCALES_COLUMN), SCALE_BYTES)
+        scale_indptr, scale_bytes = read_blobs(table.column(SCALES_COLUMN).combine_chunks(), SCALE_BYTES)
         if scale_bytes is None or not np.array_equal(scale_indptr, indptr):
             return [f"{SCALES_COLUMN} has values that are not a float32 for each vector"]
         scales = scale_bytes.view("<f4")
@@ -168,17 +169,6 @@ def _check_blobs(table: pa.Table, form: RowForm, *, num_tokens: NDArray[Any], fi
         chunk_index=table.column("chunk_index").to_numpy(),
         first_row=first_row,
     )
-
-
-def _read_blobs(column: pa.ChunkedArray, size: int) -> tuple[NDArray[np.int64], NDArray[np.uint8] | None]:
-    """Return where rows begin among items of `size` bytes, and those; None: they are not of that size."""
-    array = column.combine_chunks()
-    _, places, data = array.buffers()
-    offsets = np.frombuffer(places, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
-    indptr = (offsets - offsets[0]) // size
-    if array.null_count or (np.diff(offsets) % size).any():
-        return indptr, None
-    return indptr, np.frombuffer(data or b"", dtype=np.uint8)[offsets[0] : offsets[-1]]
 
 
 def _check_skipped(check: ShardCheck, path: Path, expected: int) -> None:

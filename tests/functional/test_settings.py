@@ -1,0 +1,138 @@
+"""Settings: shown where they are not the default, refused where they would do nothing, and planned as encoded."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Completed
+
+M3 = Callable[..., Completed]
+LONG = "a word of a long text " * 20
+
+
+def write(name: str, *ids: str) -> None:
+    rows = "".join(json.dumps({"id": each, "text": f"{each} {LONG}"}) + "\n" for each in ids).encode()
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(gzip.compress(rows) if name.endswith(".gz") else rows)
+
+
+@pytest.fixture
+def encode(m3_here: M3, tiny_m3: Path) -> M3:
+    def encode(*arguments: object, command: str = "encode") -> Completed:
+        return m3_here(command, *arguments, "--model", tiny_m3)
+
+    return encode
+
+
+def test_what_is_not_the_default_is_shown_everywhere(encode: M3, m3_here: M3) -> None:
+    write("a.jsonl", "1", "2")
+    flags = (
+        *("--max-length", 32, "--long-docs", "merge", "--split", "tokens", "--overlap", 4, "--mcls", 8),
+        *("--colbert-dtype", "int8", "--prefix", "query: ", "--keep-text"),
+    )
+    words = "long-docs merge, split tokens, overlap 4, mcls 8, colbert-dtype int8, prefix 'query: ', keep-text"
+    for done in (
+        encode("a.jsonl", *flags, command="plan"),
+        encode("a.jsonl", *flags, "--progress", "log"),
+        m3_here("info", "a.m3"),
+    ):
+        assert done.returncode == 0, done.stderr
+        shown = re.sub(r"[\s│]+", " ", done.stdout + done.stderr)
+        assert words in shown, shown
+    write("b.jsonl", "1")
+    for done in (encode("b.jsonl", "--progress", "log"), m3_here("info", "b.m3")):
+        assert not re.search("settings.*(split|long-docs|overlap|;)", done.stdout + done.stderr)
+
+
+def test_the_scales_of_int8_vectors_are_part_of_them(encode: M3, m3_here: M3) -> None:
+    write("a.jsonl", *map(str, range(200)))
+    sizes = {}
+    for dtype in ("float16", "int8"):
+        encode("a.jsonl", "--colbert-dtype", dtype, "--out", dtype)
+        sizes[dtype] = json.loads(m3_here("info", dtype, "--json").stdout)["bytes"]
+    assert sizes["int8"]["rows"] < sizes["float16"]["rows"] + 2000
+    assert sizes["int8"]["colbert"] == pytest.approx(sizes["float16"]["colbert"] * 68 / 128, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--split", "tokens", "--long-docs", "truncate"), "--split tokens with --long-docs truncate"),
+        (("--dense-dtype", "float32", "--outputs", "sparse"), "--dense-dtype float32 needs dense among the outputs"),
+        (("--mcls", "8", "--outputs", "sparse,colbert"), "--mcls 8 needs dense among the outputs sparse,colbert"),
+    ],
+)
+@pytest.mark.parametrize("command", ["encode", "plan"])
+def test_flags_that_would_do_nothing_are_refused(
+    encode: M3, command: str, flags: tuple[str, ...], message: str
+) -> None:
+    write("a.jsonl", "1")
+    refused = encode("a.jsonl", *flags, command=command)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert not Path("a.m3").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--title-sep", " "), ("--max-row-bytes", "1M"), ("--dedupe",), ("--since-run", "old.m3")],
+    ids=lambda flags: flags[0],
+)
+def test_a_plan_has_the_fingerprint_of_the_run(encode: M3, m3_here: M3, flags: tuple[str, ...]) -> None:
+    write("a.jsonl", "1", "2")
+    assert encode("a.jsonl", "--out", "old.m3").returncode == 0
+    plain = json.loads(encode("a.jsonl", "--json", command="plan").stdout)
+    planned = json.loads(encode("a.jsonl", *flags, "--json", command="plan").stdout)
+    assert planned["fingerprint"] != plain["fingerprint"]
+    assert encode("a.jsonl", *flags).returncode == 0
+    run = json.loads(m3_here("info", "a.m3", "--json").stdout)["run"]
+    assert run["fingerprint"] == planned["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--id", "1", "--text", "--input", "-"), "--input -: standard input is not searched"),
+        (("--id", "1", "--input", "a.jsonl"), "--input a.jsonl needs --text"),
+        (("--id", "1", "--truncated"), "--truncated and --id 1"),
+        (("--text",), "--text and --input need --id"),
+    ],
+)
+def test_info_refuses_what_cannot_be_meant(encode: M3, m3_here: M3, flags: tuple[str, ...], message: str) -> None:
+    write("a.jsonl", "1")
+    assert encode("a.jsonl").returncode == 0
+    refused = m3_here("info", "a.m3", *flags)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_info_finds_a_text_in_one_file_of_several(encode: M3, m3_here: M3) -> None:
+    for number in range(3):
+        write(f"in/{number}.jsonl", f"a{number}", f"b{number}")
+    write("in/3.jsonl.gz", "a3", "b3")
+    assert encode("in", "--out", "o.m3", "--max-length", 32).returncode == 0
+    Path("in").rename("moved")
+    Path("one.jsonl").write_bytes(Path("moved/1.jsonl").read_bytes())
+    for name in ("one.jsonl", "moved/1.jsonl", "moved"):
+        found = m3_here("info", "o.m3", "--id", "b1", "--text", "--json", "--input", name)
+        assert found.returncode == 0, found.stderr
+        assert " ".join(chunk["text"].strip() for chunk in json.loads(found.stdout)) == f"b1 {LONG}".strip()
+    assert m3_here("info", "o.m3", "--id", "b3", "--text", "--input", "moved").returncode == 0
+    refused = m3_here("info", "o.m3", "--id", "a1", "--text", "--input", "moved/3.jsonl.gz")
+    assert refused.returncode == 10
+    assert "the document is in 1.jsonl" in refused.stderr
+    assert "name that file, name the folder with all 4 files of the input, or drop --text" in refused.stderr
+    refused = m3_here("info", "o.m3", "--id", "a3", "--text", "--input", "moved/3.jsonl.gz")
+    assert "name the folder with all 4 files" in refused.stderr
+    assert "--out" not in refused.stderr
+    changed = Path("one.jsonl").read_text().replace("word", "worm")
+    Path("one.jsonl").write_text(changed)
+    refused = m3_here("info", "o.m3", "--id", "b1", "--text", "--input", "one.jsonl")
+    assert "1.jsonl has changed since o.m3 was made from it" in refused.stderr
