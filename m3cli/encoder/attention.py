@@ -30,8 +30,8 @@ BLOCK_SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
 "scores [H, S, L, L] of a block, unless it is a single sequence"
 HELD_SCORES = {"cpu": 1 << 19, "cuda": 1 << 26}
 """scores that are held at once: on a CPU what stays in the second level cache. Of a long sequence few heads go together
-and many of their queries, so that keys and values stay there too: all heads at once, 64 queries at a time, took 1.3 times
-as long at 2,600 tokens, where each run of queries fetched 10 MB of keys and values anew"""
+and many of their queries, so that keys and values stay there too: all heads at once, 64 queries at a time, took 1.3
+times as long at 2,600 tokens, where each run of queries fetched 10 MB of keys and values anew"""
 LEAST_QUERIES = 64
 "of a sequence that go together, however many scores that is: fewer make slow matmuls"
 

@@ -20,8 +20,8 @@ ZERO_POINT = 128
 GELU_MINIMUM = -0.17
 "gelu is nowhere smaller: states behind it are shifted up by this, so that all 255 steps are used"
 QUANTISED_ROWS = 64
-"""at once: as float32, 4,096 wide, they are 1 MiB and stay in the second level cache. 1,024 rows at once took 2.5 times as
-long, most of it for memory that the system zeroes anew each time"""
+"""at once: as float32, 4,096 wide, they are 1 MiB and stay in the second level cache. 1,024 rows at once took 2.5 times
+as long, most of it for memory that the system zeroes anew each time"""
 ROWS_HINT = 2048
 "rows that the layout is chosen for; others run in the same layout"
 _SMALLEST = torch.finfo(torch.float32).tiny

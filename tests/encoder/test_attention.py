@@ -35,9 +35,7 @@ def attend_one_by_one(qkv: torch.Tensor, borders: np.ndarray) -> torch.Tensor:
 
 @settings(deadline=None, max_examples=40)
 @given(lengths=LENGTHS, most_scores=st.integers(1, 40_000), most_held=st.integers(1, 40_000))
-def test_attention_equals_one_sequence_after_the_other(
-    lengths: list[int], most_scores: int, most_held: int
-) -> None:
+def test_attention_equals_one_sequence_after_the_other(lengths: list[int], most_scores: int, most_held: int) -> None:
     borders = to_borders(lengths)
     generator = torch.Generator().manual_seed(sum(lengths))
     qkv = torch.randn(int(borders[-1]) + 3, 3, 2, 8, generator=generator)
