@@ -17,13 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3cli.config import LongDocs, Meaning, Split
-from m3cli.encoder.segments import SEGMENT_CHARS, read_tokens
+from m3cli.encoder.segments import SEGMENT_CHARS, TextTokens, read_texts
 from m3cli.encoder.split import Window, cut_windows
 from m3cli.encoder.tokenizer import Tokenizer
 from m3cli.errors import UsageError
 from m3cli.records import Chunks, Document
 
 NUM_SPECIALS = 2
+LIKELY_CHARS = 4
+"of a text to a token: one with more than this times `max_length` is likely too long"
 
 Row = tuple[NDArray[np.int32], int, int, int, int, bool, int]
 "input_ids, chunk_index, num_chunks, char_start, char_end, truncated, num_repeated"
@@ -74,30 +76,40 @@ def chunk_documents(documents: Sequence[Document], tokenizer: Tokenizer, cutting
     Raises:
         UsageError: prefix and overlap leave no room for text in `max_length`.
     """
-    short = [len(document.text) <= SEGMENT_CHARS for document in documents]
-    texts = [cutting.prefix + document.text for document, is_short in zip(documents, short, strict=True) if is_short]
-    found = iter(tokenizer.encode(texts))
+    # What is surely or likely too long goes straight to the way that knows places, which costs twice as much a token;
+    # nothing goes both ways but what is longer than its characters promise.
+    most_chars = min(SEGMENT_CHARS, LIKELY_CHARS * cutting.max_length)
+    tried = [document.text for document in documents if len(document.text) <= most_chars]
+    found = iter(tokenizer.encode([cutting.prefix + text for text in tried]))
+    whole = [next(found) if len(document.text) <= most_chars else None for document in documents]
+    fits = [input_ids is not None and len(input_ids) <= cutting.max_length for input_ids in whole]
+    truncate = cutting.long_docs == "truncate"
+    tokens = read_texts(
+        (document.text for document, fit in zip(documents, fits, strict=True) if not fit),
+        tokenizer,
+        prefix=cutting.prefix,
+        enough=cutting.max_length if truncate else None,
+    )
     rows: list[Row] = []
     owners: list[int] = []
-    for owner, (document, is_short) in enumerate(zip(documents, short, strict=True)):
-        if is_short and len(input_ids := next(found)) <= cutting.max_length:
+    for owner, (document, input_ids, fit) in enumerate(zip(documents, whole, fits, strict=True)):
+        if fit and input_ids is not None:
             rows.append((input_ids, 0, 1, 0, len(document.text), False, 0))
         else:
-            rows.extend(cut_document(document.text, tokenizer, cutting))
+            rows.extend(cut_document(document.text, next(tokens), tokenizer, cutting))
         owners.extend([owner] * (len(rows) - len(owners)))
     return _to_chunks(rows, owners)
 
 
-def cut_document(text: str, tokenizer: Tokenizer, cutting: Cutting) -> Iterator[Row]:
+def cut_document(text: str, tokens: TextTokens, tokenizer: Tokenizer, cutting: Cutting) -> Iterator[Row]:
     """Yield the rows of one document that is, or may be, longer than `max_length`."""
     truncate = cutting.long_docs == "truncate"
-    tokens = read_tokens(text, tokenizer, prefix=cutting.prefix, enough=cutting.max_length if truncate else None)
     size = cutting.max_length - NUM_SPECIALS - max(len(tokens.lead_ids), len(tokens.prefix_ids))
     num_tokens = len(tokens.input_ids)
-    if truncate:
-        windows = cut_windows(tokens.levels, size=size, overlap=0, split="tokens")[:1]
-    elif num_tokens <= size:
+    if NUM_SPECIALS + len(tokens.lead_ids) + num_tokens <= cutting.max_length:
         windows = [Window(0, num_tokens, 0)]
+    elif truncate:
+        windows = cut_windows(tokens.levels, size=size, overlap=0, split="tokens")[:1]
     else:
         windows = cut_windows(tokens.levels, size=size, overlap=cutting.overlap, split=cutting.split)
     bos, eos = np.array([tokenizer.bos_id], np.int32), np.array([tokenizer.eos_id], np.int32)

@@ -10,12 +10,13 @@ characters, after a full stop if there is one near: there the token that follows
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Encoding
 
 from m3cli.encoder.borders import rate_borders
 from m3cli.encoder.tokenizer import Tokenizer
@@ -23,6 +24,10 @@ from m3cli.encoder.tokenizer import Tokenizer
 SEGMENT_CHARS = 1 << 15
 CONTEXT_CHARS = 64
 "around a segment that its outermost borders are rated by"
+MOST_CHARS = 8
+"of a text to a token, as a rule: where only its beginning is wanted, a segment is no longer than that asks for"
+SPARE_TOKENS = 16
+"beyond those that are enough, as the last of a segment that ends inside a word may be others in the whole text"
 SEGMENTS_TOGETHER = 32
 "that are spread over the cores"
 _BLANKS = (" ", "\n", "\t")
@@ -48,49 +53,96 @@ class TextTokens:
     "[T], the `Border` before each token"
 
 
-def read_tokens(text: str, tokenizer: Tokenizer, *, prefix: str = "", enough: int | None = None) -> TextTokens:
-    """Tokenise a text in segments; with `enough`, only as far as is needed for more than that many tokens."""
-    spans = cut_segments(text)
-    ids: list[NDArray[np.int32]] = []
-    starts: list[NDArray[np.int64]] = []
-    levels: list[NDArray[np.uint8]] = []
-    lead_ids = prefix_ids = np.empty(0, np.int32)
-    found = 0
-    while (enough is None or found <= enough) and (lot := list(islice(spans, 1 if enough else SEGMENTS_TOGETHER))):
-        pieces = [text[first:last] if first else prefix + text[:last] for first, last in lot]
-        encodings = tokenizer.backend.encode_batch(pieces, add_special_tokens=False)
-        for (first, last), encoding in zip(lot, encodings, strict=True):
-            mine = np.array(encoding.ids, np.int32)
-            offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2) + (first - (0 if first else len(prefix)))
-            if prefix and not first:
-                # A token that reaches past the prefix (the blank before a word is glued to it) is the text's.
-                num_lead = int(np.count_nonzero(offsets[:, 1] <= 0))
-                lead_ids, mine, offsets = mine[:num_lead], mine[num_lead:], offsets[num_lead:]
-                prefix_ids = lead_ids
-                if len(offsets) and offsets[0, 0] + len(prefix) < len(prefix.rstrip()):
-                    prefix_ids = np.array(tokenizer.backend.encode(prefix, add_special_tokens=False).ids, np.int32)
-                offsets = np.maximum(offsets, 0)
-            low, high = max(0, first - CONTEXT_CHARS), min(len(text), last + CONTEXT_CHARS)
-            ids.append(mine)
-            starts.append(offsets[:, 0])
-            levels.append(rate_borders(text[low:high], offsets[:, 0] - low, offsets[:, 1] - low))
-            found += len(mine)
-    joined = np.concatenate(starts)
-    joined[:1] = 0
-    return TextTokens(
-        lead_ids=lead_ids,
-        prefix_ids=prefix_ids,
-        input_ids=np.concatenate(ids),
-        starts=joined,
-        levels=np.concatenate(levels),
-    )
+class _Reading:
+    """A text on its way to tokens, a segment at a time."""
+
+    def __init__(self, text: str, *, prefix: str, segment_chars: int) -> None:
+        self._text, self._prefix = text, prefix
+        self._spans = cut_segments(text, segment_chars=segment_chars)
+        self._last = -1
+        self._ids: list[NDArray[np.int32]] = []
+        self._starts: list[NDArray[np.int64]] = []
+        self._levels: list[NDArray[np.uint8]] = []
+        self._lead_ids = self._prefix_ids = np.empty(0, np.int32)
+        self.num_tokens = 0
+
+    @property
+    def ended(self) -> bool:
+        return self._last == len(self._text)
+
+    def next_spans(self, count: int) -> list[tuple[int, int]]:
+        spans = list(islice(self._spans, count))
+        self._last = spans[-1][1]
+        return spans
+
+    def piece(self, span: tuple[int, int]) -> str:
+        first, last = span
+        return self._text[first:last] if first else self._prefix + self._text[:last]
+
+    def add(self, span: tuple[int, int], encoding: Encoding, tokenizer: Tokenizer) -> None:
+        first, last = span
+        mine = np.array(encoding.ids, np.int32)
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2) + (first - (0 if first else len(self._prefix)))
+        if self._prefix and not first:
+            # A token that reaches past the prefix (the blank before a word is glued to it) is the text's.
+            num_lead = int(np.count_nonzero(offsets[:, 1] <= 0))
+            self._lead_ids, mine, offsets = mine[:num_lead], mine[num_lead:], offsets[num_lead:]
+            self._prefix_ids = self._lead_ids
+            if len(offsets) and offsets[0, 0] + len(self._prefix) < len(self._prefix.rstrip()):
+                whole = tokenizer.backend.encode(self._prefix, add_special_tokens=False)
+                self._prefix_ids = np.array(whole.ids, np.int32)
+            offsets = np.maximum(offsets, 0)
+        low, high = max(0, first - CONTEXT_CHARS), min(len(self._text), last + CONTEXT_CHARS)
+        self._ids.append(mine)
+        self._starts.append(offsets[:, 0])
+        self._levels.append(rate_borders(self._text[low:high], offsets[:, 0] - low, offsets[:, 1] - low))
+        self.num_tokens += len(mine)
+
+    def join(self) -> TextTokens:
+        starts = np.concatenate(self._starts)
+        starts[:1] = 0
+        return TextTokens(
+            lead_ids=self._lead_ids,
+            prefix_ids=self._prefix_ids,
+            input_ids=np.concatenate(self._ids),
+            starts=starts,
+            levels=np.concatenate(self._levels),
+        )
 
 
-def cut_segments(text: str) -> Iterator[tuple[int, int]]:
-    """Yield [start, stop) of the segments of a text, at least one."""
+def read_texts(
+    texts: Iterable[str], tokenizer: Tokenizer, *, prefix: str = "", enough: int | None = None
+) -> Iterator[TextTokens]:
+    """Tokenise texts in segments, those of several texts spread over the cores.
+
+    With `enough`, each text is read only as far as is needed for more than that many tokens.
+    """
+    segment_chars = SEGMENT_CHARS if enough is None else min(SEGMENT_CHARS, MOST_CHARS * (enough + SPARE_TOKENS))
+    texts = iter(texts)
+    while group := [
+        _Reading(text, prefix=prefix, segment_chars=segment_chars) for text in islice(texts, SEGMENTS_TOGETHER)
+    ]:
+        left = group
+        while left:
+            each = 1 if enough is not None else max(1, SEGMENTS_TOGETHER // len(left))
+            lot = [(reading, span) for reading in left for span in reading.next_spans(each)]
+            pieces = [reading.piece(span) for reading, span in lot]
+            encodings = tokenizer.backend.encode_batch(pieces, add_special_tokens=False)
+            for (reading, span), encoding in zip(lot, encodings, strict=True):
+                reading.add(span, encoding, tokenizer)
+            left = [
+                reading
+                for reading in left
+                if not reading.ended and (enough is None or reading.num_tokens <= enough + SPARE_TOKENS)
+            ]
+        yield from (reading.join() for reading in group)
+
+
+def cut_segments(text: str, *, segment_chars: int) -> Iterator[tuple[int, int]]:
+    """Yield [start, stop) of the segments of a text, at least one, each of at most `segment_chars`."""
     start = 0
-    while len(text) - start > SEGMENT_CHARS:
-        stop = _find_cut(text, start, start + SEGMENT_CHARS)
+    while len(text) - start > segment_chars:
+        stop = _find_cut(text, start, start + segment_chars)
         yield start, stop
         start = stop
     yield start, len(text)
@@ -103,7 +155,7 @@ def _find_cut(text: str, start: int, limit: int) -> int:
         # One token may stand for a run of blanks; one as long as a segment is cut all the same.
         before = start + len(text[start:blank].rstrip(_WHITE_SPACE))
         return before if before > start else blank
-    near = limit - SEGMENT_CHARS // 4
+    near = limit - (limit - start) // 4
     stop = max(text.rfind(character, near, limit) for character in _FULL_STOPS)
     if stop >= 0:
         return stop + 1

@@ -11,7 +11,7 @@ from tokenizers import Encoding
 
 from m3cli.encoder import segments
 from m3cli.encoder.checkpoint import read_checkpoint
-from m3cli.encoder.segments import cut_segments, read_tokens
+from m3cli.encoder.segments import TextTokens, cut_segments, read_texts
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -23,6 +23,11 @@ def tokenizer(tiny_m3: Path) -> Tokenizer:
 @pytest.fixture
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "SEGMENT_CHARS", 64)
+
+
+def read_tokens(text: str, tokenizer: Tokenizer, *, prefix: str = "", enough: int | None = None) -> TextTokens:
+    (tokens,) = read_texts([text], tokenizer, prefix=prefix, enough=enough)
+    return tokens
 
 
 def encode_whole(text: str, tokenizer: Tokenizer) -> Encoding:
@@ -53,7 +58,7 @@ def test_a_run_of_blanks_is_not_parted(tokenizer: Tokenizer, short_segments: Non
 
 
 def test_blanks_that_fill_segments_are_cut_all_the_same(short_segments: None) -> None:
-    spans = list(cut_segments("a" + " " * 300 + "b"))
+    spans = list(cut_segments("a" + " " * 300 + "b", segment_chars=64))
     assert spans[-1][1] == 302
     assert all(0 < stop - start <= 64 for start, stop in spans)
 
@@ -61,7 +66,7 @@ def test_blanks_that_fill_segments_are_cut_all_the_same(short_segments: None) ->
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.sampled_from("ab 語。\n\u0301🇩🇪"), max_size=500))
 def test_segments_tile_a_text(short_segments: None, text: str) -> None:
-    spans = list(cut_segments(text))
+    spans = list(cut_segments(text, segment_chars=64))
     assert spans[0][0] == 0
     assert spans[-1][1] == len(text)
     assert all(before[1] == after[0] for before, after in pairwise(spans))
@@ -73,7 +78,7 @@ def test_without_white_space_only_tokens_at_the_cuts_may_differ(tokenizer: Token
     found, whole = read_tokens(text, tokenizer), encode_whole(text, tokenizer)
     joined = [tokenizer.token(token).replace("▁", "") for token in found.input_ids.tolist()]
     assert "".join(joined) == text
-    cuts = len(list(cut_segments(text))) - 1
+    cuts = len(list(cut_segments(text, segment_chars=64))) - 1
     places = {first for first, _ in whole.offsets}
     assert len(set(found.starts.tolist()) - places) <= 2 * cuts
 
@@ -84,6 +89,18 @@ def test_enough_tokens_are_read_and_no_more(tokenizer: Tokenizer) -> None:
     assert 100 < len(found.input_ids) < 20_000
     blank = read_tokens(" " * 200_000 + "end of it", tokenizer, enough=2)
     assert len(blank.input_ids) == 3
+
+
+def test_several_texts_come_in_their_order_as_each_would_alone(tokenizer: Tokenizer, short_segments: None) -> None:
+    texts = ["alpha beta " * count for count in (1, 70, 3, 200, *range(40))]
+    for enough in (None, 20):
+        found = list(read_texts(iter(texts), tokenizer, enough=enough))
+        assert len(found) == len(texts)
+        for text, tokens in zip(texts, found, strict=True):
+            alone = read_tokens(text, tokenizer, enough=enough)
+            assert tokens.input_ids.tolist() == alone.input_ids.tolist()
+            assert tokens.starts.tolist() == alone.starts.tolist()
+            assert tokens.levels.tolist() == alone.levels.tolist()
 
 
 def test_a_prefix_is_apart_and_offsets_are_of_the_text(tokenizer: Tokenizer, short_segments: None) -> None:
