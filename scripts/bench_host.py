@@ -21,7 +21,9 @@ import os
 import shutil
 import statistics
 import time
+from collections import deque
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,12 @@ from speed_bench.running import WORK, open_work, say
 from speed_bench.table import draw_table, save_results, show_share
 from speed_bench.texts import read_texts, split_sentences, write_rows
 
+from m3cli.ahead import map_lanes
 from m3cli.config import Dtype
 from m3cli.encoder.batcher import pack_batches
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
-from m3cli.encoder.device import auto_batch_tokens
+from m3cli.encoder.device import auto_batch_tokens, auto_threads, plan_lanes, set_threads
 from m3cli.encoder.model import Model, load_model, run_model
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
 
@@ -75,17 +78,22 @@ def rate_tokenizer(tokenizer: Tokenizer, texts: list[str]) -> float:
 
 @torch.inference_mode()
 def rate_forward(model: Model, tokenizer: Tokenizer, texts: list[str]) -> float:
-    """Return the tokens/s of the model alone over packed batches."""
+    """Return the tokens/s of the model alone over packed batches, as many at once as `m3 encode` has."""
     cutting = Cutting(max_length=model.checkpoint.default_max_length)
     chunks = chunk_documents(make_documents(texts), tokenizer, cutting)
     budget = auto_batch_tokens("cpu")
     batches = list(pack_batches(chunks, start=0, stop=chunks.num_rows, max_batch_tokens=budget))
-    for batch in batches[:WARM_UP_BATCHES]:
-        run_model(model, batch)
-    began = time.perf_counter()
-    for batch in batches:
-        run_model(model, batch)
-    return len(chunks.input_ids) / (time.perf_counter() - began)
+    threads = auto_threads()
+    lanes = plan_lanes(threads, device="cpu")
+    set_threads(threads // lanes)
+    run = partial(run_model, model)
+    try:
+        deque(map_lanes(run, batches[:WARM_UP_BATCHES], lanes=lanes, name="forward"), maxlen=0)
+        began = time.perf_counter()
+        deque(map_lanes(run, batches, lanes=lanes, name="forward"), maxlen=0)
+        return len(chunks.input_ids) / (time.perf_counter() - began)
+    finally:
+        set_threads(threads)
 
 
 def measure_rounds(options: argparse.Namespace, corpus: Path, work: Path) -> list[Round]:

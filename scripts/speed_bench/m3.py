@@ -10,7 +10,7 @@ from typing import cast
 
 from m3cli.ahead import map_lanes
 from m3cli.config import Dtype
-from m3cli.encoder.batcher import pack_batches
+from m3cli.encoder.batcher import batch_rows, pack_rows
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
 from m3cli.encoder.device import auto_batch_tokens, auto_threads, plan_lanes, set_threads
@@ -33,19 +33,20 @@ def load_m3(folder: Path, dtype: str) -> Runner:
     checkpoint = read_checkpoint(folder)
     tokenizer = load_tokenizer(checkpoint)
     model = load_model(checkpoint, device="cpu", dtype=cast("Dtype", dtype))
-    cutting = Cutting(max_length=checkpoint.default_max_length, long_docs="truncate")
-    budget = auto_batch_tokens("cpu")
-    encoder = BatchEncoder(model, outputs=OUTPUTS, special_ids=tokenizer.special_ids)
     threads = auto_threads()
     lanes = plan_lanes(threads, device="cpu")
     set_threads(threads // lanes)
+    cutting = Cutting(max_length=checkpoint.default_max_length, long_docs="truncate")
+    budget = auto_batch_tokens("cpu")
+    encoder = BatchEncoder(model, outputs=OUTPUTS, special_ids=tokenizer.special_ids)
     encoder.spread = partial(map_lanes, lanes=lanes, name="encoding")
 
     def run(group: Group) -> Made:
         clock = [time.perf_counter()]
         chunks = chunk_documents(make_documents(group.texts), tokenizer, cutting)
         clock.append(time.perf_counter())
-        batches = list(pack_batches(chunks, start=0, stop=chunks.num_rows, max_batch_tokens=budget))
+        groups = batch_rows(chunks.num_tokens, max_batch_tokens=budget, lanes=lanes)
+        batches = [pack_rows(chunks, rows) for rows in groups]
         clock.append(time.perf_counter())
         parts = [part for part in encoder.encode_all(batches) if not isinstance(part, FailedRow)]
         clock.append(time.perf_counter())
