@@ -1,19 +1,20 @@
 #!/usr/bin/env python3
 """Tokens a second of m3 and its peers, on the same texts and checkpoint, loading excluded, in one run.
 
-    scripts/bench speed --model DIR --corpus FILE.jsonl [--documents 600] [--json OUT.json] [--markdown]
+    scripts/bench speed --model DIR --corpus FILE.jsonl [--documents 600] [--device cuda] [--json OUT.json] [--markdown]
 
 m3 runs its own stages (tokenise, batch, encode, order) in memory for dense + sparse + ColBERT. FlagEmbedding runs
-`encode` for all three, in float32 (on a CPU it has nothing else). sentence-transformers gives dense vectors only, as do
-the exports to ONNX: in onnxruntime with dynamic int8 (per channel, matmuls only) and in OpenVINO, which are fed padded
-batches sorted by tokens, within a budget of padded tokens. Where a contender has settings (batch or budget), all are
+`encode` for all three, in float32 (on a CPU it has nothing else; float16 on a GPU). sentence-transformers gives dense
+vectors only, as do the exports to ONNX, which run on a CPU: in onnxruntime with dynamic int8 (per channel, matmuls
+only) and in OpenVINO, which are fed padded batches sorted by tokens, within a budget of padded tokens. Where a contender has settings (batch or budget), all are
 run and the best counts. A peer that is not installed is skipped. With --json OUT.json the runs that did not count are
-kept too.
+kept too; "encoding" among m3's stages is the model alone, from the first batch to the last vector on the host.
 
 The machine's own matmul rate, [4096 x 1024] . [1024 x 4096], is taken before and after, the better counts; a model's
 share of it is its FLOPs (speed_bench/counting.py) over the real tokens by the second. Padding is the share of the
 positions a model ran that were no token of a text, or one that it had run before. Peak memory is that of the process,
-with the loaded model. Each contender runs in a process of its own; on a noisy machine compare within one run only.
+with the loaded model, or a GPU's own. Each contender runs in a process of its own; on a noisy machine compare within
+one run only.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from speed_bench.texts import make_group, read_texts
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.tokenizer import load_tokenizer
 
-REFERENCE = "FlagEmbedding float32"
+REFERENCE = "FlagEmbedding"
+"how the label begins that others are held against"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,34 +49,48 @@ class Contender:
     outputs: str = "dense"
 
 
-CONTENDERS = (
-    *(
-        Contender(label=f"m3 {dtype}", dtype=dtype, settings=(f"m3 {dtype}",), outputs="all three")
-        for dtype in ("float32", "bfloat16", "int8")
-    ),
-    Contender(
-        label=REFERENCE,
-        dtype="float32",
-        settings=tuple(f"FlagEmbedding {batch}" for batch in (8, 16, 32, 64)),
-        outputs="all three",
-    ),
-    *(
+def list_contenders(device: str) -> tuple[Contender, ...]:
+    """Return the contenders of a device, FlagEmbedding in the dtype that it takes there."""
+    on_cpu = device == "cpu"
+    dtypes = ("float32", "bfloat16", "int8") if on_cpu else ("float32", "bfloat16", "float16")
+    peer_dtypes = ("float32", "bfloat16") if on_cpu else ("bfloat16", "float16")
+    peer_batches = (16, 32) if on_cpu else (32, 128)
+    reference = "float32" if on_cpu else "float16"
+    exports = (("onnxruntime", "int8"), ("OpenVINO", "float32"), ("OpenVINO", "bfloat16")) if on_cpu else ()
+    return (
+        *(
+            Contender(label=f"m3 {dtype}", dtype=dtype, settings=(f"m3 {dtype}",), outputs="all three")
+            for dtype in dtypes
+        ),
         Contender(
-            label=f"sentence-transformers {dtype}",
-            dtype=dtype,
-            settings=tuple(f"sentence-transformers {dtype} {batch}" for batch in (16, 32)),
-        )
-        for dtype in ("float32", "bfloat16")
-    ),
-    *(
+            label=f"m3 {dtypes[-1]}, two",
+            dtype=dtypes[-1],
+            settings=(f"m3 {dtypes[-1]} dense,sparse",),
+            outputs="dense, sparse",
+        ),
         Contender(
-            label=f"{kind} {dtype}",
-            dtype=dtype,
-            settings=tuple(f"{kind} {dtype} {budget}" for budget in (2048, 4096)),
-        )
-        for kind, dtype in (("onnxruntime", "int8"), ("OpenVINO", "float32"), ("OpenVINO", "bfloat16"))
-    ),
-)
+            label=f"{REFERENCE} {reference}",
+            dtype=reference,
+            settings=tuple(f"FlagEmbedding {batch}" for batch in ((8, 16, 32, 64) if on_cpu else (16, 64, 256))),
+            outputs="all three",
+        ),
+        *(
+            Contender(
+                label=f"sentence-transformers {dtype}",
+                dtype=dtype,
+                settings=tuple(f"sentence-transformers {dtype} {batch}" for batch in peer_batches),
+            )
+            for dtype in peer_dtypes
+        ),
+        *(
+            Contender(
+                label=f"{kind} {dtype}",
+                dtype=dtype,
+                settings=tuple(f"{kind} {dtype} {budget}" for budget in (2048, 4096)),
+            )
+            for kind, dtype in exports
+        ),
+    )
 
 
 def run_all(contest: Contest, contenders: Sequence[Contender], *, rounds: int) -> dict[str, list[Found] | str]:
@@ -116,7 +132,7 @@ def sum_up(
 
 def draw(rows: Mapping[str, dict[str, Any] | str], *, markdown: bool) -> str:
     """Return the table of the contenders that ran."""
-    reference = rows.get(REFERENCE)
+    reference = next((row for label, row in rows.items() if label.startswith(REFERENCE)), None)
     header = ("", "outputs", "tokens/s", "times FlagEmbedding", "of matmul", "padding", "peak memory")
     lines = []
     for label, row in rows.items():
@@ -159,6 +175,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, type=Path)
     parser.add_argument("--corpus", required=True, type=Path)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda[:i]")
     parser.add_argument("--documents", type=int, default=600)
     parser.add_argument("--paragraphs", action="store_true", help="measure on paragraphs of the documents")
     parser.add_argument("--rounds", type=int, default=1, help="the fastest run of each setting counts")
@@ -173,13 +190,13 @@ def main() -> None:
     """Measure all contenders and print the tables."""
     options = parse_options()
     words = options.only.split(",") if options.only else [""]
-    contenders = [each for each in CONTENDERS if any(word in each.label for word in words)]
+    contenders = [each for each in list_contenders(options.device) if any(word in each.label for word in words)]
     checkpoint = read_checkpoint(options.model)
     texts = read_texts(options.corpus, options.documents, paragraphs=options.paragraphs)
     group = make_group(texts, load_tokenizer(checkpoint).backend, max_length=checkpoint.default_max_length)
     shape = read_shape(options.model)
     flops = count_flops(shape, group.lengths)
-    contest = Contest(options.model, [group], cache=options.cache)
+    contest = Contest(options.model, [group], cache=options.cache, device=options.device)
     before = contest.ask("matmul")
     tokenizer = contest.measure("tokenizer")
     found = run_all(contest, contenders, rounds=options.rounds)

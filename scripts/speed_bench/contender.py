@@ -1,8 +1,9 @@
 """One contender in a process of its own: loads, warms up, runs each group of texts, prints JSON.
 
-    python -m speed_bench.contender MODEL NAME CACHE < GROUPS.json
+    python -m speed_bench.contender MODEL NAME CACHE DEVICE < GROUPS.json
 
-NAME is a kind and its settings: `m3 bfloat16`, `FlagEmbedding 16`, `sentence-transformers float32 16`,
+NAME is a kind and its settings: `m3 bfloat16`, `m3 float16 dense,sparse`, `FlagEmbedding 16`,
+`sentence-transformers float32 16`,
 `onnxruntime int8 2048`, `OpenVINO bfloat16 4096`, `tokenizer`, `matmul`, `export`. What comes in
 is a list of speed_bench.records.Group. For each group one object is printed: seconds, the positions that the model
 ran, seconds by stage where the contender tells, and the most memory that the process has held so far, in bytes.
@@ -18,23 +19,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from m3cli.encoder.device import peak_device_bytes
 from speed_bench.records import Found, Group, Runner
 
 WARM_UP_TEXTS = 8
 
 
-def load(name: str, model: Path, cache: Path) -> Runner:
+def load(name: str, model: Path, cache: Path, device: str) -> Runner:
     """Load a contender; only its own libraries are imported."""
     kind, *settings = name.split()
     if kind in ("m3", "tokenizer"):
         from speed_bench import m3  # noqa: PLC0415  each contender loads its own library only
 
-        return m3.load_m3(model, *settings) if kind == "m3" else m3.load_tokenizer_alone(model)
+        return m3.load_m3(model, *settings, device=device) if kind == "m3" else m3.load_tokenizer_alone(model)
     if kind in ("FlagEmbedding", "sentence-transformers"):
         from speed_bench import peers  # noqa: PLC0415
 
         return (peers.load_flagembedding if kind == "FlagEmbedding" else peers.load_sentence_transformers)(
-            model, *settings
+            model, *settings, device=device
         )
     from speed_bench import onnx_peers  # noqa: PLC0415
 
@@ -43,21 +45,23 @@ def load(name: str, model: Path, cache: Path) -> Runner:
     )
 
 
-def time_group(run: Runner, group: Group) -> Found:
+def time_group(run: Runner, group: Group, *, device: str) -> Found:
     """Time a run over a group, after one over a few of its texts."""
     few = Group(texts=group.texts[:WARM_UP_TEXTS], lengths=group.lengths[:WARM_UP_TEXTS], batch=group.batch)
     run(few)
     began = time.perf_counter()
     made = run(group)
     seconds = time.perf_counter() - began
-    return Found(seconds=seconds, positions=made.positions, stages=made.stages, peak_bytes=read_peak())
+    return Found(seconds=seconds, positions=made.positions, stages=made.stages, peak_bytes=read_peak(device))
 
 
-def read_peak() -> int:
-    """Return the most memory this process has held, in bytes.
+def read_peak(device: str) -> int:
+    """Return the most memory this process has held, in bytes: of the device, if that has its own.
 
     ru_maxrss alone may be the parent's: Linux hands it on over fork and exec.
     """
+    if device != "cpu":
+        return peak_device_bytes(device)
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
@@ -65,20 +69,20 @@ def read_peak() -> int:
     return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-def answer(name: str, model: Path, cache: Path) -> Any:
+def answer(name: str, model: Path, cache: Path, device: str) -> Any:
     """Do what a name asks for."""
     if name == "matmul":
         from speed_bench.matmul import measure_rates  # noqa: PLC0415
 
-        return measure_rates()
+        return measure_rates(device)
     if name == "export":
         from speed_bench.onnx_peers import export  # noqa: PLC0415
 
         return str(export(model, cache))
-    run = load(name, model, cache)
-    return [asdict(time_group(run, Group(**group))) for group in json.load(sys.stdin)]
+    run = load(name, model, cache, device)
+    return [asdict(time_group(run, Group(**group), device=device)) for group in json.load(sys.stdin)]
 
 
 if __name__ == "__main__":
-    _, given_model, given_name, given_cache = sys.argv
-    print(json.dumps(answer(given_name, Path(given_model), Path(given_cache))))
+    _, given_model, given_name, given_cache, given_device = sys.argv
+    print(json.dumps(answer(given_name, Path(given_model), Path(given_cache), given_device)))

@@ -40,11 +40,6 @@ def padding_share(*, run: int, real: int) -> float:
     return 1 - real / run if run else 0.0
 
 
-def count_filled(tokens: int, *, step: int) -> int:
-    """Return a packed batch's positions: its tokens, filled up to a multiple of `step`."""
-    return -(-tokens // step) * step
-
-
 def group_padded(lengths: Sequence[int], *, budget: int) -> list[list[int]]:
     """Group rows, longest first, so that count x longest stays within a budget of padded tokens.
 

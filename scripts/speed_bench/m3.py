@@ -15,31 +15,32 @@ from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
 from m3cli.encoder.device import auto_batch_tokens, auto_threads, plan_lanes, set_threads
 from m3cli.encoder.encode import BatchEncoder, FailedRow
-from m3cli.encoder.model import TOKEN_STEP, load_model
+from m3cli.encoder.model import fill_up, load_model
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.encoder.window import order_rows
 from m3cli.records import Document, Output
-from speed_bench.counting import count_filled
 from speed_bench.records import Group, Made, Runner
 
 OUTPUTS: tuple[Output, ...] = ("dense", "sparse", "colbert")
 
 
-def load_m3(folder: Path, dtype: str) -> Runner:
-    """Return a run of tokenising, batching, encoding (all three outputs) and ordering, one after the other.
+def load_m3(folder: Path, dtype: str, outputs: str = ",".join(OUTPUTS), *, device: str) -> Runner:
+    """Return a run of tokenising, batching, encoding and ordering, one after the other.
 
     Batches go side by side as `m3 encode` has them go; it does all else in threads beside that, here nothing is hidden.
     """
     checkpoint = read_checkpoint(folder)
     tokenizer = load_tokenizer(checkpoint)
-    model = load_model(checkpoint, device="cpu", dtype=cast("Dtype", dtype))
+    model = load_model(checkpoint, device=device, dtype=cast("Dtype", dtype))
     threads = auto_threads()
-    lanes = plan_lanes(threads, device="cpu")
+    lanes = plan_lanes(threads, device=device)
     set_threads(threads // lanes)
     cutting = Cutting(max_length=checkpoint.default_max_length, long_docs="truncate")
-    budget = auto_batch_tokens("cpu")
-    encoder = BatchEncoder(model, outputs=OUTPUTS, special_ids=tokenizer.special_ids)
-    encoder.spread = partial(map_lanes, lanes=lanes, name="encoding")
+    budget = auto_batch_tokens(device)
+    wanted = cast("tuple[Output, ...]", tuple(outputs.split(",")))
+    encoder = BatchEncoder(model, outputs=wanted, special_ids=tokenizer.special_ids)
+    if lanes > 1:
+        encoder.spread = partial(map_lanes, lanes=lanes, name="encoding")
 
     def run(group: Group) -> Made:
         clock = [time.perf_counter()]
@@ -54,7 +55,7 @@ def load_m3(folder: Path, dtype: str) -> Runner:
         clock.append(time.perf_counter())
         spent = (after - before for before, after in pairwise(clock))
         return Made(
-            positions=sum(count_filled(len(batch.input_ids), step=TOKEN_STEP) for batch in batches),
+            positions=sum(fill_up(len(batch.input_ids), device=model.device) for batch in batches),
             stages=dict(zip(("tokenising", "batching", "encoding", "ordering"), spent, strict=True)),
         )
 

@@ -13,12 +13,12 @@ from m3cli.encoder.checkpoint import read_checkpoint
 from speed_bench.records import Group, Made, Runner
 
 
-def load_flagembedding(folder: Path, batch: str) -> Runner:
-    """Return a run of `encode` for all three outputs, in float32: on a CPU it has nothing else."""
+def load_flagembedding(folder: Path, batch: str, *, device: str) -> Runner:
+    """Return a run of `encode` for all three outputs: float16 on a GPU, float32 on a CPU, where it has nothing else."""
     from FlagEmbedding import BGEM3FlagModel  # noqa: PLC0415
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    model = BGEM3FlagModel(str(folder), use_fp16=False, devices="cpu")
+    model = BGEM3FlagModel(str(folder), use_fp16=device != "cpu", devices=device)
     max_length = read_checkpoint(folder).default_max_length
 
     def encode(group: Group) -> None:
@@ -34,11 +34,11 @@ def load_flagembedding(folder: Path, batch: str) -> Runner:
     return count_positions(encode, model.model.model)
 
 
-def load_sentence_transformers(folder: Path, dtype: str, batch: str) -> Runner:
+def load_sentence_transformers(folder: Path, dtype: str, batch: str, *, device: str) -> Runner:
     """Return a run of `encode`, dense vectors only."""
     from sentence_transformers import SentenceTransformer  # noqa: PLC0415
 
-    model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": getattr(torch, dtype)})
+    model = SentenceTransformer(str(folder), device=device, model_kwargs={"dtype": getattr(torch, dtype)})
 
     def encode(group: Group) -> None:
         size = group.batch or int(batch)

@@ -56,8 +56,8 @@ class ContenderFailed(Exception):
 class Contest:
     """The texts on which contenders are measured, and where their exports lie."""
 
-    def __init__(self, model: Path, groups: Sequence[Group], *, cache: Path) -> None:
-        self._model, self._cache = model, cache
+    def __init__(self, model: Path, groups: Sequence[Group], *, cache: Path, device: str = "cpu") -> None:
+        self._model, self._cache, self._device = model, cache, device
         self._groups = json.dumps([asdict(group) for group in groups])
 
     def ask(self, name: str) -> Any:
@@ -66,7 +66,7 @@ class Contest:
         Raises:
             ContenderFailed: it ended with an error.
         """
-        command = [sys.executable, "-m", "speed_bench.contender", self._model, name, self._cache]
+        command = [sys.executable, "-m", "speed_bench.contender", self._model, name, self._cache, self._device]
         paths = [str(SCRIPTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         done = subprocess.run(

@@ -11,10 +11,10 @@ from typing import Any
 import orjson
 import pytest
 from bench_documents import write_shard
-from bench_speed import CONTENDERS, REFERENCE, draw, pick_best
+from bench_speed import REFERENCE, draw, list_contenders, pick_best
 from hypothesis import given
 from hypothesis import strategies as st
-from speed_bench.counting import Shape, count_filled, count_flops, group_padded, idle_share, padding_share
+from speed_bench.counting import Shape, count_flops, group_padded, idle_share, padding_share
 from speed_bench.plot import LogPlot, find_ticks, scale, spread
 from speed_bench.records import Found
 from speed_bench.running import find_missing
@@ -56,11 +56,6 @@ def test_padded_groups_hold_each_row_once_within_the_budget(lengths: list[int], 
 @pytest.mark.parametrize(("run", "real", "share"), [(100, 100, 0.0), (200, 100, 0.5), (0, 0, 0.0)])
 def test_padding_share(run: int, real: int, share: float) -> None:
     assert padding_share(run=run, real=real) == share
-
-
-@pytest.mark.parametrize(("tokens", "filled"), [(1, 128), (128, 128), (129, 256), (0, 0)])
-def test_filled_positions(tokens: int, filled: int) -> None:
-    assert count_filled(tokens, step=128) == filled
 
 
 def test_idle_share_is_all_but_encoding() -> None:
@@ -152,7 +147,7 @@ def _find(seconds: float) -> list[Found]:
 
 
 def test_the_best_setting_counts_and_a_missing_one_says_why() -> None:
-    reference = next(each for each in CONTENDERS if each.label == REFERENCE)
+    reference = next(each for each in list_contenders("cpu") if each.label.startswith(REFERENCE))
     seconds = dict(zip(reference.settings, (4.0, 2.0, 3.0, 5.0), strict=True))
     best = pick_best(reference, {name: _find(spent) for name, spent in seconds.items()})
     assert isinstance(best, tuple)
@@ -173,6 +168,12 @@ def test_the_table_compares_with_flagembedding() -> None:
     assert lines[0] == "| m3 int8 | all | 800 | 8.00 | 90% | 0% | 1.00 GB |"
     assert lines[1].startswith(f"| {REFERENCE}, 16 | all | 100 | 1.00 |")
     assert lines[2].startswith("| OpenVINO float32 | skipped: openvino not installed |")
+
+
+def test_a_gpu_has_contenders_of_its_own() -> None:
+    labels = {each.label for each in list_contenders("cuda")}
+    assert {"m3 float16", "m3 float16, two", "FlagEmbedding float16"} <= labels
+    assert not any(word in label for label in labels for word in ("int8", "OpenVINO"))
 
 
 def test_a_peer_that_is_absent_is_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
