@@ -6,9 +6,10 @@
 m3 runs its own stages (tokenise, batch, encode, order) in memory for dense + sparse + ColBERT. FlagEmbedding runs
 `encode` for all three, in float32 (on a CPU it has nothing else; float16 on a GPU). sentence-transformers gives dense
 vectors only, as do the exports to ONNX, which run on a CPU: in onnxruntime with dynamic int8 (per channel, matmuls
-only) and in OpenVINO, which are fed padded batches sorted by tokens, within a budget of padded tokens. Where a contender has settings (batch or budget), all are
-run and the best counts. A peer that is not installed is skipped. With --json OUT.json the runs that did not count are
-kept too; "encoding" among m3's stages is the model alone, from the first batch to the last vector on the host.
+only) and in OpenVINO, which are fed padded batches sorted by tokens, within a budget of padded tokens. Where a
+contender has settings (batch or budget), all are run and the best counts. A peer that is not installed is skipped.
+With --json OUT.json the runs that did not count are kept too; "encoding" among m3's stages is the model alone, from
+the first batch to the last vector on the host.
 
 The machine's own matmul rate, [4096 x 1024] . [1024 x 4096], is taken before and after, the better counts; a model's
 share of it is its FLOPs (speed_bench/counting.py) over the real tokens by the second. Padding is the share of the

@@ -75,5 +75,7 @@ def _make_room(tensor: torch.Tensor) -> torch.Tensor:
     """Return pinned memory for a tensor; where the system gives no more of it, other memory: that copy waits."""
     try:
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    except RuntimeError:
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
         return torch.empty(tensor.shape, dtype=tensor.dtype)
