@@ -107,11 +107,11 @@ def search(
         ),
     ] = None,
     corpus_input: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--input",
             metavar="INPUT",
-            help="What the folder was encoded from, if it has no text (--keep-text).",
+            help="What the folder was encoded from, if it has no text (--keep-text); once for each input.",
             rich_help_panel=_BM25,
         ),
     ] = None,
@@ -154,11 +154,12 @@ def search(
         device=auto(device),
         max_batch_tokens=max_batch_tokens,
         tokenizer=tokenizer,  # type: ignore[arg-type]
-        corpus_input=corpus_input,
+        corpus_inputs=tuple(corpus_input or ()),
     )
     shown: Any = Progress(progress)  # type: ignore[arg-type]
     show = _print_hits if sys.stdout.isatty() else None
-    code = search_corpus(request, progress=shown, stdout=sys.stdout.buffer, stdin=open_stdin([queries]), show=show)
+    stdin = open_stdin([queries, *request.corpus_inputs])
+    code = search_corpus(request, progress=shown, stdout=sys.stdout.buffer, stdin=stdin, show=show)
     raise typer.Exit(code)
 
 

@@ -43,7 +43,7 @@ def search_corpus(
         request: what was typed.
         progress: where words go.
         stdout: where the ranking goes without `out`.
-        stdin: standard input, if the queries come from there.
+        stdin: standard input, if the queries or the corpus come from there.
         show: what draws a table of a few queries in place of a run, on a terminal.
 
     Returns:
@@ -55,13 +55,15 @@ def search_corpus(
         ForeignFolder: the queries' model is another than the corpus'.
         OutputError: `out` cannot be written, found out before anything is read.
     """
+    if request.queries == "-" and "-" in request.corpus_inputs:
+        raise UsageError("--queries - with --input -: standard input can be read once; give one of them a file")
     ranking_format(request.out)
     refuse_unwritable(request.out)
     folder = open_corpus(request, progress)
     mode = settle_mode(request, folder)
     given = open_queries(request, progress=progress, stdin=stdin)
     began = time.perf_counter()
-    queries, hits = _search(request, folder, mode, given, progress)
+    queries, hits = _search(request, folder, mode, given, progress=progress, stdin=stdin)
     seconds = time.perf_counter() - began
     unfound = sum(not found.ids for found in hits)
     words = f"; {unfound:,} without a hit" if unfound else ""
@@ -105,13 +107,13 @@ def settle_mode(request: SearchRequest, folder: OutputFolder) -> Mode:
         ("--fusion", request.fusion, "hybrid"),
         ("--candidates", request.candidates, "hybrid"),
         ("--tokenizer", request.tokenizer, "bm25"),
-        ("--input", request.corpus_input, "bm25"),
+        ("--input", request.corpus_inputs or None, "bm25"),
     ):
         if value is not None and mode != owner:
             raise UsageError(f"{flag} is for --mode {owner}, and this is {mode}")
-    if request.corpus_input is not None and request.level == "chunk":
+    if request.corpus_inputs and request.level == "chunk":
         raise UsageError(
-            f"--level chunk with --input {request.corpus_input}: a corpus is searched by whole documents; "
+            f"--level chunk with --input {request.corpus_inputs[0]}: a corpus is searched by whole documents; "
             "leave --level out, or encode with --keep-text"
         )
     return mode
@@ -124,10 +126,16 @@ def outputs_of(folder: OutputFolder) -> tuple[Output, ...]:
 
 
 def _search(
-    request: SearchRequest, folder: OutputFolder, mode: Mode, given: Queries | OutputFolder, progress: Progress
+    request: SearchRequest,
+    folder: OutputFolder,
+    mode: Mode,
+    given: Queries | OutputFolder,
+    *,
+    progress: Progress,
+    stdin: PeekableStream | None,
 ) -> tuple[Queries, list[QueryHits]]:
     if mode == "bm25":
-        return _search_words(request, folder, given, progress)
+        return _search_words(request, folder, given, progress=progress, stdin=stdin)
     # torch: not before all that can be wrong with flags and folder has been said
     from m3cli.encoder.device import resolve_device  # noqa: PLC0415
     from m3cli.jobs.search_folder import Blend, Target, describe_hits, search_hybrid, search_single  # noqa: PLC0415
@@ -175,7 +183,12 @@ def _embed(
 
 
 def _search_words(
-    request: SearchRequest, folder: OutputFolder, given: Queries | OutputFolder, progress: Progress
+    request: SearchRequest,
+    folder: OutputFolder,
+    given: Queries | OutputFolder,
+    *,
+    progress: Progress,
+    stdin: PeekableStream | None,
 ) -> tuple[Queries, list[QueryHits]]:
     from m3cli.jobs.search_folder import describe_hits  # noqa: PLC0415
     from m3cli.jobs.search_words import open_terms, search_input, search_texts  # noqa: PLC0415
@@ -183,8 +196,8 @@ def _search_words(
     if isinstance(given, OutputFolder):
         raise UsageError("--mode bm25 searches words: give --queries a file of texts or the words of a query")
     terms = open_terms(folder, request)
-    if request.corpus_input is not None:
-        return given, search_input(folder, given, terms, request, progress)
+    if request.corpus_inputs:
+        return given, search_input(folder, given, terms, request, progress, stdin=stdin)
     found = search_texts(folder, given, terms, request)
     chunks = request.level == "chunk"
     return given, describe_hits(found, folder, ids=given.ids, texts=given.texts, chunks=chunks)

@@ -38,5 +38,5 @@ class SearchRequest:
     max_batch_tokens: int | None = None
     tokenizer: Terms | None = None
     "of BM25; None: 'm3'"
-    corpus_input: str | None = None
+    corpus_inputs: tuple[str, ...] = ()
     "what the folder was encoded from, for BM25"

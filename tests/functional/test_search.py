@@ -145,6 +145,40 @@ def test_bm25_finds_only_what_the_folder_has(search: Callable[..., Completed], p
     assert "has none of the documents of bare.m3" in done.stderr
 
 
+def test_bm25_over_the_corpus_of_a_folder_with_kept_fields(
+    m3_here: Callable[..., Completed], encode_with: EncodeWith, tmp_path: Path
+) -> None:
+    rows = [{"id": "a", "text": "red fox", "k": "x"}, {"id": "b", "text": "brown dog", "k": "y"}]
+    corpus = write_jsonl(tmp_path / "c.jsonl", rows)
+    assert encode_with(corpus, out=tmp_path / "kept.m3", outputs=("dense",), keep_fields=("k",)) == 0
+    done = m3_here("search", "kept.m3", "-q", "fox", "--mode", "bm25", "--tokenizer", "plain", "--input", corpus)
+    assert (done.returncode, columns(done, 2)) == (0, ["a"])
+
+
+def test_bm25_counts_what_the_input_lacks_and_takes_several(
+    m3_here: Callable[..., Completed], encode_with: EncodeWith, tmp_path: Path
+) -> None:
+    one = write_jsonl(tmp_path / "one.jsonl", [{"id": "a", "text": "red fox"}])
+    two = write_jsonl(tmp_path / "two.jsonl", [{"id": "b", "text": "brown fox"}, {"id": "c", "text": "grey dog"}])
+    assert encode_with(one, two, out=tmp_path / "both.m3", outputs=("dense",)) == 0
+    arguments = ("search", "both.m3", "-q", "fox", "--mode", "bm25", "--tokenizer", "plain", "--input")
+    done = m3_here(*arguments, one)
+    assert (done.returncode, columns(done, 2)) == (0, ["a"])
+    assert "2 documents of both.m3 are not in --input" in done.stderr
+    assert "--input once for each" in done.stderr
+    done = m3_here(*arguments, one, "--input", two)
+    assert (done.returncode, sorted(columns(done, 2))) == (0, ["a", "b"])
+    assert "are not in" not in done.stderr
+
+
+def test_bm25_reads_the_corpus_from_standard_input(place: Path) -> None:
+    arguments = [str(place / "bare.m3"), "-q", "fox", "--mode", "bm25", "--tokenizer", "plain", "--input", "-"]
+    command = [sys.executable, "-m", "m3cli", "search", *arguments]
+    text = (place / "c.jsonl").read_text(encoding="utf-8")
+    done = subprocess.run(command, cwd=ROOT, input=text, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()[2]) == (0, "fox"), done.stderr
+
+
 def test_a_query_file_without_text_names_the_flags_of_search(search: Callable[..., Completed], tmp_path: Path) -> None:
     done = search("--queries", write_jsonl(tmp_path / "q.jsonl", [{"id": "a", "words": "x"}]))
     assert done.returncode == 4
@@ -175,6 +209,7 @@ def test_a_query_file_without_text_names_the_flags_of_search(search: Callable[..
         ("bare.m3", ["--queries", "x", "--mode", "sparse"], 2, "encode the corpus again with --outputs dense,sparse"),
         ("bare.m3", ["--queries", "x", "--mode", "hybrid"], 2, "only dense: use --mode dense"),
         ("bare.m3", ["--queries", "x", "--mode", "bm25"], 2, "encode it with --keep-text, or name the corpus"),
+        ("c.m3", ["--queries", "-", "--mode", "bm25", "--input", "-"], 2, "standard input can be read once"),
         ("c.m3", ["--queries", "x", "--model", "nowhere"], 5, "nowhere"),
     ],
 )
