@@ -82,7 +82,7 @@ def scan_folder(target: Target, queries: Embeddings, outputs: Sequence[Output], 
     seen = 0
     for part in parts:
         for output, scan in scans.items():
-            scan_part(scan, part.embeddings, tops[output], rows=part.places, keys=part.keys, seen=seen)
+            scan_part(scan, part.embeddings, tops[output], rows=part.places, find_keys=part.find_keys, seen=seen)
         seen += len(part.places)
     return {output: top.finish() for output, top in tops.items()}
 
@@ -155,9 +155,9 @@ def score_places(
     ordered = place[order]
     parts = iter_placed(target.folder, outputs=outputs, chunks=True, wanted=np.unique(place))
     for part in run_ahead(parts, depth=1, name="read ahead"):
-        first, last = np.searchsorted(ordered, [part.keys[0], part.keys[-1] + 1])
+        first, last = np.searchsorted(ordered, [part.first, part.first + len(part.places)])
         mine = order[first:last]
-        made = score_rows(queries, part.embeddings, query[mine], place[mine] - part.keys[0], outputs=outputs)
+        made = score_rows(queries, part.embeddings, query[mine], place[mine] - part.first, outputs=outputs)
         for output, values in made.items():
             scores[output][mine] = np.nan_to_num(values, nan=0.0)  # a row without ColBERT vectors
     return scores

@@ -1,14 +1,16 @@
 """Rows of a folder as search knows them: by place in the corpus and by document, in parts, and a few of them again.
 
 A place is (shard << 32) + row, so places ascend as the corpus does. A document is all rows of one id: documents that
-share an id are one here, as the lines of a run could not tell them apart. Keys are hashes of ids, good for this
-process; that two of 2^64 fall together in the list of one query is left to chance.
+share an id are one here, and so are their chunks of one number, as the lines of a run could not tell them apart. Keys
+are hashes of ids, good for this process; that two of 2^64 fall together in the list of one query is left to chance.
+They are made for the rows that are asked for: most rows of a corpus are no hit, and hashing is dearer than scoring.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +24,8 @@ from m3cli.store.verify.rows import hash_ids
 Rows = NDArray[np.int64]
 _ROW_BITS = 32
 _PLACED = ("id", "chunk_index")
+_ODD = np.int64(-7046029254386353131)
+"2^64 over the golden ratio: what a chunk's number is multiplied with before it is mixed into the hash of its id"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +33,22 @@ class PlacedPart:
     """Some consecutive rows of a folder; R of them."""
 
     embeddings: Embeddings
+    first: int
+    "place of the first row, to be found or not"
     places: Rows
     "[R]; negative for a row that is not to be found: a document's own row beside its chunks"
-    keys: Rows
-    "[R] of the document, or of the row itself where chunks are searched for"
+    ids: Any
+    "pyarrow column of R strings"
+    chunk_index: Rows | None
+    "[R]; None where documents are searched for"
+
+    def find_keys(self, rows: Rows) -> Rows:
+        """Return [N] keys of N rows of the part: of the document, or of the chunk where chunks are searched for."""
+        distinct, numbers = np.unique(rows, return_inverse=True)
+        keys = hash_ids(self.ids.take(pa.array(distinct)))
+        if self.chunk_index is not None:
+            keys ^= self.chunk_index[distinct] * _ODD
+        return keys[numbers]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,33 +75,37 @@ def iter_placed(
     Args:
         folder: the folder.
         outputs: vectors to read.
-        chunks: each row is a hit of its own.
+        chunks: a hit is a chunk, not a document.
         wanted: places that matter, ascending; parts without any are passed over. None: all.
     """
     by_shard = None if wanted is None else split_places(wanted)
     for part in iter_parts(folder, outputs=outputs, columns=_PLACED, wanted=by_shard):
-        places, keys = _place_rows(folder, part, chunks=chunks)
-        yield PlacedPart(embeddings=part.embeddings, places=places, keys=keys)
+        yield _place_rows(folder, part, chunks=chunks)
 
 
-def _place_rows(folder: OutputFolder, part: ShardArrays, *, chunks: bool) -> tuple[Rows, Rows]:
-    """Return the places and the keys of a part's rows."""
+def _place_rows(folder: OutputFolder, part: ShardArrays, *, chunks: bool) -> PlacedPart:
     places = (part.shard << _ROW_BITS) + part.embeddings.rows
-    keys = places if chunks else hash_ids(part.rows.column("id"))
+    chunk_index = part.rows.column("chunk_index").to_numpy().astype(np.int64)
+    first = int(places[0])
     if folder.run is not None and folder.run["meaning"]["long_docs"] == "both":
-        places = np.where(part.rows.column("chunk_index").to_numpy() < 0, -1, places)
-    return places, keys
+        places = np.where(chunk_index < 0, -1, places)
+    return PlacedPart(
+        embeddings=part.embeddings,
+        first=first,
+        places=places,
+        ids=part.rows.column("id"),
+        chunk_index=chunk_index if chunks else None,
+    )
 
 
 def find_rows(folder: OutputFolder, keys: Rows, *, chunks: bool) -> tuple[Rows, Rows]:
     """Return [F] the places of all rows with one of these keys, ascending, and [F] their keys."""
-    if chunks:
-        return np.unique(keys), np.unique(keys)
     found: list[tuple[Rows, Rows]] = [(np.empty(0, np.int64), np.empty(0, np.int64))]
     distinct = np.unique(keys)
-    for part in iter_placed(folder, outputs=(), chunks=False):
-        hits = np.isin(part.keys, distinct) & (part.places >= 0)
-        found.append((part.places[hits], part.keys[hits]))
+    for part in iter_placed(folder, outputs=(), chunks=chunks):
+        theirs = part.find_keys(np.arange(len(part.places)))
+        hits = np.isin(theirs, distinct) & (part.places >= 0)
+        found.append((part.places[hits], theirs[hits]))
     places, owners = zip(*found, strict=True)
     return np.concatenate(places), np.concatenate(owners)
 
@@ -109,9 +129,10 @@ def read_words(folder: OutputFolder, places: Rows, *, text: bool) -> RowWords:
 def iter_texts(folder: OutputFolder, *, chunks: bool) -> Iterator[tuple[list[str], Rows, Rows]]:
     """Yield the kept texts of rows that are to be found, with their places and keys, part by part."""
     for part in iter_parts(folder, outputs=(), columns=(*_PLACED, TEXT_COLUMN)):
-        places, keys = _place_rows(folder, part, chunks=chunks)
-        found = np.flatnonzero(places >= 0)
-        yield part.rows.column(TEXT_COLUMN).take(pa.array(found)).to_pylist(), places[found], keys[found]
+        placed = _place_rows(folder, part, chunks=chunks)
+        found = np.flatnonzero(placed.places >= 0)
+        texts = part.rows.column(TEXT_COLUMN).take(pa.array(found)).to_pylist()
+        yield texts, placed.places[found], placed.find_keys(found)
 
 
 def split_places(places: Rows) -> dict[int, Rows]:

@@ -7,7 +7,7 @@ ColBERT is `maxsim.score_colbert`'s mean over the query's vectors of the best pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -53,7 +53,9 @@ def open_scan(output: Output, queries: Embeddings, *, vocabulary: int, device: s
     return ColbertScan(queries.colbert_vecs, device=device)
 
 
-def scan_part(scan: Scan, embeddings: Embeddings, top: TopRows, *, rows: Rows, keys: Rows, seen: int) -> None:
+def scan_part(
+    scan: Scan, embeddings: Embeddings, top: TopRows, *, rows: Rows, find_keys: Callable[[Rows], Rows], seen: int
+) -> None:
     """Score a part and offer what is good.
 
     Args:
@@ -61,7 +63,7 @@ def scan_part(scan: Scan, embeddings: Embeddings, top: TopRows, *, rows: Rows, k
         embeddings: of R rows.
         top: the lists so far.
         rows: [R] places in the corpus; a negative one: not to be found.
-        keys: [R] what each row is a part of.
+        find_keys: returns [N] keys of N rows of the part: what each is a part of.
         seen: rows of the corpus before this part.
     """
     for block in scan.cut(embeddings, seen):
@@ -69,7 +71,7 @@ def scan_part(scan: Scan, embeddings: Embeddings, top: TopRows, *, rows: Rows, k
         wanted = rows[row] >= 0
         if not wanted.all():
             query, row, score = query[wanted], row[wanted], score[wanted]
-        top.offer(query, rows[row], keys[row], score)
+        top.offer(query, rows[row], find_keys(row), score)
 
 
 def cut_rows(num_rows: int, *, seen: int, most: int) -> Iterator[slice]:
