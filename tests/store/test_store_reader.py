@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from m3cli.config import Format
 from m3cli.errors import DamageFound, UsageError
 from m3cli.records import Embeddings
-from m3cli.store import parquet
+from m3cli.store import parquet, reader
 from m3cli.store.describe import describe
 from m3cli.store.folder import open_run_folder
 from m3cli.store.reader import iter_parts, open_folder, read_shard
@@ -51,6 +52,22 @@ def test_parts_in_order_are_all_rows(tmp_path: Path, format: Format) -> None:  #
         assert part.rows.num_rows == len(rows)
     assert sum(len(part.embeddings.rows) for part in parts) == 10
     assert (len(parts) > 2) == (format == "parquet")
+
+
+def test_a_run_that_finishes_while_a_folder_is_opened_does_not_make_it_complete(tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    write_shards(root, format="parquet", shards=1, finish=False)
+    real = reader.read_entries
+
+    def finish_meanwhile(path: Path) -> Any:
+        seen = real(path)
+        with open_run_folder(path) as folder:
+            folder.write_manifest(1)
+        return seen
+
+    with mock.patch.object(reader, "read_entries", finish_meanwhile):
+        assert open_folder(root).manifest is None
+    assert open_folder(root).manifest is not None
 
 
 @pytest.mark.parametrize("format", FORMATS)
