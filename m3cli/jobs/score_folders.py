@@ -18,7 +18,7 @@ from m3cli.config import ALL_OUTPUTS
 from m3cli.corpus.pairs import Pair, WindowLimits
 from m3cli.encoder.join import join_embeddings
 from m3cli.encoder.picking import pick_rows
-from m3cli.errors import UsageError
+from m3cli.errors import ForeignFolder, UsageError
 from m3cli.jobs.chunk_pairs import ChunkPairs, join_chunks, merge_chunks
 from m3cli.jobs.score import ScoreRequest, WindowScores
 from m3cli.progress import Progress
@@ -169,11 +169,15 @@ def _outputs_of(folder: OutputFolder) -> Sequence[Output]:
 
 
 def refuse_strangers(queries: OutputFolder, corpus: OutputFolder) -> None:
-    """Refuse folders of different checkpoints: their vectors have nothing to do with each other."""
+    """Refuse folders of different checkpoints: their vectors have nothing to do with each other.
+
+    Raises:
+        ForeignFolder: they are.
+    """
     ours, theirs = _run_of(queries)["checkpoint"], _run_of(corpus)["checkpoint"]
     for what in ("hashes", "tokenizer_hash"):
         if ours[what] != theirs[what]:
-            raise UsageError(
+            raise ForeignFolder(
                 f"{queries.path.name} was encoded with {ours['name']} and {corpus.path.name} with {theirs['name']}, "
                 f"and their {'files' if what == 'hashes' else 'tokenizers'} differ: scores between them mean nothing; "
                 "encode the queries with the corpus' checkpoint"

@@ -129,15 +129,32 @@ class TextScorer:
         Raises:
             ModelError: one of them cannot be encoded.
         """
+        made, failed, tokenised = self.try_texts(texts, max_length=max_length)
+        if failed or made is None:
+            raise ModelError(f"a text cannot be encoded: {failed[0].reason} ({failed[0].detail})")
+        return made, tokenised
+
+    def try_texts(
+        self, texts: Sequence[str], *, max_length: int
+    ) -> tuple[Embeddings | None, list[FailedRow], TokenisedTexts]:
+        """Return the embeddings of those texts that can be encoded, in order, those that cannot, and all tokens.
+
+        The rows of the embeddings are places in `texts`; there are no embeddings if no text can be encoded.
+        """
         tokenised = self.tokenise(texts, max_length=max_length)
         parts: list[Embeddings] = []
+        failed: list[FailedRow] = []
         for batch in pack_texts(tokenised, max_batch_tokens=self._max_batch_tokens):
             for made in self._encoder.encode(batch):
                 if isinstance(made, FailedRow):
-                    raise ModelError(f"a text cannot be encoded: {made.reason} ({made.detail})")
-                parts.append(made)
+                    failed.append(made)
+                else:
+                    parts.append(made)
+        if not parts:
+            return None, failed, tokenised
         joined = join_embeddings(parts)
-        return pick_rows(joined, np.argsort(joined.rows), rows=np.arange(len(texts))), tokenised
+        order = np.argsort(joined.rows)
+        return pick_rows(joined, order, rows=joined.rows[order]), failed, tokenised
 
     def score_window(self, window: Sequence[Pair]) -> WindowScores:
         """Score the pairs of a window."""

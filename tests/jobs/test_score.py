@@ -17,7 +17,7 @@ import pytest
 from m3cli.cli.app import run
 from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder.encode import BatchEncoder, FailedRow
-from m3cli.errors import CorpusError, ModelError, UsageError
+from m3cli.errors import CorpusError, ForeignFolder, ModelError, UsageError
 from m3cli.jobs import score_folders, score_texts
 from m3cli.jobs.score import ScoreRequest, score_pairs
 from m3cli.progress import Progress
@@ -318,7 +318,7 @@ def test_folders_of_other_checkpoints_are_refused(folders: Path, monkeypatch: py
         return opened
 
     monkeypatch.setattr(score_folders, "open_folder", other)
-    with pytest.raises(UsageError, match="mean nothing"):
+    with pytest.raises(ForeignFolder, match="mean nothing"):
         Scored(
             ScoreRequest(
                 pairs=str(folders / "Q.jsonl"),

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from m3cli.config import ALL_OUTPUTS
-from m3cli.errors import UsageError
+from m3cli.errors import CorpusError, ForeignFolder, UsageError
 from m3cli.jobs.search import search_corpus
 from m3cli.jobs.search_request import SearchRequest
 from m3cli.progress import Progress
@@ -360,5 +360,12 @@ def test_queries_of_another_checkpoint_are_refused(folders: Callable[..., Path])
     root = folders()
     with mock.patch.dict(CHECKPOINT, {"hashes": {"a": "2"}}):
         write_folder(root / "other.m3", [[("q", 1)]], seed=1)
-    with pytest.raises(UsageError, match="mean nothing"):
+    with pytest.raises(ForeignFolder, match="mean nothing"):
         run_search(root / "c.m3", root / "other.m3", mode="dense")
+
+
+def test_queries_of_one_id_are_refused_in_a_folder_too(folders: Callable[..., Path]) -> None:
+    root = folders()
+    write_folder(root / "twice.m3", [[("q", 1)], [("q", 2)]], seed=1)
+    with pytest.raises(CorpusError, match=r"twice.m3: two queries have the id 'q'"):
+        run_search(root / "c.m3", root / "twice.m3", mode="dense")
