@@ -45,7 +45,7 @@ class FolderScorer:
     def __init__(self, request: ScoreRequest, progress: Progress) -> None:
         assert request.queries is not None
         assert request.corpus is not None
-        self._chunks = request.chunks
+        self._chunks = request.chunks or "max"
         self._queries, self._corpus = open_folder(Path(request.queries)), open_folder(Path(request.corpus))
         refuse_strangers(self._queries, self._corpus)
         self._lookups = RowLookup(self._queries), RowLookup(self._corpus)

@@ -13,6 +13,7 @@ from typing import BinaryIO, get_args
 from m3cli.config import ALL_OUTPUTS
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError
+from m3cli.jobs.idle_flags import refuse_idle_flags
 from m3cli.jobs.search_queries import Queries, encode_queries, open_queries, read_vectors
 from m3cli.jobs.search_request import Mode, SearchRequest
 from m3cli.progress import Progress
@@ -62,6 +63,8 @@ def search_corpus(
     folder = open_corpus(request, progress)
     mode = settle_mode(request, folder)
     given = open_queries(request, progress=progress, stdin=stdin)
+    if isinstance(given, OutputFolder):
+        _refuse_flags_of_texts(request)
     began = time.perf_counter()
     queries, hits = _search(request, folder, mode, given, progress=progress, stdin=stdin)
     seconds = time.perf_counter() - began
@@ -116,7 +119,42 @@ def settle_mode(request: SearchRequest, folder: OutputFolder) -> Mode:
             f"--level chunk with --input {request.corpus_inputs[0]}: a corpus is searched by whole documents; "
             "leave --level out, or encode with --keep-text"
         )
+    if mode == "bm25":
+        _refuse_flags_of_vectors(request)
     return mode
+
+
+def _refuse_flags_of_texts(request: SearchRequest) -> None:
+    """Refuse flags that say how texts are read and encoded, where the queries are vectors."""
+    typed = {
+        "--query-prefix": request.query_prefix,
+        "--max-query-length": request.max_query_length,
+        "--query-field": request.query_field,
+        "--query-id-field": request.query_id_field,
+        "--input-format": None if request.input_format == "auto" else request.input_format,
+        "--model": request.model,
+        "--revision": request.revision,
+        "--dtype": request.dtype,
+        "--max-batch-tokens": request.max_batch_tokens,
+    }
+    refuse_idle_flags(
+        typed, beside=f"--queries {request.queries}", reason="the queries of a folder are encoded already"
+    )
+
+
+def _refuse_flags_of_vectors(request: SearchRequest) -> None:
+    """Refuse flags that say how queries are encoded, where their words are what counts."""
+    typed = {
+        "--query-prefix": request.query_prefix,
+        "--max-query-length": request.max_query_length,
+        "--dtype": request.dtype,
+        "--device": request.device,
+        "--max-batch-tokens": request.max_batch_tokens,
+    }
+    refuse_idle_flags(typed, beside="--mode bm25", reason="no model runs")
+    if request.tokenizer == "plain":
+        typed = {"--model": request.model, "--revision": request.revision}
+        refuse_idle_flags(typed, beside="--tokenizer plain", reason="no checkpoint is read")
 
 
 def outputs_of(folder: OutputFolder) -> tuple[Output, ...]:

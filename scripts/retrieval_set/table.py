@@ -65,7 +65,8 @@ def measure(part: Path, *, name: str, model: Path, out: Path, tokenizer: Tokeniz
         runs[mode] = out / "runs" / name / f"{mode}.trec"
         runs[mode].parent.mkdir(parents=True, exist_ok=True)
         asked = part / "queries.jsonl" if "bm25" in flags else queries
-        _m3("search", corpus, "--queries", asked, *flags, "--top-k", TOP_K, "--out", runs[mode], "--model", model)
+        named = ("--model", model) if "m3" in flags else ()  # nothing else here has texts to cut up
+        _m3("search", corpus, "--queries", asked, *flags, "--top-k", TOP_K, "--out", runs[mode], *named)
     runs[OVERLAP] = out / "runs" / name / f"{OVERLAP}.trec"
     write_overlap(part, runs[OVERLAP], tokenizer=tokenizer)
     shown = io.StringIO()

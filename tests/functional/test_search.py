@@ -46,7 +46,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, encode_with: EncodeWith) -> 
 @pytest.fixture
 def search(place: Path, tiny_m3: Path, m3_here: Callable[..., Completed]) -> Callable[..., Completed]:
     def search(*arguments: object, folder: str = "c.m3", model: Path | None = tiny_m3) -> Completed:
-        named = () if model is None else ("--model", model, "--dtype", "float32", "--device", "cpu")
+        named: tuple[object, ...] = () if model is None else ("--model", model, "--dtype", "float32", "--device", "cpu")
+        if "bm25" in arguments:
+            named = named[:2]
+        elif place / "q.m3" in arguments:
+            named = named[-2:]
         return m3_here("search", place / folder, *arguments, *named)
 
     return search

@@ -298,6 +298,24 @@ def test_chunks_of_a_document(score_ids: Callable[..., Scored]) -> None:
     assert len({made.column("dense")[0] for made in (best, mean, first)}) > 1
 
 
+@pytest.mark.parametrize(
+    ("typed", "flag"),
+    [
+        ({"model": "x"}, "--model x"),
+        ({"dtype": "float32"}, "--dtype float32"),
+        ({"device": "cpu"}, "--device cpu"),
+        ({"max_query_length": 9}, "--max-query-length 9"),
+        ({"max_passage_length": 9}, "--max-passage-length 9"),
+    ],
+)
+def test_flags_of_a_model_are_refused_beside_folders(
+    score_ids: Callable[..., Scored], monkeypatch: pytest.MonkeyPatch, typed: dict[str, Any], flag: str
+) -> None:
+    monkeypatch.setenv("M3_MODEL", "not typed, so not refused")
+    with pytest.raises(UsageError, match=rf"{flag} with --queries .*Q.m3: the vectors of folders are there already"):
+        score_ids([("q0", "d1")], **typed)
+
+
 def test_a_trec_run_is_pairs(folders: Path, tmp_path: Path) -> None:
     path = tmp_path / "run.trec"
     path.write_text("q0 Q0 d1 1 2.5 x\nq1 Q0 d2 1 2.5 x\n", encoding="utf-8")

@@ -131,7 +131,8 @@ def rank_naively(parts: Parts, ids: list[str], mode: str, *, candidates: int = 2
 def run_search(folder: Path, queries: Path | str, **typed: Any) -> tuple[int, list[dict[str, Any]], str]:
     """Run the job; return its exit code, what it found, and what it said."""
     said, out = io.StringIO(), folder.parent / "found.jsonl"
-    request = SearchRequest(folder=str(folder), queries=str(queries), out=str(out), device="cpu", **typed)
+    device = None if typed.get("mode") == "bm25" else "cpu"
+    request = SearchRequest(folder=str(folder), queries=str(queries), out=str(out), device=device, **typed)
     code = search_corpus(request, progress=Progress("log", stream=said), stdout=io.BytesIO())
     return code, [json.loads(line) for line in out.read_text().splitlines()], said.getvalue()
 
@@ -348,9 +349,23 @@ def test_a_folder_without_colbert_is_searched_by_what_it_has(folders: Callable[.
         ({"mode": "sparse", "fusion": "rrf"}, "--fusion is for --mode hybrid"),
         ({"mode": "dense", "tokenizer": "plain"}, "--tokenizer is for --mode bm25"),
         ({"mode": "bm25"}, "searches words"),
+        ({"mode": "bm25", "dtype": "float32"}, "--dtype float32 with --mode bm25: no model runs; leave --dtype out"),
+        ({"mode": "bm25", "query_prefix": "q: "}, "--query-prefix q:  with --mode bm25"),
+        ({"mode": "bm25", "tokenizer": "plain", "model": "x"}, "--model x with --tokenizer plain"),
+        ({"model": "x"}, "--model x with --queries .*q.m3: the queries of a folder are encoded already"),
+        ({"dtype": "float32"}, "--dtype float32 with --queries"),
+        ({"max_batch_tokens": 100}, "--max-batch-tokens 100 with --queries"),
+        ({"query_prefix": "query: "}, "--query-prefix query:  with --queries"),
+        ({"max_query_length": 9}, "--max-query-length 9 with --queries"),
+        ({"query_field": "q"}, "--query-field q with --queries"),
+        ({"query_id_field": "q"}, "--query-id-field q with --queries"),
+        ({"input_format": "tsv"}, "--input-format tsv with --queries"),
     ],
 )
-def test_flags_of_another_mode_are_refused(folders: Callable[..., Path], typed: dict[str, Any], words: str) -> None:
+def test_flags_that_would_change_nothing_are_refused(
+    folders: Callable[..., Path], typed: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("M3_MODEL", "not typed, so not refused")
     root = folders()
     with pytest.raises(UsageError, match=words):
         run_search(root / "c.m3", root / "q.m3", **typed)
