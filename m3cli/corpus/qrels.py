@@ -44,7 +44,7 @@ def read_qrels(given: str, *, stdin: PeekableStream | None = None) -> Judgements
         CorpusError: a line is no judgement, two judgements of one document differ, or there are none.
     """
     judgements: dict[str, dict[str, int]] = {}
-    lines = read_lines(given, stdin=stdin)
+    lines = read_lines(given, stdin=stdin, what="no judgements")
     head = next(lines, None)
     if head is None:
         raise CorpusError(f"{given} holds no judgements; {_REMEDY}")

@@ -135,7 +135,7 @@ def _read_input(
     assert folder.run is not None
     meaning = parse_run(folder.run).meaning
     fields = replace(meaning.fields, kept=())  # what was copied beside the texts is no part of them
-    sources = find_sources(request.corpus_inputs, stdin=stdin)
+    sources = find_sources(request.corpus_inputs, stdin=stdin, format_flag=None)
     plan = plan_shards(
         sources,
         fields=fields,
