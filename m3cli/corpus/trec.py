@@ -59,9 +59,7 @@ def read_run(given: str, *, stdin: PeekableStream | None = None, top_k: int | No
     return {query: dict(sorted(ranking.items(), key=_by_score)[:top_k]) for query, ranking in rankings.items()}
 
 
-def read_lines(
-    given: str, *, stdin: PeekableStream | None = None, what: str = "no run"
-) -> Iterator[tuple[int, str]]:
+def read_lines(given: str, *, stdin: PeekableStream | None = None, what: str = "no run") -> Iterator[tuple[int, str]]:
     """Yield the lines of a small-rowed text file that are not blank, decompressed, with their numbers from 1.
 
     `what` is for messages: what an empty file is not.
