@@ -18,6 +18,7 @@ _CHOICES = {
     "mode": ("dense", "sparse", "colbert", "hybrid", "bm25"),
     "fusion": ("weighted", "rrf"),
     "level": ("document", "chunk"),
+    "format": ("trec", "jsonl"),
     "tokenizer": ("m3", "plain"),
 }
 
@@ -99,6 +100,12 @@ def search(
             rich_help_panel=_RANKING,
         ),
     ] = None,
+    ranking_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="trec or jsonl, also on stdout; by default the ending of --out.", rich_help_panel=_RANKING
+        ),
+    ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
@@ -127,7 +134,8 @@ def search(
     Texts are encoded with the checkpoint of the folder. Rows that are no queries are counted; then the exit code is 3.
     """
     check_choices({"dtype": auto(dtype), "progress": progress})
-    check_choices({"mode": mode, "fusion": fusion, "level": level, "tokenizer": tokenizer}, _CHOICES)
+    chosen = {"mode": mode, "fusion": fusion, "level": level, "format": ranking_format, "tokenizer": tokenizer}
+    check_choices(chosen, _CHOICES)
     settled_weights = None if weights is None else parse_weights(weights)
     from m3cli.jobs.search import search_corpus  # noqa: PLC0415  pyarrow, not for --help
     from m3cli.jobs.search_request import SearchRequest  # noqa: PLC0415
@@ -137,6 +145,7 @@ def search(
         folder=folder,
         queries=queries,
         out=None if out == "-" else out,
+        format=ranking_format,  # type: ignore[arg-type]
         mode=mode,  # type: ignore[arg-type]
         top_k=top_k,
         level=level,  # type: ignore[arg-type]

@@ -58,7 +58,7 @@ def search_corpus(
     """
     if request.queries == "-" and "-" in request.corpus_inputs:
         raise UsageError("--queries - with --input -: standard input can be read once; give one of them a file")
-    ranking_format(request.out)
+    kind = ranking_format(request.out, typed=request.format)
     refuse_unwritable(request.out)
     folder = open_corpus(request, progress)
     mode = settle_mode(request, folder)
@@ -66,15 +66,17 @@ def search_corpus(
     if isinstance(given, OutputFolder):
         _refuse_flags_of_texts(request)
     began = time.perf_counter()
-    queries, hits = _search(request, folder, mode, given, progress=progress, stdin=stdin)
+    drawn = show is not None and request.out is None and request.format is None
+    shown = kind == "jsonl" or drawn
+    queries, hits = _search(request, folder, mode, given, shown=shown, progress=progress, stdin=stdin)
     seconds = time.perf_counter() - began
     unfound = sum(not found.ids for found in hits)
     words = f"; {unfound:,} without a hit" if unfound else ""
     progress.say(f"{mode}: {len(hits):,} queries, {folder.counts.chunks:,} rows, {seconds:.1f} s in all{words}")
-    if show is not None and request.out is None and len(hits) <= MOST_SHOWN:
+    if show is not None and drawn and len(hits) <= MOST_SHOWN:
         show(hits)
     else:
-        with open_ranking(request.out, stdout, tag=f"m3-{mode}") as ranking:
+        with open_ranking(request.out, stdout, kind=kind, tag=f"m3-{mode}") as ranking:
             ranking.write(hits)
         if ranking.blanks:
             progress.say(f"{ranking.blanks:,} lines have an id with blanks: their columns stand between tabs")
@@ -169,14 +171,22 @@ def _search(
     mode: Mode,
     given: Queries | OutputFolder,
     *,
+    shown: bool,
     progress: Progress,
     stdin: PeekableStream | None,
 ) -> tuple[Queries, list[QueryHits]]:
     if mode == "bm25":
-        return _search_words(request, folder, given, progress=progress, stdin=stdin)
+        return _search_words(request, folder, given, shown=shown, progress=progress, stdin=stdin)
     # torch: not before all that can be wrong with flags and folder has been said
     from m3cli.encoder.device import resolve_device  # noqa: PLC0415
-    from m3cli.jobs.search_folder import Blend, Target, describe_hits, search_hybrid, search_single  # noqa: PLC0415
+    from m3cli.jobs.search_folder import (  # noqa: PLC0415
+        CANDIDATE_OUTPUTS,
+        Blend,
+        Target,
+        describe_hits,
+        search_hybrid,
+        search_single,
+    )
     from m3cli.retrieval.fusion import settle_weights  # noqa: PLC0415
 
     assert folder.run is not None
@@ -198,6 +208,12 @@ def _search(
             fusion="rrf" if request.fusion == "rrf" else "weighted",
             weights=weights,
         )
+        most = blend.candidates * len(set(outputs) & set(CANDIDATE_OUTPUTS))
+        if most < request.top_k:
+            progress.say(
+                f"--candidates {blend.candidates}: at most {most:,} hits of a query are ranked, not --top-k "
+                f"{request.top_k}"
+            )
         queries = _embed(request, folder, given, outputs, progress)
         assert queries.embeddings is not None
         found = search_hybrid(target, queries.embeddings, blend)
@@ -205,7 +221,7 @@ def _search(
         queries = _embed(request, folder, given, (mode,), progress)
         assert queries.embeddings is not None
         found = search_single(target, queries.embeddings, mode)
-    return queries, describe_hits(found, folder, ids=queries.ids, texts=queries.texts, chunks=chunks)
+    return queries, describe_hits(found, folder, ids=queries.ids, texts=queries.texts, chunks=chunks, shown=shown)
 
 
 def _embed(
@@ -225,6 +241,7 @@ def _search_words(
     folder: OutputFolder,
     given: Queries | OutputFolder,
     *,
+    shown: bool,
     progress: Progress,
     stdin: PeekableStream | None,
 ) -> tuple[Queries, list[QueryHits]]:
@@ -238,4 +255,4 @@ def _search_words(
         return given, search_input(folder, given, terms, request, progress, stdin=stdin)
     found = search_texts(folder, given, terms, request)
     chunks = request.level == "chunk"
-    return given, describe_hits(found, folder, ids=given.ids, texts=given.texts, chunks=chunks)
+    return given, describe_hits(found, folder, ids=given.ids, texts=given.texts, chunks=chunks, shown=shown)

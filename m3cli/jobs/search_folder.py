@@ -24,6 +24,7 @@ from m3cli.retrieval.score import score_rows
 from m3cli.retrieval.search.kernels import open_scan, scan_part
 from m3cli.retrieval.search.top import Ranked, Scores, TopRows, number_runs, rank_rows
 from m3cli.store.hits import find_rows, iter_placed, read_words
+from m3cli.store.ranking import SNIPPET_LENGTH
 from m3cli.store.reader import OutputFolder
 
 CANDIDATE_OUTPUTS: tuple[Output, ...] = ("dense", "sparse")
@@ -164,13 +165,17 @@ def score_places(
 
 
 def describe_hits(
-    found: Found, folder: OutputFolder, *, ids: Sequence[str], texts: Sequence[str | None], chunks: bool
+    found: Found, folder: OutputFolder, *, ids: Sequence[str], texts: Sequence[str | None], chunks: bool, shown: bool
 ) -> list[QueryHits]:
-    """Read what the hits' rows say, and return the hits of each query, those without any included."""
+    """Read what the hits' rows say, and return the hits of each query, those without any included.
+
+    A run is names and scores; where more is shown (`shown`), spans are read and the beginnings of kept texts.
+    """
     assert folder.run is not None
     ranked = found.ranked
     places, numbers = np.unique(ranked.row, return_inverse=True)
-    words = read_words(folder, places, text=folder.run["meaning"]["keep_text"])
+    length = SNIPPET_LENGTH if shown and folder.run["meaning"]["keep_text"] else 0
+    words = read_words(folder, places, spans=shown, length=length)
     bounds = np.searchsorted(ranked.query, np.arange(len(ids) + 1))
     hits: list[QueryHits] = []
     for query, (first, last) in enumerate(pairwise(bounds.tolist())):
@@ -187,9 +192,9 @@ def describe_hits(
                 scores=ranked.score[first:last],
                 parts={name: values[first:last] for name, values in found.parts.items()},
                 chunk_index=index,
-                char_start=words.char_start[mine],
-                char_end=words.char_end[mine],
-                texts=tuple(words.texts[row] for row in mine),
+                char_start=None if words.char_start is None else words.char_start[mine],
+                char_end=None if words.char_end is None else words.char_end[mine],
+                texts=(None,) * len(names) if words.texts is None else tuple(words.texts[row] for row in mine),
             )
         )
     return hits

@@ -10,6 +10,7 @@ from m3cli.config import Dtype
 Mode = Literal["dense", "sparse", "colbert", "hybrid", "bm25"]
 Fusion = Literal["weighted", "rrf"]
 Level = Literal["document", "chunk"]
+RankingFormat = Literal["trec", "jsonl"]
 Terms = Literal["m3", "plain"]
 
 
@@ -20,6 +21,8 @@ class SearchRequest:
     folder: str
     queries: str
     out: str | None = None
+    format: RankingFormat | None = None
+    "None: by the ending of `out`; on a terminal a table"
     mode: Mode | None = None
     top_k: int = 100
     level: Level = "document"

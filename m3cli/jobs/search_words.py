@@ -104,7 +104,7 @@ def search_input(
     bounds = np.searchsorted(ranked.query, np.arange(len(queries.ids) + 1))
     hits = []
     for number, (first, last) in enumerate(pairwise(bounds.tolist())):
-        unknown, scores = np.full(last - first, -1, np.int64), ranked.score[first:last]
+        scores = ranked.score[first:last]
         hits.append(
             QueryHits(
                 query=queries.ids[number],
@@ -112,9 +112,9 @@ def search_input(
                 ids=tuple(ids[row] for row in ranked.row[first:last]),
                 scores=scores,
                 parts={"bm25": scores},
-                chunk_index=unknown,
-                char_start=unknown,
-                char_end=unknown,
+                chunk_index=None,
+                char_start=None,
+                char_end=None,
                 texts=(None,) * (last - first),
             )
         )

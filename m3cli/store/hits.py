@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from m3cli.records import Embeddings, Output
@@ -55,16 +56,15 @@ class PlacedPart:
 class RowWords:
     """What some rows say of themselves; F of them, by place, ascending."""
 
-    places: Rows
-    "[F]"
     ids: tuple[str, ...]
     chunk_index: Rows
     "[F]"
-    char_start: Rows
+    char_start: Rows | None
+    "[F]; None where it was not asked for, as the two below"
+    char_end: Rows | None
     "[F]"
-    char_end: Rows
-    "[F]"
-    texts: tuple[str | None, ...]
+    texts: tuple[str, ...] | None
+    "[F] the first Unicode code points of the kept text"
 
 
 def iter_placed(
@@ -110,20 +110,42 @@ def find_rows(folder: OutputFolder, keys: Rows, *, chunks: bool) -> tuple[Rows, 
     return np.concatenate(places), np.concatenate(owners)
 
 
-def read_words(folder: OutputFolder, places: Rows, *, text: bool) -> RowWords:
-    """Read what rows say of themselves; `places` are distinct and ascending, `text` asks for the kept text."""
-    columns = ("id", "chunk_index", "char_start", "char_end", *((TEXT_COLUMN,) if text else ()))
+def read_words(folder: OutputFolder, places: Rows, *, spans: bool, length: int = 0) -> RowWords:
+    """Read what rows say of themselves.
+
+    Args:
+        folder: the folder.
+        places: of the rows, distinct and ascending.
+        spans: read where the rows are in their documents, too.
+        length: of the kept text the first so many code points; 0: none.
+    """
+    columns = ["id", "chunk_index", *(["char_start", "char_end"] if spans else []), *([TEXT_COLUMN] if length else [])]
     found: list[pa.Table] = []
     by_shard = split_places(places)
     for part in iter_parts(folder, outputs=(), columns=columns, wanted=by_shard):
         rows = part.embeddings.rows
         mine = by_shard[part.shard]
         first, last = np.searchsorted(mine, [rows[0], rows[-1] + 1])
-        found.append(part.rows.take(pa.array(mine[first:last] - rows[0])))
+        table = part.rows.select(columns).take(pa.array(mine[first:last] - rows[0]))
+        if length:
+            table = table.set_column(
+                len(columns) - 1, TEXT_COLUMN, pc.utf8_slice_codeunits(table.column(TEXT_COLUMN), 0, length)
+            )
+        found.append(table)
     table = pa.concat_tables(found) if found else pa.table({name: pa.array([], pa.int64()) for name in columns})
-    numbers = {name: table.column(name).to_numpy().astype(np.int64) for name in columns[1:4]}
-    texts = table.column(TEXT_COLUMN).to_pylist() if text else [None] * len(places)
-    return RowWords(places=places, ids=tuple(table.column("id").to_pylist()), texts=tuple(texts), **numbers)
+
+    def read_numbers(name: str) -> Rows | None:
+        return table.column(name).to_numpy().astype(np.int64) if name in columns else None
+
+    chunk_index = read_numbers("chunk_index")
+    assert chunk_index is not None
+    return RowWords(
+        ids=tuple(table.column("id").to_pylist()),
+        chunk_index=chunk_index,
+        char_start=read_numbers("char_start"),
+        char_end=read_numbers("char_end"),
+        texts=tuple(table.column(TEXT_COLUMN).to_pylist()) if length else None,
+    )
 
 
 def iter_texts(folder: OutputFolder, *, chunks: bool) -> Iterator[tuple[list[str], Rows, Rows]]:

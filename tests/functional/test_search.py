@@ -113,6 +113,20 @@ def test_json_lines_tell_of_chunks(search: Callable[..., Completed], tmp_path: P
     assert {path.name for path in tmp_path.iterdir()} == {"x.jsonl"}, "no temporary file stays"
 
 
+def test_json_lines_on_standard_output(search: Callable[..., Completed]) -> None:
+    done = search("--queries", "a quick fox", "--mode", "dense", "--format", "jsonl", "-k", "2")
+    (found,) = map(json.loads, done.stdout.splitlines())
+    assert [hit["rank"] for hit in found["hits"]] == [1, 2]
+    assert "snippet" in found["hits"][0]
+
+
+def test_what_is_not_known_of_a_hit_is_not_told(search: Callable[..., Completed], place: Path) -> None:
+    arguments = ("--queries", "fox", "--mode", "bm25", "--tokenizer", "plain", "--input", place / "c.jsonl")
+    done = search(*arguments, "--format", "jsonl", folder="bare.m3", model=None)
+    (found,) = map(json.loads, done.stdout.splitlines())
+    assert set(found["hits"][0]) == {"id", "rank", "score", "scores"}
+
+
 def test_rows_that_are_no_queries_are_counted(search: Callable[..., Completed], tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text('{"id": "a", "query": "fox"}\n{"id": "b", "query": ""}\nnothing\n')
@@ -259,6 +273,18 @@ def test_a_closed_pipe_ends_quietly(place: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(timeout=120) == 0
+
+
+def test_the_table_of_hits_without_spans(tmp_path: Path) -> None:
+    ones = np.ones(1, np.float32)
+    found = QueryHits(
+        query="q", text="fox", ids=("a",), scores=ones, parts={}, chunk_index=None, char_start=None, char_end=None,
+        texts=(None,),
+    )  # fmt: skip
+    with (tmp_path / "shown").open("w+") as stream:
+        open_console(stream).print(hits_table(found))
+        stream.seek(0)
+        assert [line.split() for line in stream.read().splitlines()][1:] == [["#", "score", "id"], ["1", "1.0000", "a"]]
 
 
 def test_the_table_of_a_terminal(tmp_path: Path) -> None:

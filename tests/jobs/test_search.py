@@ -226,6 +226,38 @@ def test_hits_say_where_they_are(folders: Callable[..., Path], format: str) -> N
     assert "1 queries of q.m3 have several chunks: the first stands for each" in said
 
 
+def test_a_run_reads_no_texts_and_no_spans(folders: Callable[..., Path]) -> None:
+    root = folders()
+    read: list[list[str]] = []
+    real = iter_parts
+
+    def watched(*given: Any, **named: Any) -> Iterator[Any]:
+        read.append(list(named["columns"]))
+        return real(*given, **named)
+
+    request = SearchRequest(folder=str(root / "c.m3"), queries=str(root / "q.m3"), device="cpu")
+    stdout = io.BytesIO()
+    with mock.patch("m3cli.store.hits.iter_parts", watched):
+        assert search_corpus(request, progress=Progress("none"), stdout=stdout) == 0
+    assert stdout.getvalue().startswith(b"q0 Q0 d")
+    assert {name for names in read for name in names} == {"id", "chunk_index"}
+
+
+def test_of_texts_only_the_beginning_is_held(folders: Callable[..., Path]) -> None:
+    root = folders()
+    with mock.patch("m3cli.jobs.search_folder.SNIPPET_LENGTH", 3):
+        _, found, _ = run_search(root / "c.m3", root / "q.m3", mode="dense", top_k=1)
+    assert len(found[0]["hits"][0]["snippet"]) == 3
+
+
+def test_fewer_candidates_than_hits_are_said(folders: Callable[..., Path]) -> None:
+    root = folders()
+    _, found, said = run_search(root / "c.m3", root / "q.m3", candidates=2, top_k=5)
+    assert "--candidates 2: at most 4 hits of a query are ranked, not --top-k 5" in said
+    assert all(len(each["hits"]) <= 4 for each in found)
+    assert "at most" not in run_search(root / "c.m3", root / "q.m3", candidates=3, top_k=5)[2]
+
+
 def test_chunks_as_hits(folders: Callable[..., Path]) -> None:
     root = folders()
     _, documents, _ = run_search(root / "c.m3", root / "q.m3", mode="dense")
