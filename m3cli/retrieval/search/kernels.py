@@ -7,6 +7,7 @@ ColBERT is `maxsim.score_colbert`'s mean over the query's vectors of the best pr
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -22,6 +23,8 @@ from m3cli.retrieval.search.top import Rows, Scores, TopRows
 LEAST_ROWS = 256
 BLOCK_SCORES = {"cpu": 1 << 21, "cuda": 1 << 26}
 "scores of dense vectors that are looked at together"
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+"of dense vectors that are widened together: on a CPU they are multiplied while they are in its cache"
 BLOCK_PRODUCTS = 1 << 22
 "most products of lexical weights, if every row shares a token with every query"
 BLOCK_VECTORS = 1 << 11
@@ -89,7 +92,9 @@ class DenseScan:
     def __init__(self, queries: NDArray[np.floating], *, device: str) -> None:
         self._queries = torch.from_numpy(np.array(queries, np.float32)).to(device)
         self._device = device
-        self._most = max(LEAST_ROWS, BLOCK_SCORES[device.partition(":")[0]] // max(len(queries), 1))
+        kind = device.partition(":")[0]
+        width = 4 * queries.shape[1]
+        self._most = max(LEAST_ROWS, min(BLOCK_SCORES[kind] // max(len(queries), 1), BLOCK_BYTES[kind] // width))
 
     def cut(self, embeddings: Embeddings, seen: int) -> Iterator[slice]:
         """Cut a part's rows."""
@@ -167,9 +172,14 @@ def _vectors_of(matrices: TokenMatrices, rows: slice, device: str) -> torch.Tens
 
 
 def _widen(vectors: NDArray[np.floating], device: str) -> torch.Tensor:
-    """Return vectors as float32 on a device; what is read from a disk is narrow until it is there."""
-    kind = np.float32 if device == "cpu" else vectors.dtype
-    return torch.from_numpy(np.array(vectors, kind)).to(device).float()
+    """Return vectors as float32 on a device; what is read from a disk is narrow until it is there.
+
+    There is no copy but the wide one, made by all cores: numpy's takes several times as long as the matmul of one query.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a mapped file must not be written to, and nobody does
+        narrow = torch.from_numpy(np.asarray(vectors))
+    return narrow.to(device).float()
 
 
 def _select(scores: torch.Tensor, above: Scores, first_row: int) -> Found:
