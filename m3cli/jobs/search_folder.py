@@ -3,7 +3,8 @@
     parts (read ahead) -> scan by one output, or by dense and sparse at once -> lists of the best
     hybrid: the lists' documents -> their rows, read again -> scores by all outputs -> one list
 
-What is held: one part, the one being read, the queries, and the lists; never the corpus.
+What is held: one part, the one being read, the queries, and the lists; never the corpus. Candidates are scored where
+their rows come by, so that of those too nothing is held but the best chunk of each.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from m3cli.retrieval.fusion import average_scores, fuse_ranks
 from m3cli.retrieval.maxsim import Rows, expand_rows
 from m3cli.retrieval.modes import Weights
 from m3cli.retrieval.score import score_rows
-from m3cli.retrieval.search.kernels import open_scan, scan_part
+from m3cli.retrieval.search.kernels import cut_runs, open_scan, scan_part
 from m3cli.retrieval.search.top import Ranked, Scores, TopRows, number_runs, rank_rows
 from m3cli.store.hits import find_rows, iter_placed, read_words
 from m3cli.store.ranking import SNIPPET_LENGTH
 from m3cli.store.reader import OutputFolder
 
+BLOCK_PAIRS = 1 << 20
+"queries and rows that are scored together when candidates are ranked again"
 CANDIDATE_OUTPUTS: tuple[Output, ...] = ("dense", "sparse")
 
 
@@ -125,43 +128,57 @@ def _rank_candidates(query: Rows, place: Rows, score: Scores, *, limit: int) -> 
 def score_candidates(
     target: Target, queries: Embeddings, blend: Blend, *, query: Rows, key: Rows
 ) -> tuple[Rows, dict[Output, Scores]]:
-    """Score candidates, pairs of a query and a document's key, by all outputs.
+    """Score candidates, pairs of a query and a document's key, by all outputs; parts without any are not read.
 
     Returns:
         [C] the place of each candidate's best chunk by the weighted average, and [C] scores by each output, each the
         best of the document's chunks.
     """
     places, owners = find_rows(target.folder, key, chunks=target.chunks)
-    by_owner = np.argsort(owners, kind="stable")
-    places, owners = places[by_owner], owners[by_owner]
-    begins = np.searchsorted(owners, key)
-    take, candidate = expand_rows(begins, np.searchsorted(owners, key, side="right") - begins)
-    place = places[take]
-    scores = score_places(target, queries, blend.outputs, query=query[candidate], place=place)
-    if not len(candidate):
-        return place, scores
-    starts = np.flatnonzero(np.diff(candidate, prepend=-1))
-    fused = average_scores(scores, blend.weights)
-    order = np.lexsort((place, -fused, candidate))
-    best = {output: np.maximum.reduceat(values, starts) for output, values in scores.items()}
-    return place[order][starts], best
+    by_key = np.argsort(key, kind="stable")  # the candidates of a row's document are neighbours
+    begins = np.searchsorted(key[by_key], owners)
+    counts = np.searchsorted(key[by_key], owners, side="right") - begins
+    best = _Best(len(key), blend)
+    wanted = iter_placed(target.folder, outputs=blend.outputs, chunks=target.chunks, wanted=places)
+    for part in run_ahead(wanted, depth=1, name="read ahead"):
+        first, last = np.searchsorted(places, [part.first, part.first + len(part.places)])
+        for run in cut_runs(np.concatenate(([0], np.cumsum(counts[first:last]))), most=BLOCK_PAIRS):
+            rows = slice(first + run.start, first + run.stop)
+            take, row = expand_rows(begins[rows], counts[rows])
+            candidate, place = by_key[take], places[rows][row]
+            made = score_rows(queries, part.embeddings, query[candidate], place - part.first, outputs=blend.outputs)
+            best.offer(candidate, place, made)
+    return best.place, best.scores
 
 
-def score_places(
-    target: Target, queries: Embeddings, outputs: tuple[Output, ...], *, query: Rows, place: Rows
-) -> dict[Output, Scores]:
-    """Return [P] scores of pairs of a query and a row, reading only the parts that hold such rows."""
-    scores: dict[Output, Scores] = {output: np.zeros(len(place), np.float32) for output in outputs}
-    order = np.argsort(place, kind="stable")
-    ordered = place[order]
-    parts = iter_placed(target.folder, outputs=outputs, chunks=True, wanted=np.unique(place))
-    for part in run_ahead(parts, depth=1, name="read ahead"):
-        first, last = np.searchsorted(ordered, [part.first, part.first + len(part.places)])
-        mine = order[first:last]
-        made = score_rows(queries, part.embeddings, query[mine], place[mine] - part.first, outputs=outputs)
-        for output, values in made.items():
-            scores[output][mine] = np.nan_to_num(values, nan=0.0)  # a row without ColBERT vectors
-    return scores
+class _Best:
+    """The best of each of C candidates' chunks so far."""
+
+    def __init__(self, num_candidates: int, blend: Blend) -> None:
+        self.place: Rows = np.zeros(num_candidates, np.int64)
+        "[C] of the best chunk by the weighted average"
+        self.scores: dict[Output, Scores] = {
+            output: np.full(num_candidates, -np.inf, np.float32) for output in blend.outputs
+        }
+        "[C] each"
+        self._weights = blend.weights
+        self._average: Scores = np.full(num_candidates, -np.inf, np.float32)
+
+    def offer(self, candidate: Rows, place: Rows, scores: dict[Output, Scores]) -> None:
+        """Take in some chunks, which come later in the corpus than those before: [P] each."""
+        scores = {output: np.nan_to_num(values, nan=0.0) for output, values in scores.items()}  # no ColBERT vectors
+        average = average_scores(scores, self._weights)
+        order = np.lexsort((place, -average, candidate))
+        starts = np.flatnonzero(np.diff(candidate[order], prepend=-1))
+        firsts = order[starts]
+        mine = candidate[firsts]
+        better = average[firsts] > self._average[mine]
+        self._average[mine[better]] = average[firsts[better]]
+        self.place[mine[better]] = place[firsts[better]]
+        for output, values in scores.items():
+            self.scores[output][mine] = np.maximum(
+                self.scores[output][mine], np.maximum.reduceat(values[order], starts)
+            )
 
 
 def describe_hits(

@@ -21,6 +21,7 @@ from m3cli.jobs.search import search_corpus
 from m3cli.jobs.search_request import SearchRequest
 from m3cli.progress import Progress
 from m3cli.records import Embeddings, Output
+from m3cli.retrieval.score import score_rows as score_pairs
 from m3cli.retrieval.search import kernels
 from m3cli.store import parquet
 from m3cli.store.folder import open_run_folder
@@ -351,6 +352,24 @@ def test_re_ranking_reads_only_parts_that_hold_candidates(folders: Callable[...,
         run_search(root / "c.m3", root / "q.m3", mode="hybrid", candidates=1)
     assert read
     assert all(read)
+
+
+def test_candidates_are_scored_some_at_a_time(folders: Callable[..., Path]) -> None:
+    root = folders()
+    whole = run_search(root / "c.m3", root / "q.m3", mode="hybrid")
+    sizes: list[int] = []
+
+    def watched(queries: Any, passages: Any, query_rows: Any, *given: Any, **named: Any) -> Any:
+        sizes.append(len(query_rows))
+        return score_pairs(queries, passages, query_rows, *given, **named)
+
+    with (
+        mock.patch("m3cli.jobs.search_folder.BLOCK_PAIRS", 4),
+        mock.patch("m3cli.jobs.search_folder.score_rows", watched),
+    ):
+        in_blocks = run_search(root / "c.m3", root / "q.m3", mode="hybrid")
+    assert max(sizes) <= 4
+    assert in_blocks[1] == whole[1]
 
 
 def test_an_unfinished_folder_is_searched_and_said_to_be_one(tmp_path: Path) -> None:

@@ -136,14 +136,14 @@ class ColbertScan:
         self._device = device
         self._runs: list[tuple[torch.Tensor, torch.Tensor]] = []  # of vectors of whole queries, and their lengths
         lengths = np.diff(queries.indptr)
-        for run in _cut_matrices(queries.indptr, most=BLOCK_VECTORS):
+        for run in cut_runs(queries.indptr, most=BLOCK_VECTORS):
             vectors = _vectors_of(queries, run, device)
             self._runs.append((vectors, torch.from_numpy(lengths[run]).to(device)))
 
     def cut(self, embeddings: Embeddings, seen: int) -> Iterator[slice]:  # noqa: ARG002 - few rows are many vectors
         """Cut a part's rows."""
         assert embeddings.colbert_vecs is not None
-        return _cut_matrices(embeddings.colbert_vecs.indptr, most=BLOCK_VECTORS)
+        return cut_runs(embeddings.colbert_vecs.indptr, most=BLOCK_VECTORS)
 
     def score(self, embeddings: Embeddings, block: slice, above: Scores) -> Found:
         """Score a run of rows; a row or a query without vectors has no score."""
@@ -174,7 +174,7 @@ def _vectors_of(matrices: TokenMatrices, rows: slice, device: str) -> torch.Tens
 def _widen(vectors: NDArray[np.floating], device: str) -> torch.Tensor:
     """Return vectors as float32 on a device; what is read from a disk is narrow until it is there.
 
-    There is no copy but the wide one, made by all cores: numpy's takes several times as long as the matmul of one query.
+    There is no copy but the wide one, made by all cores: numpy's takes several times as long as one query's matmul.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that a mapped file must not be written to, and nobody does
@@ -201,8 +201,8 @@ def _csr(weights: LexicalWeights, rows: slice, vocabulary: int) -> csr_matrix:
     return csr_matrix(arrays, shape=(len(indptr) - 1, vocabulary))
 
 
-def _cut_matrices(indptr: NDArray[np.int64], *, most: int) -> Iterator[slice]:
-    """Cut rows into runs of at most `most` vectors; a row of more is one by itself."""
+def cut_runs(indptr: NDArray[np.int64], *, most: int) -> Iterator[slice]:
+    """Cut rows into runs of at most `most` items, row i having indptr[i] to indptr[i + 1]; a row of more is a run."""
     start, num_rows = 0, len(indptr) - 1
     while start < num_rows:
         stop = max(start + 1, int(np.searchsorted(indptr, indptr[start] + most, side="right")) - 1)
