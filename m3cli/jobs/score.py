@@ -268,3 +268,10 @@ def finish_scores(
     faults = [fault or ("" if good else NOT_FINITE) for fault, good in zip(made.faults, finite, strict=True)]
     bad = np.array([bool(fault) for fault in faults], np.bool_)
     return {mode: np.where(bad, np.float32(np.nan), values) for mode, values in scores.items()}, faults
+
+
+def number_distinct(values: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the distinct values as they first came, and which of them each value is."""
+    numbers: dict[str, int] = {}
+    places = np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
+    return list(numbers), places

@@ -20,7 +20,7 @@ from m3cli.encoder.join import join_embeddings
 from m3cli.encoder.picking import pick_rows
 from m3cli.errors import ForeignFolder, UsageError
 from m3cli.jobs.chunk_pairs import ChunkPairs, join_chunks, merge_chunks
-from m3cli.jobs.score import ScoreRequest, WindowScores
+from m3cli.jobs.score import ScoreRequest, WindowScores, number_distinct
 from m3cli.progress import Progress
 from m3cli.records import Embeddings, Output, TokenMatrices
 from m3cli.retrieval.maxsim import decode_vectors
@@ -76,7 +76,7 @@ class FolderScorer:
         places = np.array([place for place, fault in enumerate(faults) if not fault], np.int64)
         sides: list[tuple[FoundRows, Rows]] = []
         for side, lookup in enumerate(self._lookups):
-            ids, numbers = number_ids([window[place].passage if side else window[place].query for place in places])
+            ids, numbers = number_distinct([window[place].passage if side else window[place].query for place in places])
             found = lookup.find(ids)
             self._duplicates += found.duplicates
             known = np.zeros(len(ids), np.bool_)
@@ -148,13 +148,6 @@ def _widen(held: Embeddings) -> Embeddings:
     if (matrices := held.colbert_vecs) is None:
         return held
     return replace(held, colbert_vecs=TokenMatrices(indptr=matrices.indptr, vectors=decode_vectors(matrices)))
-
-
-def number_ids(ids: Sequence[str]) -> tuple[list[str], Rows]:
-    """Return the distinct ids as they first came, and which of them each id is."""
-    numbers: dict[str, int] = {}
-    rows = np.array([numbers.setdefault(each, len(numbers)) for each in ids], np.int64)
-    return list(numbers), rows
 
 
 def _run_of(folder: OutputFolder) -> dict[str, dict[str, int]]:
