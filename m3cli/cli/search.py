@@ -11,7 +11,9 @@ import typer
 from m3cli.cli import flags
 from m3cli.cli.encode import check_choices, open_stdin
 from m3cli.cli.score import parse_weights
-from m3cli.cli.values import auto
+from m3cli.cli.values import auto, parse_names
+from m3cli.errors import UsageError
+from m3cli.records import Output
 
 _QUERIES, _RANKING, _BM25 = "Queries", "Ranking", "BM25"
 _CHOICES = {
@@ -76,6 +78,12 @@ def search(
             help="Of hybrid: so many by dense and so many by sparse are ranked again by all outputs; by default 200, "
             "or --top-k if that is more.",
             rich_help_panel=_RANKING,
+        ),
+    ] = None,
+    candidates_by: Annotated[
+        str | None,
+        typer.Option(
+            help="Of hybrid: dense, sparse, or dense,sparse (default): what finds candidates.", rich_help_panel=_RANKING
         ),
     ] = None,
     fusion: Annotated[
@@ -151,6 +159,7 @@ def search(
         level=level,  # type: ignore[arg-type]
         weights=settled_weights,
         candidates=candidates,
+        candidates_by=_parse_sources(candidates_by),
         fusion=fusion,  # type: ignore[arg-type]
         input_format=input_format,
         query_field=query_field,
@@ -170,6 +179,16 @@ def search(
     stdin = open_stdin([queries, *request.corpus_inputs])
     code = search_corpus(request, progress=shown, stdout=sys.stdout.buffer, stdin=stdin, show=show)
     raise typer.Exit(code)
+
+
+def _parse_sources(text: str | None) -> tuple[Output, ...] | None:
+    """Read 'dense,sparse' or one of them; None stays None."""
+    names = parse_names(text)
+    if names is None:
+        return None
+    if not names or not set(names) <= {"dense", "sparse"}:
+        raise UsageError(f"--candidates-by {text!r}: expected dense, sparse, or dense,sparse")
+    return ("dense", "sparse") if len(set(names)) == 2 else ("dense",) if "dense" in names else ("sparse",)
 
 
 def _print_hits(hits: Sequence[Any]) -> None:

@@ -23,6 +23,7 @@ from m3cli.store.ranking import open_ranking, ranking_format
 from m3cli.store.reader import OutputFolder, open_folder
 
 CANDIDATES = 200
+CANDIDATE_OUTPUTS: tuple[Output, ...] = ("dense", "sparse")
 MOST_SHOWN = 20
 "queries whose hits are a table on a terminal; of more it is a run"
 
@@ -111,6 +112,7 @@ def settle_mode(request: SearchRequest, folder: OutputFolder) -> Mode:
         ("--weights", request.weights, "hybrid"),
         ("--fusion", request.fusion, "hybrid"),
         ("--candidates", request.candidates, "hybrid"),
+        ("--candidates-by", request.candidates_by, "hybrid"),
         ("--tokenizer", request.tokenizer, "bm25"),
         ("--input", request.corpus_inputs or None, "bm25"),
     ):
@@ -180,7 +182,6 @@ def _search(
     # torch: not before all that can be wrong with flags and folder has been said
     from m3cli.encoder.device import resolve_device  # noqa: PLC0415
     from m3cli.jobs.search_folder import (  # noqa: PLC0415
-        CANDIDATE_OUTPUTS,
         Blend,
         Target,
         describe_hits,
@@ -204,11 +205,12 @@ def _search(
         outputs = tuple(output for output in outputs_of(folder) if output != "colbert" or weights[2])
         blend = Blend(
             outputs=outputs,
+            sources=_settle_sources(request, outputs),
             candidates=request.candidates or max(CANDIDATES, request.top_k),
             fusion="rrf" if request.fusion == "rrf" else "weighted",
             weights=weights,
         )
-        most = blend.candidates * len(set(outputs) & set(CANDIDATE_OUTPUTS))
+        most = blend.candidates * len(blend.sources)
         if most < request.top_k:
             progress.say(
                 f"--candidates {blend.candidates}: at most {most:,} hits of a query are ranked, not --top-k "
@@ -222,6 +224,18 @@ def _search(
         assert queries.embeddings is not None
         found = search_single(target, queries.embeddings, mode)
     return queries, describe_hits(found, folder, ids=queries.ids, texts=queries.texts, chunks=chunks, shown=shown)
+
+
+def _settle_sources(request: SearchRequest, outputs: tuple[Output, ...]) -> tuple[Output, ...]:
+    """Return what candidates are found by.
+
+    Raises:
+        UsageError: the folder does not have it.
+    """
+    for output in request.candidates_by or ():
+        if output not in outputs:
+            raise UsageError(f"--candidates-by {output}: the folder has no {output}, only {', '.join(outputs)}")
+    return request.candidates_by or tuple(output for output in CANDIDATE_OUTPUTS if output in outputs)
 
 
 def _embed(

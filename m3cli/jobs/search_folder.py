@@ -30,7 +30,6 @@ from m3cli.store.reader import OutputFolder
 
 BLOCK_PAIRS = 1 << 20
 "queries and rows that are scored together when candidates are ranked again"
-CANDIDATE_OUTPUTS: tuple[Output, ...] = ("dense", "sparse")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +49,11 @@ class Blend:
     """How a hybrid search makes one list."""
 
     outputs: tuple[Output, ...]
-    "that the scores are made of, and the candidates of"
+    "that the scores are made of"
+    sources: tuple[Output, ...]
+    "that candidates are found by, some of the outputs"
     candidates: int
-    "of a query by each of dense and sparse"
+    "of a query by each of the sources"
     fusion: Fusion
     weights: Weights
 
@@ -92,9 +93,8 @@ def scan_folder(target: Target, queries: Embeddings, outputs: Sequence[Output], 
 
 
 def search_hybrid(target: Target, queries: Embeddings, blend: Blend) -> Found:
-    """Rank the best candidates by dense and sparse by all outputs together, as the M3 paper does."""
-    sources = [output for output in CANDIDATE_OUTPUTS if output in blend.outputs]
-    lists = scan_folder(target, queries, sources, limit=blend.candidates)
+    """Rank the best candidates by dense, sparse or both by all outputs together, as the M3 paper does."""
+    lists = scan_folder(target, queries, blend.sources, limit=blend.candidates)
     stacked = np.concatenate([np.stack([found.query, found.key], axis=1) for found in lists.values()])
     pairs, numbers = np.unique(stacked, axis=0, return_inverse=True)
     query, key = pairs[:, 0], pairs[:, 1]

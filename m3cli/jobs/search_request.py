@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from m3cli.config import Dtype
+from m3cli.records import Output
 
 Mode = Literal["dense", "sparse", "colbert", "hybrid", "bm25"]
 Fusion = Literal["weighted", "rrf"]
@@ -28,6 +29,8 @@ class SearchRequest:
     level: Level = "document"
     weights: tuple[float, float, float] | None = None
     candidates: int | None = None
+    candidates_by: tuple[Output, ...] | None = None
+    "of dense and sparse; None: both, as far as the folder has them"
     fusion: Fusion | None = None
     input_format: str = "auto"
     query_field: str | None = None

@@ -354,6 +354,17 @@ def test_re_ranking_reads_only_parts_that_hold_candidates(folders: Callable[...,
     assert all(read)
 
 
+def test_candidates_of_dense_alone_are_re_ranked_by_all(folders: Callable[..., Path]) -> None:
+    root = folders()
+    _, dense, _ = run_search(root / "c.m3", root / "q.m3", mode="dense", top_k=3)
+    _, found, _ = run_search(root / "c.m3", root / "q.m3", candidates=3, candidates_by=("dense",), top_k=3)
+    for best, ranked in zip(dense, found, strict=True):
+        assert {hit["id"] for hit in ranked["hits"]} == {hit["id"] for hit in best["hits"]}
+        scores = [np.mean([hit["scores"][output] for output in ALL_OUTPUTS]) for hit in ranked["hits"]]
+        assert [hit["score"] for hit in ranked["hits"]] == pytest.approx(scores, abs=1e-5)
+        assert scores == sorted(scores, reverse=True)
+
+
 def test_candidates_are_scored_some_at_a_time(folders: Callable[..., Path]) -> None:
     root = folders()
     whole = run_search(root / "c.m3", root / "q.m3", mode="hybrid")
@@ -398,6 +409,7 @@ def test_a_folder_without_colbert_is_searched_by_what_it_has(folders: Callable[.
     [
         ({"mode": "dense", "weights": (1.0, 1.0, 1.0)}, "--weights is for --mode hybrid, and this is dense"),
         ({"mode": "sparse", "fusion": "rrf"}, "--fusion is for --mode hybrid"),
+        ({"mode": "dense", "candidates_by": ("dense",)}, "--candidates-by is for --mode hybrid"),
         ({"mode": "dense", "tokenizer": "plain"}, "--tokenizer is for --mode bm25"),
         ({"mode": "bm25"}, "searches words"),
         ({"mode": "bm25", "dtype": "float32"}, "--dtype float32 with --mode bm25: no model runs; leave --dtype out"),
