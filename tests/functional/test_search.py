@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -263,6 +265,23 @@ def test_two_queries_of_one_id_are_refused(search: Callable[..., Completed], tmp
     done = search("--queries", path)
     assert done.returncode == 4
     assert "two queries have the id 'a'" in done.stderr
+
+
+def test_a_search_is_measured_in_one_pipe(place: Path, tiny_m3: Path, tmp_path: Path) -> None:
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tfox\t1\nq2\tdata\t1\n")
+    m3 = f"{shlex.quote(sys.executable)} -m m3cli"
+    folder, queries = shlex.quote(str(place / "c.m3")), shlex.quote(str(place / "q.jsonl"))
+    qrels = shlex.quote(str(tmp_path / "qrels.tsv"))
+    line = f"{m3} search {folder} --queries {queries} | {m3} eval - {qrels}"
+    environment = {**os.environ, "M3_MODEL": str(tiny_m3)}
+    command = ["bash", "-o", "pipefail", "-c", line]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    header, row = [printed.split("\t") for printed in done.stdout.splitlines()]
+    assert (header[0], row[0]) == ("run", "-")
+    assert row[header.index("Recall@100")] == "1.0000", "five documents are all found"
+    assert "hybrid: 2 queries" in done.stderr
+    assert "2 judged queries" in done.stderr
 
 
 def test_a_closed_pipe_ends_quietly(place: Path) -> None:
