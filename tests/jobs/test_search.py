@@ -113,7 +113,15 @@ def roll_up(scores: np.ndarray, ids: list[str]) -> dict[str, float]:
     return best
 
 
-def rank_naively(parts: Parts, ids: list[str], mode: str, *, candidates: int = 200, fusion: str = "weighted") -> Any:
+def rank_naively(
+    parts: Parts,
+    ids: list[str],
+    mode: str,
+    *,
+    candidates: int = 200,
+    fusion: str = "weighted",
+    weights: tuple[float, float, float] = (1, 1, 1),
+) -> Any:
     documents = {output: roll_up(values, ids) for output, values in parts.items()}
     documents["sparse"] = {name: score for name, score in documents["sparse"].items() if score > 0}
     if mode != "hybrid":
@@ -125,7 +133,11 @@ def rank_naively(parts: Parts, ids: list[str], mode: str, *, candidates: int = 2
     if fusion == "rrf":
         fused = {n: sum(1 / (61 + each.index(n)) for each in lists.values() if n in each) for n in chosen}
     else:
-        fused = {n: sum(documents[output].get(n, 0.0) for output in ALL_OUTPUTS) / 3 for n in chosen}
+        by_output = dict(zip(ALL_OUTPUTS, weights, strict=True))
+        fused = {
+            name: sum(weight * documents[output].get(name, 0.0) for output, weight in by_output.items()) / sum(weights)
+            for name in chosen
+        }
     return dict(sorted(fused.items(), key=lambda item: -item[1]))
 
 
@@ -269,29 +281,6 @@ def test_chunks_as_hits(folders: Callable[..., Path]) -> None:
         assert len(parts["hits"]) == rows - 1, "d00 is there twice, and so is its first chunk"
         assert len({hit["id"] for hit in parts["hits"]}) == rows - 1, "a run has each name once"
         assert parts["hits"][0]["id"] == f"{whole['hits'][0]['id']}#{whole['hits'][0]['chunk_index']}"
-
-
-def test_own_rows_of_documents_are_not_found_beside_their_chunks(folders: Callable[..., Path]) -> None:
-    root = folders()
-
-    def other(path: Path) -> Any:
-        opened = open_folder(path)
-        assert opened.run is not None
-        return replace(opened, run={**opened.run, "meaning": {**opened.run["meaning"], "long_docs": "both"}})
-
-    real = iter_parts
-
-    def as_own(*given: Any, **named: Any) -> Iterator[Any]:
-        for part in real(*given, **named):
-            place = part.rows.column_names.index("chunk_index")
-            index = part.rows.column(place).to_numpy() - 1  # the first row of each document becomes its own
-            yield replace(part, rows=part.rows.set_column(place, "chunk_index", [index]))
-
-    with mock.patch("m3cli.jobs.search.open_folder", other), mock.patch("m3cli.store.hits.iter_parts", as_own):
-        _, found, _ = run_search(root / "c.m3", root / "q.m3", mode="dense", level="chunk")
-    assert all(hit["chunk_index"] >= 0 for each in found for hit in each["hits"])
-    # d00 is there twice: its one chunk in the first shard is nobody's any more.
-    assert len(found[0]["hits"]) == len([1 for shard in range(3) for place in range(5) for _ in range(place % 3)]) + 1
 
 
 def test_equal_scores_come_in_corpus_order(folders: Callable[..., Path], tmp_path: Path) -> None:
