@@ -63,7 +63,7 @@ def decode(matrices: TokenMatrices) -> np.ndarray:
     vectors = np.asarray(matrices.vectors)
     if vectors.dtype == np.uint8:
         signs = np.unpackbits(vectors, axis=1).astype(float) * 2 - 1
-        return signs / np.sqrt(signs.shape[1])
+        return np.asarray(signs / np.sqrt(signs.shape[1]))
     scales = 1.0 if matrices.scales is None else matrices.scales[:, None].astype(float)
     return np.asarray(vectors.astype(float) * scales)
 
