@@ -205,10 +205,14 @@ def hits_table(found: QueryHits) -> Table:
     kept = any(text is not None for text in found.texts)
     for name, style in (("#", "bold"), ("score", ""), ("id", "")):
         table.add_column(name, style=style, justify="right" if name == "#" else "left", no_wrap=True)
-    table.add_column("text" if kept else "characters", no_wrap=True, overflow="ellipsis", ratio=1)
+    what = "text" if kept else "" if found.char_start is None else "characters"
+    table.add_column(what, no_wrap=True, overflow="ellipsis", ratio=1)
     for place, name in enumerate(found.ids[:_HITS_SHOWN]):
-        text = found.texts[place]
-        span = f"{found.char_start[place]:,} to {found.char_end[place]:,}" if text is None else " ".join(text.split())
+        text, span = found.texts[place], ""
+        if text is not None:
+            span = " ".join(text.split())
+        elif found.char_start is not None and found.char_end is not None:
+            span = f"{found.char_start[place]:,} to {found.char_end[place]:,}"
         table.add_row(str(place + 1), f"{found.scores[place]:.4f}", _plain(name), _plain(span))
     more = len(found.ids) - _HITS_SHOWN
     if more > 0:

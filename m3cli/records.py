@@ -232,14 +232,14 @@ class QueryHits:
     "[H]"
     parts: dict[str, NDArray[np.float32]]
     "[H] each, what a score was made of: of each output the best of the document's chunks"
-    chunk_index: NDArray[np.int64]
-    "[H] of the best chunk"
-    char_start: NDArray[np.int64]
-    "[H] Unicode code points of the document's text, of the best chunk; -1: not known"
-    char_end: NDArray[np.int64]
+    chunk_index: NDArray[np.int64] | None
+    "[H] of the best chunk; None: not known, as the two below"
+    char_start: NDArray[np.int64] | None
+    "[H] Unicode code points of the document's text, of the best chunk"
+    char_end: NDArray[np.int64] | None
     "[H]"
     texts: tuple[str | None, ...]
-    "[H] the best chunk's text, None where it was not kept"
+    "[H] the beginning of the best chunk's text, None where it was not kept or not read"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,18 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens of a passage, if not the published ones")
     parser.add_argument("--title-sep", default="\n", help="between title and text (default: a line break)")
     parser.add_argument("--weights", metavar="D,S,C", help="of 'all' (default: the published ones)")
+    parser.add_argument(
+        "--candidates-by",
+        choices=("dense", "dense,sparse"),
+        default="dense",
+        help="whose 200 best multi-vec and all re-rank (default: dense, as published)",
+    )
+    parser.add_argument(
+        "--colbert-dtype",
+        choices=("float16", "int8", "binary"),
+        default="float16",
+        help="of the candidates' ColBERT vectors on disk; a passage of 8,192 tokens takes 16, 8 or 1 MiB",
+    )
     parser.add_argument("--device", metavar="DEVICE", help="as m3 encode has it")
     parser.add_argument("--dtype", metavar="DTYPE", help="as m3 encode has it")
     return parser.parse_args(argv)
@@ -95,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_length=options.max_length or benchmark.max_length,
         title_sep=options.title_sep,
         weights=weights,
+        candidates_by=options.candidates_by,
+        colbert_dtype=options.colbert_dtype,
         device=tuple(device),
     )
     try:

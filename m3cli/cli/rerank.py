@@ -96,7 +96,7 @@ def rerank(
             id_field=query_id_field,
             text_field=query_field,
             title_field="",
-            field_flags=FieldFlags(text="--query-field", id="--query-id-field"),
+            field_flags=FieldFlags(text="--query-field", id="--query-id-field", format=None),
         ),
         corpus=TextSource(
             given=corpus,

@@ -70,9 +70,9 @@ def score(
         typer.Option(metavar="DIR", help="Encoded passages; the pairs are ids then.", rich_help_panel=_FOLDERS),
     ] = None,
     chunks: Annotated[
-        str,
-        typer.Option(help="max, mean or first: of a document's chunks.", rich_help_panel=_FOLDERS),
-    ] = "max",
+        str | None,
+        typer.Option(help="max (default), mean or first: of a document's chunks.", rich_help_panel=_FOLDERS),
+    ] = None,
     model: flags.Model = None,
     revision: flags.Revision = None,
     dtype: flags.Dtype = None,

@@ -11,13 +11,16 @@ import typer
 from m3cli.cli import flags
 from m3cli.cli.encode import check_choices, open_stdin
 from m3cli.cli.score import parse_weights
-from m3cli.cli.values import auto
+from m3cli.cli.values import auto, parse_names
+from m3cli.errors import UsageError
+from m3cli.records import Output
 
 _QUERIES, _RANKING, _BM25 = "Queries", "Ranking", "BM25"
 _CHOICES = {
     "mode": ("dense", "sparse", "colbert", "hybrid", "bm25"),
     "fusion": ("weighted", "rrf"),
     "level": ("document", "chunk"),
+    "format": ("trec", "jsonl"),
     "tokenizer": ("m3", "plain"),
 }
 
@@ -77,6 +80,12 @@ def search(
             rich_help_panel=_RANKING,
         ),
     ] = None,
+    candidates_by: Annotated[
+        str | None,
+        typer.Option(
+            help="Of hybrid: dense, sparse, or dense,sparse (default): what finds candidates.", rich_help_panel=_RANKING
+        ),
+    ] = None,
     fusion: Annotated[
         str | None,
         typer.Option(
@@ -99,6 +108,12 @@ def search(
             rich_help_panel=_RANKING,
         ),
     ] = None,
+    ranking_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="trec or jsonl, also on stdout; by default the ending of --out.", rich_help_panel=_RANKING
+        ),
+    ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
@@ -107,11 +122,11 @@ def search(
         ),
     ] = None,
     corpus_input: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--input",
             metavar="INPUT",
-            help="What the folder was encoded from, if it has no text (--keep-text).",
+            help="What the folder was encoded from, if it has no text (--keep-text); once for each input.",
             rich_help_panel=_BM25,
         ),
     ] = None,
@@ -127,7 +142,8 @@ def search(
     Texts are encoded with the checkpoint of the folder. Rows that are no queries are counted; then the exit code is 3.
     """
     check_choices({"dtype": auto(dtype), "progress": progress})
-    check_choices({"mode": mode, "fusion": fusion, "level": level, "tokenizer": tokenizer}, _CHOICES)
+    chosen = {"mode": mode, "fusion": fusion, "level": level, "format": ranking_format, "tokenizer": tokenizer}
+    check_choices(chosen, _CHOICES)
     settled_weights = None if weights is None else parse_weights(weights)
     from m3cli.jobs.search import search_corpus  # noqa: PLC0415  pyarrow, not for --help
     from m3cli.jobs.search_request import SearchRequest  # noqa: PLC0415
@@ -137,11 +153,13 @@ def search(
         folder=folder,
         queries=queries,
         out=None if out == "-" else out,
+        format=ranking_format,  # type: ignore[arg-type]
         mode=mode,  # type: ignore[arg-type]
         top_k=top_k,
         level=level,  # type: ignore[arg-type]
         weights=settled_weights,
         candidates=candidates,
+        candidates_by=_parse_sources(candidates_by),
         fusion=fusion,  # type: ignore[arg-type]
         input_format=input_format,
         query_field=query_field,
@@ -154,12 +172,23 @@ def search(
         device=auto(device),
         max_batch_tokens=max_batch_tokens,
         tokenizer=tokenizer,  # type: ignore[arg-type]
-        corpus_input=corpus_input,
+        corpus_inputs=tuple(corpus_input or ()),
     )
     shown: Any = Progress(progress)  # type: ignore[arg-type]
     show = _print_hits if sys.stdout.isatty() else None
-    code = search_corpus(request, progress=shown, stdout=sys.stdout.buffer, stdin=open_stdin([queries]), show=show)
+    stdin = open_stdin([queries, *request.corpus_inputs])
+    code = search_corpus(request, progress=shown, stdout=sys.stdout.buffer, stdin=stdin, show=show)
     raise typer.Exit(code)
+
+
+def _parse_sources(text: str | None) -> tuple[Output, ...] | None:
+    """Read 'dense,sparse' or one of them; None stays None."""
+    names = parse_names(text)
+    if names is None:
+        return None
+    if not names or not set(names) <= {"dense", "sparse"}:
+        raise UsageError(f"--candidates-by {text!r}: expected dense, sparse, or dense,sparse")
+    return ("dense", "sparse") if len(set(names)) == 2 else ("dense",) if "dense" in names else ("sparse",)
 
 
 def _print_hits(hits: Sequence[Any]) -> None:

@@ -13,6 +13,8 @@ class FieldFlags:
     id: str = "--id-field"
     title: str = "--title-field"
     kept: str = "--keep-fields"
+    format: str | None = "--input-format"
+    "None: the command has no such flag"
 
 
 ENCODE_FLAGS = FieldFlags()

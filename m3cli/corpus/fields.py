@@ -152,9 +152,10 @@ def _find_text(peek: Peek, flags: FieldFlags) -> str:
     if found is not None:
         return found
     if peek.fault is not None and not peek.names:
+        forcing = f"say what it is with {flags.format}, " if flags.format else ""
         raise CorpusError(
             f"{peek.source.name}: none of the first rows can be read, the first for this: {_tell(peek.fault)}; "
-            f"mend it, say what it is with --input-format, or name its text with {flags.text}"
+            f"mend it, {forcing}or name its text with {flags.text}"
         )
     raise CorpusError(
         f"{peek.source.name} has no field that is known for text; it has {_list_names(peek.names)}: "

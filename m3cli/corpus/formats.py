@@ -25,7 +25,7 @@ FORMATS: dict[str, SourceFormat] = {
 COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 REMEDIES = {
     ".csv": "CSV is not read, for its quoting: convert it to JSONL or Parquet "
-    "(duckdb -c \"COPY (FROM 'in.csv') TO 'out.jsonl'\"), or say --input-format tsv if it is tab-separated",
+    "(duckdb -c \"COPY (FROM 'in.csv') TO 'out.jsonl'\")",
     ".xz": "decompress it and pipe it in (xz -dc FILE | m3 encode - --out DIR)",
     ".bz2": "decompress it and pipe it in (bzip2 -dc FILE | m3 encode - --out DIR)",
     ".zip": "unpack it first",
@@ -62,13 +62,23 @@ def has_known_ending(name: str) -> bool:
     return ending in FORMATS and not (FORMATS[ending] == "parquet" and compression != "none")
 
 
-def identify(source: Source, *, forced: SourceFormat | None, stdin: PeekableStream | None = None) -> Source:
-    """Return the source with its format and compression; refuse what cannot be read, or is not what it is called."""
+def identify(
+    source: Source,
+    *,
+    forced: SourceFormat | None,
+    stdin: PeekableStream | None = None,
+    flag: str | None = "--input-format",
+) -> Source:
+    """Return the source with its format and compression; refuse what cannot be read, or is not what it is called.
+
+    `flag` is for messages: what forces a format, None where nothing does.
+    """
     magic = _read_magic(source, stdin)
     ending, promised = split_endings(source.path)
     wanted = forced or FORMATS.get(ending)
     if forced is None and ending in REMEDIES:
-        raise CorpusError(f"{source.name}: {REMEDIES[ending]}")
+        forcing = f", or say {flag} tsv if it is tab-separated" if flag and ending == ".csv" else ""
+        raise CorpusError(f"{source.name}: {REMEDIES[ending]}{forcing}")
     if magic.startswith(_PARQUET_MAGIC) or wanted == "parquet":
         return _identify_parquet(source, magic, wanted)
     compression = _name_compression(magic)
@@ -78,7 +88,7 @@ def identify(source: Source, *, forced: SourceFormat | None, stdin: PeekableStre
     head = read_head(source, HEAD_BYTES, stdin=stdin)
     if head.startswith(_UTF16_BOMS):
         raise CorpusError(f"{source.name} is UTF-16: convert it with iconv -f UTF-16 -t UTF-8")
-    found = wanted or _sniff(source, head)
+    found = wanted or _sniff(source, head, flag)
     head = head.removeprefix(BOM)
     if found == "jsonl" and (_JSON_ARRAY.match(head) or (ending == ".json" and head.lstrip().startswith(b"["))):
         raise CorpusError(
@@ -117,7 +127,7 @@ def _identify_parquet(source: Source, magic: bytes, wanted: SourceFormat | None)
     return replace(source, format="parquet", compression="none")
 
 
-def _sniff(source: Source, head: bytes) -> SourceFormat:
+def _sniff(source: Source, head: bytes, flag: str | None) -> SourceFormat:
     body = head.removeprefix(BOM)
     if body.lstrip().startswith(b"{") or _JSON_ARRAY.match(body):
         return "jsonl"
@@ -127,8 +137,6 @@ def _sniff(source: Source, head: bytes) -> SourceFormat:
         except UnicodeDecodeError as error:
             # A character that the head's end cuts in two is no fault.
             if error.end < len(head) or len(head) < HEAD_BYTES or error.start < len(head) - 3:
-                raise CorpusError(
-                    f"{source.name} is neither JSONL nor text in UTF-8: "
-                    "convert it, or say what it is with --input-format jsonl|tsv|text|parquet"
-                ) from error
+                forcing = f", or say what it is with {flag} jsonl|tsv|text|parquet" if flag else ""
+                raise CorpusError(f"{source.name} is neither JSONL nor text in UTF-8: convert it{forcing}") from error
     return "text"

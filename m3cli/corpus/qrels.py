@@ -10,6 +10,7 @@ A file that begins with '{' is JSON lines; else the first line tells how many co
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -26,6 +27,7 @@ DOCUMENT_NAMES = ("corpus-id", "corpus_id", "docid", "doc_id", "did", "pid")
 RELEVANCE_NAMES = ("score", "relevance", "rel", "label")
 MAX_RELEVANCE = 1_000_000
 "trec_eval counts the documents of each level up to the highest of a query"
+_log = logging.getLogger(__name__)
 _PASSAGES = {"positive_passages": 1, "negative_passages": 0}
 _REMEDY = (
     "expected TREC's 'query 0 document relevance', BEIR's header 'query-id corpus-id score', "
@@ -40,21 +42,28 @@ _Parser = Callable[[str], _Judged]
 def read_qrels(given: str, *, stdin: PeekableStream | None = None) -> Judgements:
     """Read judgements: for each query its judged documents with their relevance, 0 for not relevant.
 
+    A passage that one row has as positive and as negative is positive; how many there are is a warning.
+
     Raises:
         CorpusError: a line is no judgement, two judgements of one document differ, or there are none.
     """
     judgements: dict[str, dict[str, int]] = {}
-    lines = read_lines(given, stdin=stdin)
+    lines = read_lines(given, stdin=stdin, what="no judgements")
     head = next(lines, None)
     if head is None:
         raise CorpusError(f"{given} holds no judgements; {_REMEDY}")
     number, line = head
     parse, is_header = _choose_parser(given, number, line)
+    both: list[tuple[str, str]] = []
     try:
         for number, line in lines if is_header else chain([head], lines):
             query, found = parse(line)
             judged = judgements.setdefault(query, {})
+            here: dict[str, int] = {}  # only a row of MLDR has several; what it calls positive comes first
             for document, relevance in found:
+                if here.setdefault(document, relevance) != relevance:
+                    both.append((document, query))
+                    continue
                 if judged.setdefault(document, relevance) != relevance:
                     raise CorpusError(
                         f"{given} line {number:,}: document {document[:80]!r} of query {query[:80]!r} has relevance "
@@ -64,6 +73,12 @@ def read_qrels(given: str, *, stdin: PeekableStream | None = None) -> Judgements
         raise CorpusError(f"{given} line {number:,}: {fault}; {_REMEDY}") from fault
     if not judgements:
         raise CorpusError(f"{given} holds no judgements; {_REMEDY}")
+    if both:
+        document, query = both[0]
+        _log.warning(
+            "%s: %s passages are positive and negative at once and count as positive, the first %r of query %r",
+            *(given, f"{len(both):,}", document[:80], query[:80]),
+        )
     return judgements
 
 

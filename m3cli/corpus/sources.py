@@ -21,31 +21,48 @@ ENDINGS_HINT = "files ending in .jsonl .ndjson .json .tsv .txt .text (also + .gz
 
 
 def find_sources(
-    inputs: Sequence[str], *, input_format: str = "auto", stdin: PeekableStream | None = None
+    inputs: Sequence[str],
+    *,
+    input_format: str = "auto",
+    stdin: PeekableStream | None = None,
+    format_flag: str | None = "--input-format",
 ) -> tuple[Source, ...]:
-    """Find what the inputs name; standard input is only peeked at."""
+    """Find what the inputs name; standard input is only peeked at.
+
+    Args:
+        inputs: paths, globs, or '-' alone.
+        input_format: a format, or 'auto'.
+        stdin: standard input, where it is wanted.
+        format_flag: for messages: what forces a format, None where nothing does.
+
+    Raises:
+        UsageError: nothing, or one thing twice.
+        CorpusError: something that cannot be read.
+    """
     forced = check_input_format(input_format)
     if not inputs:
         raise UsageError("no input: give files, folders or globs, or '-' for standard input")
     if "-" in inputs:
-        return (_find_stdin(inputs, forced, stdin),)
+        return (_find_stdin(inputs, forced, stdin, format_flag),)
     found = [(path, root) for each in inputs for path, root in _find_files(each)]
     _refuse_duplicates([path for path, _ in found])
     common = Path(os.path.commonpath([root for _, root in found]))
-    sources = tuple(_open_source(path, path.relative_to(common).as_posix(), forced) for path, _ in found)
+    sources = tuple(_open_source(path, path.relative_to(common).as_posix(), forced, format_flag) for path, _ in found)
     if not any(source.size for source in sources):
         raise CorpusError(f"{' '.join(inputs)}: nothing to encode, only empty files")
     return sources
 
 
-def _find_stdin(inputs: Sequence[str], forced: SourceFormat | None, stdin: PeekableStream | None) -> Source:
+def _find_stdin(
+    inputs: Sequence[str], forced: SourceFormat | None, stdin: PeekableStream | None, flag: str | None
+) -> Source:
     if len(inputs) > 1:
         raise UsageError("'-' (standard input) must be the only input")
     assert stdin is not None, "a run that reads standard input passes it along"
     if not stdin.peek(1):
-        raise CorpusError("standard input is empty: nothing to encode")
+        raise CorpusError("standard input is empty: there are no rows in it; look at what was to write them")
     source = Source(name="stdin", path="-", format="text", compression="none", size=-1, mtime_ns=-1)
-    return identify(source, forced=forced, stdin=stdin)
+    return identify(source, forced=forced, stdin=stdin, flag=flag)
 
 
 def _find_files(given: str) -> list[tuple[Path, Path]]:
@@ -113,7 +130,7 @@ def _refuse_duplicates(paths: Sequence[Path]) -> None:
         seen[real] = path
 
 
-def _open_source(path: Path, name: str, forced: SourceFormat | None) -> Source:
+def _open_source(path: Path, name: str, forced: SourceFormat | None, flag: str | None) -> Source:
     if not is_utf8(str(path)):
         raise CorpusError(f"{path} has a name that is not UTF-8: rename it")
     try:
@@ -130,4 +147,4 @@ def _open_source(path: Path, name: str, forced: SourceFormat | None) -> Source:
         size=status.st_size,
         mtime_ns=status.st_mtime_ns,
     )
-    return identify(source, forced=forced)
+    return identify(source, forced=forced, flag=flag)

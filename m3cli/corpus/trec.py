@@ -59,20 +59,26 @@ def read_run(given: str, *, stdin: PeekableStream | None = None, top_k: int | No
     return {query: dict(sorted(ranking.items(), key=_by_score)[:top_k]) for query, ranking in rankings.items()}
 
 
-def read_lines(given: str, *, stdin: PeekableStream | None = None) -> Iterator[tuple[int, str]]:
+def read_lines(given: str, *, stdin: PeekableStream | None = None, what: str = "no run") -> Iterator[tuple[int, str]]:
     """Yield the lines of a small-rowed text file that are not blank, decompressed, with their numbers from 1.
 
+    `what` is for messages: what an empty file is not.
+
     Raises:
-        CorpusError: it cannot be read, or is not UTF-8.
+        CorpusError: it cannot be read, is several files, or is not UTF-8.
     """
     path = Path(given)
     if given != "-":
         refuse_unreachable(path, CorpusError)
     if given != "-" and (path.is_dir() or (path.is_file() and path.stat().st_size == 0)):
         raise CorpusError(
-            f"{given} is {'a folder' if path.is_dir() else 'empty'}; give a file, or '-' for standard input"
+            f"{given} is {'a folder' if path.is_dir() else 'empty'}, {what}; give a file, or '-' for standard input"
         )
-    (source,) = find_sources((given,), input_format="text", stdin=stdin)
+    if given == "-" and stdin is not None and not stdin.peek(1):
+        raise CorpusError(f"standard input is empty: there is {what} in it; look at what was to write it")
+    source, *others = find_sources((given,), input_format="text", stdin=stdin)
+    if others:
+        raise CorpusError(f"{given} matches {1 + len(others):,} files, {source.name} and others; name one")
     number, rest = 0, b""
     with ByteStream(source, stdin=stdin) as stream:
         while block := stream.read(BLOCK_BYTES):

@@ -21,6 +21,7 @@ from m3cli.corpus.pair_source import PairColumns, PairSource, find_pairs, resolv
 from m3cli.corpus.pairs import Pair, WindowLimits, cut_windows, read_pairs
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError
+from m3cli.jobs.idle_flags import refuse_idle_flags
 from m3cli.progress import Progress
 from m3cli.records import Output
 from m3cli.retrieval.modes import DEFAULT_WEIGHTS, PARTS, Weights, check_weights, combine_scores, modes_of, parts_of
@@ -55,7 +56,8 @@ class ScoreRequest:
     "folder of encoded queries"
     corpus: str | None = None
     "folder of encoded passages"
-    chunks: str = "max"
+    chunks: str | None = None
+    "max, mean or first; None: max"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +203,7 @@ def open_pairs(request: ScoreRequest, *, ids: bool, stdin: PeekableStream | None
     if (request.queries is None) != (request.corpus is None):
         given, missing = ("--queries", "--corpus") if request.queries is not None else ("--corpus", "--queries")
         raise UsageError(f"{given} without {missing}: pairs of ids need both folders (they may be one and the same)")
+    _refuse_idle(request)
     source = find_pairs(request.pairs, input_format=request.input_format, stdin=stdin)
     if source.format == "trec" and not ids:
         raise UsageError(f"{request.pairs} is a TREC run, which holds ids: give --queries DIR and --corpus DIR")
@@ -208,6 +211,24 @@ def open_pairs(request: ScoreRequest, *, ids: bool, stdin: PeekableStream | None
         source, query_field=request.query_field, passage_field=request.passage_field, ids=ids, stdin=stdin
     )
     return OpenPairs(source=source, columns=columns)
+
+
+def _refuse_idle(request: ScoreRequest) -> None:
+    if request.queries is None:
+        refuse_idle_flags(
+            {"--chunks": request.chunks}, beside="pairs of texts", reason="only documents of folders have chunks"
+        )
+        return
+    typed = {
+        "--model": request.model,
+        "--revision": request.revision,
+        "--dtype": request.dtype,
+        "--device": request.device,
+        "--max-batch-tokens": request.max_batch_tokens,
+        "--max-query-length": request.max_query_length,
+        "--max-passage-length": request.max_passage_length,
+    }
+    refuse_idle_flags(typed, beside=f"--queries {request.queries}", reason="the vectors of folders are there already")
 
 
 def open_scorer(request: ScoreRequest, progress: Progress) -> Scorer:
@@ -247,3 +268,10 @@ def finish_scores(
     faults = [fault or ("" if good else NOT_FINITE) for fault, good in zip(made.faults, finite, strict=True)]
     bad = np.array([bool(fault) for fault in faults], np.bool_)
     return {mode: np.where(bad, np.float32(np.nan), values) for mode, values in scores.items()}, faults
+
+
+def number_distinct(values: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the distinct values as they first came, and which of them each value is."""
+    numbers: dict[str, int] = {}
+    places = np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
+    return list(numbers), places

@@ -18,9 +18,9 @@ from m3cli.config import ALL_OUTPUTS
 from m3cli.corpus.pairs import Pair, WindowLimits
 from m3cli.encoder.join import join_embeddings
 from m3cli.encoder.picking import pick_rows
-from m3cli.errors import UsageError
+from m3cli.errors import ForeignFolder, UsageError
 from m3cli.jobs.chunk_pairs import ChunkPairs, join_chunks, merge_chunks
-from m3cli.jobs.score import ScoreRequest, WindowScores
+from m3cli.jobs.score import ScoreRequest, WindowScores, number_distinct
 from m3cli.progress import Progress
 from m3cli.records import Embeddings, Output, TokenMatrices
 from m3cli.retrieval.maxsim import decode_vectors
@@ -45,7 +45,7 @@ class FolderScorer:
     def __init__(self, request: ScoreRequest, progress: Progress) -> None:
         assert request.queries is not None
         assert request.corpus is not None
-        self._chunks = request.chunks
+        self._chunks = request.chunks or "max"
         self._queries, self._corpus = open_folder(Path(request.queries)), open_folder(Path(request.corpus))
         refuse_strangers(self._queries, self._corpus)
         self._lookups = RowLookup(self._queries), RowLookup(self._corpus)
@@ -76,7 +76,7 @@ class FolderScorer:
         places = np.array([place for place, fault in enumerate(faults) if not fault], np.int64)
         sides: list[tuple[FoundRows, Rows]] = []
         for side, lookup in enumerate(self._lookups):
-            ids, numbers = number_ids([window[place].passage if side else window[place].query for place in places])
+            ids, numbers = number_distinct([window[place].passage if side else window[place].query for place in places])
             found = lookup.find(ids)
             self._duplicates += found.duplicates
             known = np.zeros(len(ids), np.bool_)
@@ -150,13 +150,6 @@ def _widen(held: Embeddings) -> Embeddings:
     return replace(held, colbert_vecs=TokenMatrices(indptr=matrices.indptr, vectors=decode_vectors(matrices)))
 
 
-def number_ids(ids: Sequence[str]) -> tuple[list[str], Rows]:
-    """Return the distinct ids as they first came, and which of them each id is."""
-    numbers: dict[str, int] = {}
-    rows = np.array([numbers.setdefault(each, len(numbers)) for each in ids], np.int64)
-    return list(numbers), rows
-
-
 def _run_of(folder: OutputFolder) -> dict[str, dict[str, int]]:
     if folder.run is None:
         raise UsageError(f"{folder.path}: nothing has been encoded there yet")
@@ -169,11 +162,15 @@ def _outputs_of(folder: OutputFolder) -> Sequence[Output]:
 
 
 def refuse_strangers(queries: OutputFolder, corpus: OutputFolder) -> None:
-    """Refuse folders of different checkpoints: their vectors have nothing to do with each other."""
+    """Refuse folders of different checkpoints: their vectors have nothing to do with each other.
+
+    Raises:
+        ForeignFolder: they are.
+    """
     ours, theirs = _run_of(queries)["checkpoint"], _run_of(corpus)["checkpoint"]
     for what in ("hashes", "tokenizer_hash"):
         if ours[what] != theirs[what]:
-            raise UsageError(
+            raise ForeignFolder(
                 f"{queries.path.name} was encoded with {ours['name']} and {corpus.path.name} with {theirs['name']}, "
                 f"and their {'files' if what == 'hashes' else 'tokenizers'} differ: scores between them mean nothing; "
                 "encode the queries with the corpus' checkpoint"

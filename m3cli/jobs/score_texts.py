@@ -25,7 +25,7 @@ from m3cli.encoder.texts import TokenisedTexts, pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
 from m3cli.errors import ModelError, UsageError
 from m3cli.jobs.run import open_checkpoint
-from m3cli.jobs.score import ScoreRequest, WindowScores
+from m3cli.jobs.score import ScoreRequest, WindowScores, number_distinct
 from m3cli.progress import Progress
 from m3cli.records import Embeddings, Output
 from m3cli.retrieval.maxsim import Rows, expand_rows
@@ -129,15 +129,32 @@ class TextScorer:
         Raises:
             ModelError: one of them cannot be encoded.
         """
+        made, failed, tokenised = self.try_texts(texts, max_length=max_length)
+        if failed or made is None:
+            raise ModelError(f"a text cannot be encoded: {failed[0].reason} ({failed[0].detail})")
+        return made, tokenised
+
+    def try_texts(
+        self, texts: Sequence[str], *, max_length: int
+    ) -> tuple[Embeddings | None, list[FailedRow], TokenisedTexts]:
+        """Return the embeddings of those texts that can be encoded, in order, those that cannot, and all tokens.
+
+        The rows of the embeddings are places in `texts`; there are no embeddings if no text can be encoded.
+        """
         tokenised = self.tokenise(texts, max_length=max_length)
         parts: list[Embeddings] = []
+        failed: list[FailedRow] = []
         for batch in pack_texts(tokenised, max_batch_tokens=self._max_batch_tokens):
             for made in self._encoder.encode(batch):
                 if isinstance(made, FailedRow):
-                    raise ModelError(f"a text cannot be encoded: {made.reason} ({made.detail})")
-                parts.append(made)
+                    failed.append(made)
+                else:
+                    parts.append(made)
+        if not parts:
+            return None, failed, tokenised
         joined = join_embeddings(parts)
-        return pick_rows(joined, np.argsort(joined.rows), rows=np.arange(len(texts))), tokenised
+        order = np.argsort(joined.rows)
+        return pick_rows(joined, order, rows=joined.rows[order]), failed, tokenised
 
     def score_window(self, window: Sequence[Pair]) -> WindowScores:
         """Score the pairs of a window."""
@@ -158,7 +175,7 @@ class TextScorer:
     def _score_sides(self, sides: tuple[list[str], list[str]]) -> Iterator[ScoredPairs | FailedPairs]:
         """Yield some pairs at a time, with their scores or without any."""
         held_side = _lighter(sides)
-        held, held_rows = _number_texts(sides[held_side])
+        held, held_rows = number_distinct(sides[held_side])
         other = sides[1 - held_side]
         known = {text: row for row, text in enumerate(held)} if self.lengths[0] == self.lengths[1] else {}
         other_rows = np.array([known.get(text, -1) for text in other], np.int64)
@@ -187,7 +204,7 @@ class TextScorer:
         self, kept: Embeddings, held_places: Rows, other: list[str], pairs: Rows, held_side: int
     ) -> Iterator[ScoredPairs | FailedPairs]:
         """Encode what is not held, and score the pairs of each batch as it comes."""
-        texts, rows = _number_texts([other[pair] for pair in pairs])
+        texts, rows = number_distinct([other[pair] for pair in pairs])
         pairs = pairs[np.argsort(rows, kind="stable")]  # those of text i lie at begins[i] : begins[i + 1]
         begins = np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=len(texts)))))
         for made in self._encode(texts, self.lengths[1 - held_side]):
@@ -220,10 +237,3 @@ def _lighter(sides: tuple[list[str], list[str]]) -> int:
     """Return the side whose distinct texts are shorter together: 0 the queries, 1 the passages."""
     sizes = [sum(map(len, set(side))) for side in sides]
     return int(sizes[1] < sizes[0])
-
-
-def _number_texts(texts: list[str]) -> tuple[list[str], Rows]:
-    """Return the distinct texts as they first came, and which of them each text is."""
-    numbers: dict[str, int] = {}
-    rows = np.array([numbers.setdefault(text, len(numbers)) for text in texts], np.int64)
-    return list(numbers), rows

@@ -3,7 +3,8 @@
     parts (read ahead) -> scan by one output, or by dense and sparse at once -> lists of the best
     hybrid: the lists' documents -> their rows, read again -> scores by all outputs -> one list
 
-What is held: one part, the one being read, the queries, and the lists; never the corpus.
+What is held: one part, the one being read, the queries, and the lists; never the corpus. Candidates are scored where
+their rows come by, so that of those too nothing is held but the best chunk of each.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from m3cli.retrieval.fusion import average_scores, fuse_ranks
 from m3cli.retrieval.maxsim import Rows, expand_rows
 from m3cli.retrieval.modes import Weights
 from m3cli.retrieval.score import score_rows
-from m3cli.retrieval.search.kernels import open_scan, scan_part
+from m3cli.retrieval.search.kernels import cut_runs, open_scan, scan_part
 from m3cli.retrieval.search.top import Ranked, Scores, TopRows, number_runs, rank_rows
 from m3cli.store.hits import find_rows, iter_placed, read_words
+from m3cli.store.ranking import SNIPPET_LENGTH
 from m3cli.store.reader import OutputFolder
 
-CANDIDATE_OUTPUTS: tuple[Output, ...] = ("dense", "sparse")
+BLOCK_PAIRS = 1 << 20
+"queries and rows that are scored together when candidates are ranked again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +49,11 @@ class Blend:
     """How a hybrid search makes one list."""
 
     outputs: tuple[Output, ...]
-    "that the scores are made of, and the candidates of"
+    "that the scores are made of"
+    sources: tuple[Output, ...]
+    "that candidates are found by, some of the outputs"
     candidates: int
-    "of a query by each of dense and sparse"
+    "of a query by each of the sources"
     fusion: Fusion
     weights: Weights
 
@@ -82,15 +87,14 @@ def scan_folder(target: Target, queries: Embeddings, outputs: Sequence[Output], 
     seen = 0
     for part in parts:
         for output, scan in scans.items():
-            scan_part(scan, part.embeddings, tops[output], rows=part.places, keys=part.keys, seen=seen)
+            scan_part(scan, part.embeddings, tops[output], rows=part.places, find_keys=part.find_keys, seen=seen)
         seen += len(part.places)
     return {output: top.finish() for output, top in tops.items()}
 
 
 def search_hybrid(target: Target, queries: Embeddings, blend: Blend) -> Found:
-    """Rank the best candidates by dense and sparse by all outputs together, as the M3 paper does."""
-    sources = [output for output in CANDIDATE_OUTPUTS if output in blend.outputs]
-    lists = scan_folder(target, queries, sources, limit=blend.candidates)
+    """Rank the best candidates by dense, sparse or both by all outputs together, as the M3 paper does."""
+    lists = scan_folder(target, queries, blend.sources, limit=blend.candidates)
     stacked = np.concatenate([np.stack([found.query, found.key], axis=1) for found in lists.values()])
     pairs, numbers = np.unique(stacked, axis=0, return_inverse=True)
     query, key = pairs[:, 0], pairs[:, 1]
@@ -124,53 +128,71 @@ def _rank_candidates(query: Rows, place: Rows, score: Scores, *, limit: int) -> 
 def score_candidates(
     target: Target, queries: Embeddings, blend: Blend, *, query: Rows, key: Rows
 ) -> tuple[Rows, dict[Output, Scores]]:
-    """Score candidates, pairs of a query and a document's key, by all outputs.
+    """Score candidates, pairs of a query and a document's key, by all outputs; parts without any are not read.
 
     Returns:
         [C] the place of each candidate's best chunk by the weighted average, and [C] scores by each output, each the
         best of the document's chunks.
     """
     places, owners = find_rows(target.folder, key, chunks=target.chunks)
-    by_owner = np.argsort(owners, kind="stable")
-    places, owners = places[by_owner], owners[by_owner]
-    begins = np.searchsorted(owners, key)
-    take, candidate = expand_rows(begins, np.searchsorted(owners, key, side="right") - begins)
-    place = places[take]
-    scores = score_places(target, queries, blend.outputs, query=query[candidate], place=place)
-    if not len(candidate):
-        return place, scores
-    starts = np.flatnonzero(np.diff(candidate, prepend=-1))
-    fused = average_scores(scores, blend.weights)
-    order = np.lexsort((place, -fused, candidate))
-    best = {output: np.maximum.reduceat(values, starts) for output, values in scores.items()}
-    return place[order][starts], best
+    by_key = np.argsort(key, kind="stable")  # the candidates of a row's document are neighbours
+    begins = np.searchsorted(key[by_key], owners)
+    counts = np.searchsorted(key[by_key], owners, side="right") - begins
+    best = _Best(len(key), blend)
+    wanted = iter_placed(target.folder, outputs=blend.outputs, chunks=target.chunks, wanted=places)
+    for part in run_ahead(wanted, depth=1, name="read ahead"):
+        first, last = np.searchsorted(places, [part.first, part.first + len(part.places)])
+        for run in cut_runs(np.concatenate(([0], np.cumsum(counts[first:last]))), most=BLOCK_PAIRS):
+            rows = slice(first + run.start, first + run.stop)
+            take, row = expand_rows(begins[rows], counts[rows])
+            candidate, place = by_key[take], places[rows][row]
+            made = score_rows(queries, part.embeddings, query[candidate], place - part.first, outputs=blend.outputs)
+            best.offer(candidate, place, made)
+    return best.place, best.scores
 
 
-def score_places(
-    target: Target, queries: Embeddings, outputs: tuple[Output, ...], *, query: Rows, place: Rows
-) -> dict[Output, Scores]:
-    """Return [P] scores of pairs of a query and a row, reading only the parts that hold such rows."""
-    scores: dict[Output, Scores] = {output: np.zeros(len(place), np.float32) for output in outputs}
-    order = np.argsort(place, kind="stable")
-    ordered = place[order]
-    parts = iter_placed(target.folder, outputs=outputs, chunks=True, wanted=np.unique(place))
-    for part in run_ahead(parts, depth=1, name="read ahead"):
-        first, last = np.searchsorted(ordered, [part.keys[0], part.keys[-1] + 1])
-        mine = order[first:last]
-        made = score_rows(queries, part.embeddings, query[mine], place[mine] - part.keys[0], outputs=outputs)
-        for output, values in made.items():
-            scores[output][mine] = np.nan_to_num(values, nan=0.0)  # a row without ColBERT vectors
-    return scores
+class _Best:
+    """The best of each of C candidates' chunks so far."""
+
+    def __init__(self, num_candidates: int, blend: Blend) -> None:
+        self.place: Rows = np.zeros(num_candidates, np.int64)
+        "[C] of the best chunk by the weighted average"
+        self.scores: dict[Output, Scores] = {
+            output: np.full(num_candidates, -np.inf, np.float32) for output in blend.outputs
+        }
+        "[C] each"
+        self._weights = blend.weights
+        self._average: Scores = np.full(num_candidates, -np.inf, np.float32)
+
+    def offer(self, candidate: Rows, place: Rows, scores: dict[Output, Scores]) -> None:
+        """Take in some chunks, which come later in the corpus than those before: [P] each."""
+        scores = {output: np.nan_to_num(values, nan=0.0) for output, values in scores.items()}  # no ColBERT vectors
+        average = average_scores(scores, self._weights)
+        order = np.lexsort((place, -average, candidate))
+        starts = np.flatnonzero(np.diff(candidate[order], prepend=-1))
+        firsts = order[starts]
+        mine = candidate[firsts]
+        better = average[firsts] > self._average[mine]
+        self._average[mine[better]] = average[firsts[better]]
+        self.place[mine[better]] = place[firsts[better]]
+        for output, values in scores.items():
+            self.scores[output][mine] = np.maximum(
+                self.scores[output][mine], np.maximum.reduceat(values[order], starts)
+            )
 
 
 def describe_hits(
-    found: Found, folder: OutputFolder, *, ids: Sequence[str], texts: Sequence[str | None], chunks: bool
+    found: Found, folder: OutputFolder, *, ids: Sequence[str], texts: Sequence[str | None], chunks: bool, shown: bool
 ) -> list[QueryHits]:
-    """Read what the hits' rows say, and return the hits of each query, those without any included."""
+    """Read what the hits' rows say, and return the hits of each query, those without any included.
+
+    A run is names and scores; where more is shown (`shown`), spans are read and the beginnings of kept texts.
+    """
     assert folder.run is not None
     ranked = found.ranked
     places, numbers = np.unique(ranked.row, return_inverse=True)
-    words = read_words(folder, places, text=folder.run["meaning"]["keep_text"])
+    length = SNIPPET_LENGTH if shown and folder.run["meaning"]["keep_text"] else 0
+    words = read_words(folder, places, spans=shown, length=length)
     bounds = np.searchsorted(ranked.query, np.arange(len(ids) + 1))
     hits: list[QueryHits] = []
     for query, (first, last) in enumerate(pairwise(bounds.tolist())):
@@ -187,9 +209,9 @@ def describe_hits(
                 scores=ranked.score[first:last],
                 parts={name: values[first:last] for name, values in found.parts.items()},
                 chunk_index=index,
-                char_start=words.char_start[mine],
-                char_end=words.char_end[mine],
-                texts=tuple(words.texts[row] for row in mine),
+                char_start=None if words.char_start is None else words.char_start[mine],
+                char_end=None if words.char_end is None else words.char_end[mine],
+                texts=(None,) * len(names) if words.texts is None else tuple(words.texts[row] for row in mine),
             )
         )
     return hits

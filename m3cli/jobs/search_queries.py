@@ -19,7 +19,7 @@ from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder.join import join_embeddings
 from m3cli.encoder.picking import pick_rows
-from m3cli.errors import CorpusError, ForeignFolder, UsageError
+from m3cli.errors import CorpusError, ForeignFolder, ModelError, UsageError
 from m3cli.jobs.score_folders import refuse_strangers
 from m3cli.jobs.search_request import SearchRequest
 from m3cli.progress import Progress
@@ -106,10 +106,12 @@ def _read_texts(request: SearchRequest, *, progress: Progress, stdin: PeekableSt
 def read_vectors(
     queries: OutputFolder, corpus: OutputFolder, outputs: tuple[Output, ...], progress: Progress
 ) -> Queries:
-    """Read the queries of an encoded folder: of each document the first row.
+    """Read the queries of an encoded folder: of each document the first chunk.
 
     Raises:
-        UsageError: another checkpoint made it, or it lacks an output.
+        ForeignFolder: another checkpoint made it.
+        UsageError: it lacks an output, or holds no queries.
+        CorpusError: two documents have one id.
     """
     refuse_strangers(queries, corpus)
     assert queries.run is not None
@@ -123,9 +125,13 @@ def read_vectors(
     for part in iter_parts(queries, outputs=outputs, columns=("id", "chunk_index", "num_chunks")):
         names = part.rows.column("id").to_pylist()
         index = part.rows.column("chunk_index").to_numpy()
-        first = {names[row]: row for row in np.flatnonzero(index <= 0)[::-1].tolist() if names[row] not in ids}
-        rows = np.array(sorted(first.values()), np.int64)
-        ids.update((names[row], None) for row in rows.tolist())
+        rows = np.flatnonzero(index == 0)  # a document's own row has -1, and stands beside its chunks
+        for row in rows.tolist():
+            if names[row] in ids:
+                raise CorpusError(
+                    f"{queries.path.name}: two queries have the id {names[row][:80]!r}; give each its own"
+                )
+            ids[names[row]] = None
         more += int(np.count_nonzero(part.rows.column("num_chunks").to_numpy()[rows] > 1))
         parts.append(pick_rows(part.embeddings, rows, rows=rows))
     if not ids:
@@ -143,11 +149,11 @@ def read_vectors(
 def encode_queries(
     queries: Queries, corpus: OutputFolder, outputs: tuple[Output, ...], request: SearchRequest, progress: Progress
 ) -> Queries:
-    """Encode texts with the checkpoint that the corpus was encoded with.
+    """Encode texts with the checkpoint that the corpus was encoded with; those that it cannot encode are left out.
 
     Raises:
         ForeignFolder: the checkpoint or its tokenizer is another.
-        ModelError: it cannot be loaded.
+        ModelError: it cannot be loaded, or encodes none of the texts.
     """
     from m3cli.jobs.score import ScoreRequest  # noqa: PLC0415
     from m3cli.jobs.score_texts import DEFAULT_LENGTH, TextScorer  # noqa: PLC0415  torch
@@ -174,11 +180,27 @@ def encode_queries(
         )
     length = scorer.lengths[0]
     texts = [f"{request.query_prefix}{text}" for text in queries.texts]
-    embeddings, tokenised = scorer.encode_texts(texts, max_length=length)
+    embeddings, failed, tokenised = scorer.try_texts(texts, max_length=length)
     if tokenised.truncated:
         remedy = "" if length > DEFAULT_LENGTH else "; --max-query-length sets another length"
         progress.say(f"{tokenised.truncated:,} of {len(texts):,} queries are cut at {length} tokens{remedy}")
-    return Queries(ids=queries.ids, texts=queries.texts, embeddings=embeddings, skipped=queries.skipped)
+    if failed:
+        first = min(failed, key=lambda each: each.row)
+        words = (
+            f"{len(failed):,} of {len(texts):,} queries cannot be encoded; the first, {queries.ids[first.row][:80]!r}: "
+            f"{first.reason} ({first.detail})"
+        )
+        if embeddings is None:
+            raise ModelError(words)
+        progress.say(words)
+    assert embeddings is not None, "there is a query, and none failed"
+    kept = embeddings.rows.tolist()
+    return Queries(
+        ids=tuple(queries.ids[row] for row in kept),
+        texts=tuple(queries.texts[row] for row in kept),
+        embeddings=embeddings,
+        skipped=queries.skipped + len(failed),
+    )
 
 
 def settle_model(corpus: OutputFolder, request: SearchRequest) -> str | None:

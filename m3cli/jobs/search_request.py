@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from m3cli.config import Dtype
+from m3cli.records import Output
 
 Mode = Literal["dense", "sparse", "colbert", "hybrid", "bm25"]
 Fusion = Literal["weighted", "rrf"]
 Level = Literal["document", "chunk"]
+RankingFormat = Literal["trec", "jsonl"]
 Terms = Literal["m3", "plain"]
 
 
@@ -20,11 +22,15 @@ class SearchRequest:
     folder: str
     queries: str
     out: str | None = None
+    format: RankingFormat | None = None
+    "None: by the ending of `out`; on a terminal a table"
     mode: Mode | None = None
     top_k: int = 100
     level: Level = "document"
     weights: tuple[float, float, float] | None = None
     candidates: int | None = None
+    candidates_by: tuple[Output, ...] | None = None
+    "of dense and sparse; None: both, as far as the folder has them"
     fusion: Fusion | None = None
     input_format: str = "auto"
     query_field: str | None = None
@@ -38,5 +44,5 @@ class SearchRequest:
     max_batch_tokens: int | None = None
     tokenizer: Terms | None = None
     "of BM25; None: 'm3'"
-    corpus_input: str | None = None
+    corpus_inputs: tuple[str, ...] = ()
     "what the folder was encoded from, for BM25"

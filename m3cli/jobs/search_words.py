@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +12,7 @@ from m3cli.config import EncodeRequest
 from m3cli.corpus.plan import plan_shards
 from m3cli.corpus.reader import read_shards
 from m3cli.corpus.sources import find_sources
+from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import ForeignFolder, UsageError
 from m3cli.jobs.run import open_checkpoint, parse_run
 from m3cli.jobs.search_folder import Found
@@ -34,7 +36,7 @@ def open_terms(folder: OutputFolder, request: SearchRequest) -> Terms:
     """
     import_bm25s()
     assert folder.run is not None
-    if request.corpus_input is None and not folder.run["meaning"]["keep_text"]:
+    if not request.corpus_inputs and not folder.run["meaning"]["keep_text"]:
         raise UsageError(
             f"--mode bm25: {folder.path.name} has no text; encode it with --keep-text, or name the corpus with --input"
         )
@@ -61,28 +63,40 @@ def search_texts(folder: OutputFolder, queries: Queries, terms: Terms, request: 
 
 
 def search_input(
-    folder: OutputFolder, queries: Queries, terms: Terms, request: SearchRequest, progress: Progress
+    folder: OutputFolder,
+    queries: Queries,
+    terms: Terms,
+    request: SearchRequest,
+    progress: Progress,
+    *,
+    stdin: PeekableStream | None = None,
 ) -> list[QueryHits]:
     """Rank the documents of the corpus itself, whole ones, by BM25; those that the folder lacks are left out.
+
+    How many of either the other lacks is said.
 
     Raises:
         ForeignFolder: the folder has none of them.
     """
     index, ids, strange = Bm25Index(terms), list[str](), 0
     there = {name for names, _ in iter_ids(folder.path, folder.entries) for name in names.to_pylist()}
-    for names, texts in _read_input(folder, request):
+    for names, texts in _read_input(folder, request, stdin):
         mine = [number for number, name in enumerate(names) if name in there]
         strange += len(names) - len(mine)
         ids += [names[number] for number in mine]
         index.add([texts[number] for number in mine])
+    given = f"--input {' '.join(request.corpus_inputs)}"
     if not ids:
         raise ForeignFolder(
-            f"--input {request.corpus_input} has none of the documents of {folder.path.name}: give the corpus that "
-            "it was encoded from"
+            f"{given} has none of the documents of {folder.path.name}: give the corpus that it was encoded from"
         )
     if strange:
+        progress.say(f"{strange:,} documents of {given} are not in {folder.path.name}: not searched")
+    lacking = len(there.difference(ids))
+    if lacking:
         progress.say(
-            f"{strange:,} documents of --input {request.corpus_input} are not in {folder.path.name}: not searched"
+            f"{lacking:,} documents of {folder.path.name} are not in {given}: not searched; name all that it was "
+            "encoded from, --input once for each"
         )
     numbers: dict[str, int] = {}
     keys = np.array([numbers.setdefault(name, len(numbers)) for name in ids], np.int64)
@@ -90,7 +104,7 @@ def search_input(
     bounds = np.searchsorted(ranked.query, np.arange(len(queries.ids) + 1))
     hits = []
     for number, (first, last) in enumerate(pairwise(bounds.tolist())):
-        unknown, scores = np.full(last - first, -1, np.int64), ranked.score[first:last]
+        scores = ranked.score[first:last]
         hits.append(
             QueryHits(
                 query=queries.ids[number],
@@ -98,9 +112,9 @@ def search_input(
                 ids=tuple(ids[row] for row in ranked.row[first:last]),
                 scores=scores,
                 parts={"bm25": scores},
-                chunk_index=unknown,
-                char_start=unknown,
-                char_end=unknown,
+                chunk_index=None,
+                char_start=None,
+                char_end=None,
                 texts=(None,) * (last - first),
             )
         )
@@ -114,15 +128,17 @@ def _rank(index: Bm25Index, queries: Queries, request: SearchRequest, *, places:
     return top.finish()
 
 
-def _read_input(folder: OutputFolder, request: SearchRequest) -> Iterator[tuple[list[str], list[str]]]:
+def _read_input(
+    folder: OutputFolder, request: SearchRequest, stdin: PeekableStream | None
+) -> Iterator[tuple[list[str], list[str]]]:
     """Yield ids and texts of the corpus, read as the folder says it was read."""
     assert folder.run is not None
-    assert request.corpus_input is not None
     meaning = parse_run(folder.run).meaning
-    sources = find_sources((request.corpus_input,))
+    fields = replace(meaning.fields, kept=())  # what was copied beside the texts is no part of them
+    sources = find_sources(request.corpus_inputs, stdin=stdin, format_flag=None)
     plan = plan_shards(
         sources,
-        fields=meaning.fields,
+        fields=fields,
         shard_size=meaning.shard_size,
         limit=meaning.limit,
         max_row_bytes=meaning.max_row_bytes,
@@ -130,11 +146,12 @@ def _read_input(folder: OutputFolder, request: SearchRequest) -> Iterator[tuple[
     shards = read_shards(
         sources,
         plan=plan,
-        fields=meaning.fields,
+        fields=fields,
         schema=None,
         title_sep=meaning.title_sep,
         max_row_bytes=meaning.max_row_bytes,
         ask=lambda _: "read",
+        stdin=stdin,
     )
     for shard in shards:
         yield [document.id for document in shard.documents], [document.text for document in shard.documents]

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from m3cli.corpus.field_flags import ENCODE_FLAGS, FieldFlags
+from m3cli.corpus.field_flags import FieldFlags
 from m3cli.corpus.fields import kept_schema, resolve_fields
 from m3cli.corpus.plan import plan_shards
 from m3cli.corpus.reader import Action, read_shards
@@ -19,6 +19,7 @@ from m3cli.records import Shard
 from m3cli.store.passages import iter_passages
 from m3cli.store.reader import open_folder
 
+_FLAGS = FieldFlags(format=None)
 _SHARD_BYTES = 8 << 20
 "of text, held while they are looked through"
 
@@ -34,7 +35,7 @@ class TextSource:
     text_field: str | None = None
     title_field: str | None = None
     title_sep: str = "\n"
-    field_flags: FieldFlags = ENCODE_FLAGS
+    field_flags: FieldFlags = _FLAGS
     "for messages"
 
     def find_texts(self, wanted: Collection[str]) -> Iterator[tuple[str, str]]:
@@ -59,7 +60,7 @@ class TextSource:
         yield from iter_passages(open_folder(Path(self.given)), wanted)
 
     def _iter_files(self, wanted: Collection[str]) -> Iterator[tuple[str, str]]:
-        sources = find_sources([self.given])
+        sources = find_sources([self.given], format_flag=self.field_flags.format)
         fields = resolve_fields(
             sources,
             id_field=self.id_field,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,10 @@ def plain_terms(texts: Sequence[str]) -> list[list[str]]:
 
 
 class Bm25Index:
-    """Texts as an inverted index; all of it is held, about 12 bytes for each different term of a text."""
+    """Texts as an inverted index; all of it is held.
+
+    4 bytes a token, and about 24 for each different term of a text while bm25s makes the index, 8 from then on.
+    """
 
     def __init__(self, terms: Terms) -> None:
         self._terms = terms
@@ -50,14 +53,27 @@ class Bm25Index:
         if not self._numbers:
             return
         index = bm25s.BM25(method="lucene", k1=K1, b=B)
-        texts = [text.tolist() for text in self._texts]
-        index.index((texts, {str(number): number for number in range(len(self._numbers))}), show_progress=False)
+        vocabulary = {str(number): number for number in range(len(self._numbers))}
+        index.index(bm25s.tokenization.Tokenized(ids=_Lists(self._texts), vocab=vocabulary), show_progress=False)
         for number, found in enumerate(self._terms(queries)):
             known = [self._numbers[term] for term in found if term in self._numbers]
             if known:
                 scores = index.get_scores_from_ids(known)
                 rows = np.flatnonzero(scores > top.thresholds[number])
                 top.offer(np.full(len(rows), number), places[rows], keys[rows], scores[rows].astype(np.float32))
+
+
+class _Lists:
+    """Arrays that are lists while they are looked at: bm25s goes over them twice, and Python's ints are large."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self._arrays = arrays
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (array.tolist() for array in self._arrays)
 
 
 def import_bm25s() -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from m3cli.config import ALL_OUTPUTS
 from m3cli.errors import UsageError
 from m3cli.records import Output
 
@@ -26,12 +27,11 @@ MODES = tuple(PARTS)
 "in the order of the output's columns"
 Weights = tuple[float, float, float]
 DEFAULT_WEIGHTS: Weights = (1.0, 1.0, 1.0)
-_ORDER: tuple[Output, ...] = ("dense", "sparse", "colbert")
 
 
 def parts_of(modes: Sequence[str]) -> tuple[Output, ...]:
     """Return what must be computed for some modes, in the order dense, sparse, colbert."""
-    return tuple(output for output in _ORDER if any(output in PARTS[mode] for mode in modes))
+    return tuple(output for output in ALL_OUTPUTS if any(output in PARTS[mode] for mode in modes))
 
 
 def modes_of(outputs: Sequence[Output]) -> tuple[str, ...]:
@@ -42,7 +42,7 @@ def modes_of(outputs: Sequence[Output]) -> tuple[str, ...]:
 def check_weights(modes: Sequence[str], weights: Weights) -> None:
     """Refuse weights that leave nothing to divide by in one of the modes."""
     for mode in modes:
-        if len(PARTS[mode]) > 1 and sum(weights[_ORDER.index(output)] for output in PARTS[mode]) == 0:
+        if len(PARTS[mode]) > 1 and sum(weights[ALL_OUTPUTS.index(output)] for output in PARTS[mode]) == 0:
             raise UsageError(
                 f"--weights {','.join(f'{weight:g}' for weight in weights)}: the weights of {mode} sum to 0; "
                 f"change them, or leave {mode} out with --modes"
@@ -53,7 +53,7 @@ def combine_scores(
     scores: Mapping[Output, NDArray[np.float32]], modes: Sequence[str], *, weights: Weights = DEFAULT_WEIGHTS
 ) -> dict[str, NDArray[np.float32]]:
     """Return [P] float32 for each mode: its part, or the weighted average of its parts."""
-    by_output = dict(zip(_ORDER, weights, strict=True))
+    by_output = dict(zip(ALL_OUTPUTS, weights, strict=True))
     combined: dict[str, NDArray[np.float32]] = {}
     for mode in modes:
         parts = PARTS[mode]

@@ -25,18 +25,13 @@ class _Document:
     """A document whose rows are being read."""
 
     id: str
-    own: str = ""
-    "text of the row that stands for the whole document"
     text: str = ""
     "of the chunks so far"
     chunks: int = 0
     end: int = 0
 
-    def add(self, *, chunk_index: int, char_start: int, char_end: int, text: str) -> None:
+    def add(self, *, char_start: int, char_end: int, text: str) -> None:
         """Add the next row."""
-        if chunk_index < 0:
-            self.own = text
-            return
         gap = " " if self.chunks and char_start > self.end else ""
         self.text += gap + text[max(0, self.end - char_start) :]
         self.chunks += 1
@@ -50,6 +45,8 @@ class _Document:
 def iter_passages(folder: OutputFolder, wanted: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yield the id and text of each wanted document, in the folder's order.
 
+    A document's own row, which `--long-docs both` puts behind its chunks, says nothing new.
+
     Raises:
         UsageError: the folder has kept no texts.
     """
@@ -60,15 +57,14 @@ def iter_passages(folder: OutputFolder, wanted: Collection[str]) -> Iterator[tup
     values = pa.array(sorted(wanted), pa.string())
     document: _Document | None = None
     for part in iter_parts(folder, outputs=(), columns=_COLUMNS):
-        hits = np.flatnonzero(pc.is_in(part.rows.column("id"), value_set=values).to_numpy(zero_copy_only=False))
+        named = pc.is_in(part.rows.column("id"), value_set=values).to_numpy(zero_copy_only=False)
+        hits = np.flatnonzero(named & (part.rows.column("chunk_index").to_numpy() >= 0))
         for row in part.rows.take(pa.array(hits)).to_pylist():
             name, index = row["id"], row["chunk_index"]
             if document is None or not document.continues(name, index):
                 if document is not None:
-                    yield document.id, document.text or document.own
+                    yield document.id, document.text
                 document = _Document(id=name)
-            document.add(
-                chunk_index=index, char_start=row["char_start"], char_end=row["char_end"], text=row[TEXT_COLUMN]
-            )
+            document.add(char_start=row["char_start"], char_end=row["char_end"], text=row[TEXT_COLUMN])
     if document is not None:
-        yield document.id, document.text or document.own
+        yield document.id, document.text

@@ -37,26 +37,28 @@ class RankingWriter(Protocol):
         """Write what was found for all queries."""
 
 
-def ranking_format(out: str | None) -> str:
-    """Return trec or jsonl by a file's ending; trec for standard output."""
-    return choose_format(out, RANKING_FORMATS, stdout="trec")
+def ranking_format(out: str | None, *, typed: str | None = None) -> str:
+    """Return trec or jsonl: what was typed, or by a file's ending, or trec for standard output."""
+    return typed or choose_format(out, RANKING_FORMATS, stdout="trec")
 
 
 @contextmanager
-def open_ranking(out: str | None, stdout: BinaryIO, *, tag: str) -> Iterator[RankingWriter]:
-    """Open a ranking; a file is there when it is whole.
+def open_ranking(out: str | None, stdout: BinaryIO, *, kind: str, tag: str) -> Iterator[RankingWriter]:
+    """Open a ranking, `kind` being trec or jsonl; a file is there when it is whole.
 
     Raises:
-        UsageError: no format has that ending.
         OutputError: the file cannot be written.
     """
-    kind = ranking_format(out)
     if out is None or out == "-":
-        yield TrecRanking(stdout, tag)
+        yield _write_as(kind, stdout, tag)
         stdout.flush()
         return
     with publish_beside(Path(out).absolute()) as file:
-        yield TrecRanking(file, tag) if kind == "trec" else JsonRanking(file)
+        yield _write_as(kind, file, tag)
+
+
+def _write_as(kind: str, stream: BinaryIO, tag: str) -> RankingWriter:
+    return TrecRanking(stream, tag) if kind == "trec" else JsonRanking(stream)
 
 
 class TrecRanking:
@@ -90,7 +92,8 @@ def _refuse_breaks(found: QueryHits) -> None:
     for what, name in [("query", found.query), *(("document", name) for name in found.ids)] if found.ids else []:
         if _BREAKS.search(name):
             raise UsageError(
-                f"the {what} {name[:80]!r}: a TREC run cannot hold ids with tabs or line breaks; write --out NAME.jsonl"
+                f"the {what} {name[:80]!r}: a TREC run cannot hold ids with tabs or line breaks; write "
+                "--out NAME.jsonl, or say --format jsonl"
             )
 
 
@@ -111,16 +114,15 @@ class JsonRanking:
 
 
 def _describe_hit(found: QueryHits, place: int) -> dict[str, Any]:
-    start, end, text = int(found.char_start[place]), int(found.char_end[place]), found.texts[place]
     hit: dict[str, Any] = {
         "id": found.ids[place],
         "rank": place + 1,
         "score": float(found.scores[place]),
         "scores": {name: float(values[place]) for name, values in found.parts.items()},
-        "chunk_index": int(found.chunk_index[place]),
-        "char_start": start,
-        "char_end": end,
     }
+    known = {"chunk_index": found.chunk_index, "char_start": found.char_start, "char_end": found.char_end}
+    hit |= {name: int(values[place]) for name, values in known.items() if values is not None}
+    text = found.texts[place]
     if text is not None:
         hit["snippet"] = text[:SNIPPET_LENGTH]
     return hit

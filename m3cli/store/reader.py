@@ -72,10 +72,12 @@ def open_folder(path: Path) -> OutputFolder:
         raise UsageError(f"{path}: no such folder")
     if not is_ours(root):
         raise UsageError(f"{path} is not an m3 folder: it has no _m3/run.json")
+    # The manifest first: if a run finishes in between, entries that are older than it would pass for all there are.
+    manifest = read_manifest(root)
     entries, faults = read_entries(root)
     if faults:
         raise DamageFound(f"{faults[0]}; 'm3 check {path}' lists all damage")
-    return OutputFolder(path=root, run=read_run(root), entries=entries, manifest=read_manifest(root))
+    return OutputFolder(path=root, run=read_run(root), entries=entries, manifest=manifest)
 
 
 def iter_parts(

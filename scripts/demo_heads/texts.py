@@ -5,7 +5,6 @@ Neither package has text of the retrieval set, which is LibreOffice's help.
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -144,8 +143,3 @@ def _plain(lang: str) -> str:
 
 def _mixing_key(pair: Pair) -> bytes:
     return hashlib.blake2b(f"{pair.lang} {pair.title}".encode(), digest_size=8).digest()
-
-
-def count_languages(pairs: Iterable[Pair]) -> dict[str, int]:
-    """Return the number of pairs of each language."""
-    return dict(Counter(pair.lang for pair in pairs))

@@ -1,12 +1,13 @@
 """The protocol behind the published numbers, one language at a time, by m3's own commands; every step is kept.
 
     encode corpus (dense, sparse) -> search: dense, sparse, dense+sparse          the 1,000 best of each query
-    candidates: the 200 best by dense and the 200 best by sparse, of all queries
+    candidates: the 200 best by dense, of all queries (or by dense and sparse)
     encode candidates (all outputs) -> search: multi-vec, all                     re-ranked, the 200 best
     eval
 
 ColBERT matrices of a whole corpus are terabytes (33 million English passages of MIRACL: about 9 TB), and only those of
-candidates are ever looked at. Among the candidates every query finds the same ones as in the whole corpus.
+candidates are ever looked at. Among the candidates every query finds the same ones as in the whole corpus. What depends
+on how candidates are found and stored lies in a folder of its own, so that both ways can be had side by side.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ class Settings:
     max_length: int
     title_sep: str
     weights: dict[str, str]
+    candidates_by: str
+    "dense, as published, or dense,sparse"
+    colbert_dtype: str
+    "of the candidates' ColBERT vectors on disk"
     device: tuple[str, ...]
     "flags of device and dtype, for commands that load a model"
 
@@ -61,23 +66,27 @@ def measure_language(files: Files, lang: str, settings: Settings) -> dict[str, f
     for name, run in runs.items():
         search(corpus, files.queries, run, settings, "--mode", name, "--top-k", str(DEPTH))
     runs["dense+sparse"] = blend(corpus, files.queries, "dense+sparse", settings, depth=DEPTH)
-    few = room / "candidates.jsonl"
-    if not few.exists():
-        write_candidates(files.corpus, [runs["dense"], runs["sparse"]], few, title_sep=settings.title_sep)
-    candidates = room / "candidates.m3"
-    encode(few, candidates, settings, outputs="dense,sparse,colbert")
+    few = room / f"{settings.candidates_by.replace(',', '+')}-{settings.colbert_dtype}"
+    few.mkdir(exist_ok=True)
+    texts, candidates = few / "candidates.jsonl", few / "candidates.m3"
+    if not texts.exists():
+        lists = [runs[name] for name in settings.candidates_by.split(",")]
+        write_candidates(files.corpus, lists, texts, title_sep=settings.title_sep)
+    stored = ("--colbert-dtype", settings.colbert_dtype)
+    encode(texts, candidates, settings, *stored, outputs="dense,sparse,colbert")
+    by = ("--candidates-by", settings.candidates_by)
     for name in ("multi-vec", "all"):
-        runs[name] = blend(candidates, files.queries, name, settings, depth=CANDIDATES)
+        runs[name] = blend(candidates, files.queries, name, settings, *by, depth=CANDIDATES)
     ordered = [str(runs[method]) for method in METHODS]
     found = json.loads(call("eval", *ordered, str(files.qrels), "--measures", "nDCG@10", "--json"))
     worth = (run["measures"]["nDCG@10"] for run in found["runs"])
     return {method: 100 * value for method, value in zip(METHODS, worth, strict=True)}
 
 
-def encode(source: Path, out: Path, settings: Settings, *, outputs: str) -> None:
+def encode(source: Path, out: Path, settings: Settings, *flags: str, outputs: str) -> None:
     """Encode, go on, or find that it is done; passages are cut as they were for the published numbers."""
     length = ("--max-length", str(settings.max_length), "--long-docs", "truncate", "--title-sep", settings.title_sep)
-    call("encode", str(source), "--out", str(out), "--outputs", outputs, *length, *_model(settings))
+    call("encode", str(source), "--out", str(out), "--outputs", outputs, *length, *flags, *_model(settings))
 
 
 def search(folder: Path, queries: Path, run: Path, settings: Settings, *flags: str) -> None:
@@ -86,12 +95,12 @@ def search(folder: Path, queries: Path, run: Path, settings: Settings, *flags: s
         call("search", str(folder), "--queries", str(queries), *flags, "--out", str(run), *_model(settings))
 
 
-def blend(folder: Path, queries: Path, method: str, settings: Settings, *, depth: int) -> Path:
+def blend(folder: Path, queries: Path, method: str, settings: Settings, *flags: str, depth: int) -> Path:
     """Search by several outputs together; another weight gives another run."""
     weights = settings.weights[method]
     run = folder.parent / f"{method}-{weights.replace(',', '_')}.trec"
-    flags = ("--mode", "hybrid", "--weights", weights, "--candidates", str(depth), "--top-k", str(depth))
-    search(folder, queries, run, settings, *flags)
+    hybrid = ("--mode", "hybrid", "--weights", weights, "--candidates", str(depth), "--top-k", str(depth))
+    search(folder, queries, run, settings, *hybrid, *flags)
     return run
 
 

@@ -35,6 +35,8 @@ class _Reader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in VOID:
+            if tag == "br":
+                self.handle_data(" ")  # or the words around it would be one
             return
         attributes = dict(attrs)
         name = attributes.get("class") or ""

@@ -78,3 +78,15 @@ def test_a_bad_line_is_named(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(CorpusError) as caught:
         read_qrels(write(tmp_path, text))
     assert words in str(caught.value)
+
+
+def test_a_passage_that_is_positive_and_negative_is_positive(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    row = {
+        "query_id": "q",
+        "positive_passages": [{"docid": "a"}],
+        "negative_passages": [{"docid": "a"}, {"docid": "b"}],
+    }
+    assert read_qrels(write(tmp_path, orjson.dumps(row))) == {"q": {"a": 1, "b": 0}}
+    assert (
+        "1 passages are positive and negative at once and count as positive, the first 'a' of query 'q'" in caplog.text
+    )

@@ -74,8 +74,10 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, words: str) -> None:
 
 
 def test_what_is_no_run_at_all(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="is empty"):
+    with pytest.raises(CorpusError, match="is empty, no run"):
         read_run(write(tmp_path, ""))
+    with pytest.raises(CorpusError, match="standard input is empty: there is no run in it"):
+        read_run("-", stdin=PeekableStream(io.BytesIO(b"")))
     with pytest.raises(CorpusError, match="holds no line of a run"):
         read_run(write(tmp_path, "\n \n"))
     with pytest.raises(CorpusError, match="is a folder"):
@@ -85,3 +87,11 @@ def test_what_is_no_run_at_all(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"q1 Q0 \xe4 1 1 t\n")
     with pytest.raises(CorpusError, match="line 1: not UTF-8"):
         read_run(str(tmp_path / "latin"))
+
+
+def test_a_pattern_that_names_several_files_is_refused(tmp_path: Path) -> None:
+    for name in ("a.tsv", "b.tsv"):
+        write(tmp_path, RUN, name)
+    with pytest.raises(CorpusError, match=r"\*\.tsv matches 2 files, a\.tsv and others; name one"):
+        read_run(str(tmp_path / "*.tsv"))
+    assert read_run(str(tmp_path / "a*.tsv")) == PARSED

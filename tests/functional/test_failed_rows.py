@@ -199,3 +199,20 @@ def test_another_error_of_the_device_is_not_taken_for_memory(
     (tmp_path / "c.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8")
     with pytest.raises(RuntimeError, match="driver"):
         m3_here("encode", "c.jsonl", "--model", tiny_m3, "--dtype", "float32")
+
+
+def test_a_query_that_cannot_be_encoded_is_counted_and_the_others_are_searched_for(
+    m3_here: M3, tmp_path: Path, broken_m3: Path
+) -> None:
+    write_corpus(tmp_path / "a.jsonl", frozenset())
+    assert m3_here("encode", "a.jsonl", "--model", broken_m3, "--dtype", "float32").returncode == 3
+    queries = [{"id": "good", "text": "word8 word16"}, {"id": "bad", "text": f"word3 {POISON}"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries), encoding="utf-8")
+    arguments = ("search", "a.m3", "--model", broken_m3, "--dtype", "float32", "-k", "1", "--queries")
+    done = m3_here(*arguments, "q.jsonl")
+    assert done.returncode == 3, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["good"]
+    assert "1 of 2 queries cannot be encoded; the first, 'bad': " in done.stderr
+    done = m3_here(*arguments, POISON)
+    assert (done.returncode, done.stdout) == (5, "")
+    assert "1 of 1 queries cannot be encoded; the first, 'query': " in done.stderr.splitlines()[-1]

@@ -68,6 +68,7 @@ def test_explain_as_json(m3: Callable[..., Completed], tiny_m3: Path, pairs: Pat
         (["--weights", "nan,1,1"], 2, "expected three numbers"),
         (["--modes", "dense,bm25"], 2, "--modes 'dense,bm25'"),
         (["--chunks", "last"], 2, "--chunks 'last'"),
+        (["--chunks", "mean"], 2, "--chunks mean with pairs of texts: only documents of folders have chunks"),
         (["--dtype", "float8"], 2, "--dtype 'float8'"),
         (["--out", "scores.csv"], 2, "ending tells the format"),
         (["--query-field", "nosuch"], 4, "no column 'nosuch'"),

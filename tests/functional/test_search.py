@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,7 +48,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, encode_with: EncodeWith) -> 
 @pytest.fixture
 def search(place: Path, tiny_m3: Path, m3_here: Callable[..., Completed]) -> Callable[..., Completed]:
     def search(*arguments: object, folder: str = "c.m3", model: Path | None = tiny_m3) -> Completed:
-        named = () if model is None else ("--model", model, "--dtype", "float32", "--device", "cpu")
+        named: tuple[object, ...] = () if model is None else ("--model", model, "--dtype", "float32", "--device", "cpu")
+        if "bm25" in arguments:
+            named = named[:2]
+        elif place / "q.m3" in arguments:
+            named = named[-2:]
         return m3_here("search", place / folder, *arguments, *named)
 
     return search
@@ -109,6 +115,20 @@ def test_json_lines_tell_of_chunks(search: Callable[..., Completed], tmp_path: P
     assert {path.name for path in tmp_path.iterdir()} == {"x.jsonl"}, "no temporary file stays"
 
 
+def test_json_lines_on_standard_output(search: Callable[..., Completed]) -> None:
+    done = search("--queries", "a quick fox", "--mode", "dense", "--format", "jsonl", "-k", "2")
+    (found,) = map(json.loads, done.stdout.splitlines())
+    assert [hit["rank"] for hit in found["hits"]] == [1, 2]
+    assert "snippet" in found["hits"][0]
+
+
+def test_what_is_not_known_of_a_hit_is_not_told(search: Callable[..., Completed], place: Path) -> None:
+    arguments = ("--queries", "fox", "--mode", "bm25", "--tokenizer", "plain", "--input", place / "c.jsonl")
+    done = search(*arguments, "--format", "jsonl", folder="bare.m3", model=None)
+    (found,) = map(json.loads, done.stdout.splitlines())
+    assert set(found["hits"][0]) == {"id", "rank", "score", "scores"}
+
+
 def test_rows_that_are_no_queries_are_counted(search: Callable[..., Completed], tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text('{"id": "a", "query": "fox"}\n{"id": "b", "query": ""}\nnothing\n')
@@ -145,6 +165,40 @@ def test_bm25_finds_only_what_the_folder_has(search: Callable[..., Completed], p
     assert "has none of the documents of bare.m3" in done.stderr
 
 
+def test_bm25_over_the_corpus_of_a_folder_with_kept_fields(
+    m3_here: Callable[..., Completed], encode_with: EncodeWith, tmp_path: Path
+) -> None:
+    rows = [{"id": "a", "text": "red fox", "k": "x"}, {"id": "b", "text": "brown dog", "k": "y"}]
+    corpus = write_jsonl(tmp_path / "c.jsonl", rows)
+    assert encode_with(corpus, out=tmp_path / "kept.m3", outputs=("dense",), keep_fields=("k",)) == 0
+    done = m3_here("search", "kept.m3", "-q", "fox", "--mode", "bm25", "--tokenizer", "plain", "--input", corpus)
+    assert (done.returncode, columns(done, 2)) == (0, ["a"])
+
+
+def test_bm25_counts_what_the_input_lacks_and_takes_several(
+    m3_here: Callable[..., Completed], encode_with: EncodeWith, tmp_path: Path
+) -> None:
+    one = write_jsonl(tmp_path / "one.jsonl", [{"id": "a", "text": "red fox"}])
+    two = write_jsonl(tmp_path / "two.jsonl", [{"id": "b", "text": "brown fox"}, {"id": "c", "text": "grey dog"}])
+    assert encode_with(one, two, out=tmp_path / "both.m3", outputs=("dense",)) == 0
+    arguments = ("search", "both.m3", "-q", "fox", "--mode", "bm25", "--tokenizer", "plain", "--input")
+    done = m3_here(*arguments, one)
+    assert (done.returncode, columns(done, 2)) == (0, ["a"])
+    assert "2 documents of both.m3 are not in --input" in done.stderr
+    assert "--input once for each" in done.stderr
+    done = m3_here(*arguments, one, "--input", two)
+    assert (done.returncode, sorted(columns(done, 2))) == (0, ["a", "b"])
+    assert "are not in" not in done.stderr
+
+
+def test_bm25_reads_the_corpus_from_standard_input(place: Path) -> None:
+    arguments = [str(place / "bare.m3"), "-q", "fox", "--mode", "bm25", "--tokenizer", "plain", "--input", "-"]
+    command = [sys.executable, "-m", "m3cli", "search", *arguments]
+    text = (place / "c.jsonl").read_text(encoding="utf-8")
+    done = subprocess.run(command, cwd=ROOT, input=text, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()[2]) == (0, "fox"), done.stderr
+
+
 def test_a_query_file_without_text_names_the_flags_of_search(search: Callable[..., Completed], tmp_path: Path) -> None:
     done = search("--queries", write_jsonl(tmp_path / "q.jsonl", [{"id": "a", "words": "x"}]))
     assert done.returncode == 4
@@ -168,6 +222,7 @@ def test_a_query_file_without_text_names_the_flags_of_search(search: Callable[..
         ("c.m3", ["--queries", "x", "--mode", "best"], 2, "--mode 'best': expected dense, sparse, colbert"),
         ("c.m3", ["--queries", "x", "--weights", "1,2"], 2, "--weights '1,2'"),
         ("c.m3", ["--queries", "x", "--mode", "dense", "--weights", "1,1,1"], 2, "--weights is for --mode hybrid"),
+        ("c.m3", ["--queries", "x", "--candidates-by", "colbert"], 2, "--candidates-by 'colbert': expected dense"),
         ("c.m3", ["--queries", "x", "--out", "x.csv"], 2, "--out x.csv: its ending tells the format"),
         ("c.m3", ["--queries", "x", "--out", "no/such/x.trec", "--model", "nowhere"], 6, "there is no folder"),
         ("nosuch.m3", ["--queries", "x", "--out", "no/such/x.trec"], 6, "cannot write no/such/x.trec"),
@@ -175,6 +230,7 @@ def test_a_query_file_without_text_names_the_flags_of_search(search: Callable[..
         ("bare.m3", ["--queries", "x", "--mode", "sparse"], 2, "encode the corpus again with --outputs dense,sparse"),
         ("bare.m3", ["--queries", "x", "--mode", "hybrid"], 2, "only dense: use --mode dense"),
         ("bare.m3", ["--queries", "x", "--mode", "bm25"], 2, "encode it with --keep-text, or name the corpus"),
+        ("c.m3", ["--queries", "-", "--mode", "bm25", "--input", "-"], 2, "standard input can be read once"),
         ("c.m3", ["--queries", "x", "--model", "nowhere"], 5, "nowhere"),
     ],
 )
@@ -211,6 +267,23 @@ def test_two_queries_of_one_id_are_refused(search: Callable[..., Completed], tmp
     assert "two queries have the id 'a'" in done.stderr
 
 
+def test_a_search_is_measured_in_one_pipe(place: Path, tiny_m3: Path, tmp_path: Path) -> None:
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tfox\t1\nq2\tdata\t1\n")
+    m3 = f"{shlex.quote(sys.executable)} -m m3cli"
+    folder, queries = shlex.quote(str(place / "c.m3")), shlex.quote(str(place / "q.jsonl"))
+    qrels = shlex.quote(str(tmp_path / "qrels.tsv"))
+    line = f"{m3} search {folder} --queries {queries} | {m3} eval - {qrels}"
+    environment = {**os.environ, "M3_MODEL": str(tiny_m3)}
+    command = ["bash", "-o", "pipefail", "-c", line]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    header, row = [printed.split("\t") for printed in done.stdout.splitlines()]
+    assert (header[0], row[0]) == ("run", "-")
+    assert row[header.index("Recall@100")] == "1.0000", "five documents are all found"
+    assert "hybrid: 2 queries" in done.stderr
+    assert "2 judged queries" in done.stderr
+
+
 def test_a_closed_pipe_ends_quietly(place: Path) -> None:
     arguments = [str(place / "c.m3"), "--queries", str(place / "q.m3"), "--progress", "none"]
     command = [sys.executable, "-m", "m3cli", "search", *arguments]
@@ -220,6 +293,18 @@ def test_a_closed_pipe_ends_quietly(place: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(timeout=120) == 0
+
+
+def test_the_table_of_hits_without_spans(tmp_path: Path) -> None:
+    ones = np.ones(1, np.float32)
+    found = QueryHits(
+        query="q", text="fox", ids=("a",), scores=ones, parts={}, chunk_index=None, char_start=None, char_end=None,
+        texts=(None,),
+    )  # fmt: skip
+    with (tmp_path / "shown").open("w+") as stream:
+        open_console(stream).print(hits_table(found))
+        stream.seek(0)
+        assert [line.split() for line in stream.read().splitlines()][1:] == [["#", "score", "id"], ["1", "1.0000", "a"]]
 
 
 def test_the_table_of_a_terminal(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_cuda_finds_what_the_cpu_finds(output: Any) -> None:
     for device in ("cpu", "cuda"):
         top = TopRows(20, limit=50)
         scan = open_scan(output, queries, vocabulary=VOCABULARY, device=device)
-        scan_part(scan, passages, top, rows=passages.rows, keys=passages.rows, seen=0)
+        scan_part(scan, passages, top, rows=passages.rows, find_keys=lambda rows: rows, seen=0)
         found.append(top.finish())
     assert found[1].score == pytest.approx(found[0].score, abs=1e-4)
     same = np.mean([len(np.intersect1d(*(each.row[each.query == query] for each in found))) for query in range(20)])

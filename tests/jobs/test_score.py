@@ -17,7 +17,7 @@ import pytest
 from m3cli.cli.app import run
 from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder.encode import BatchEncoder, FailedRow
-from m3cli.errors import CorpusError, ModelError, UsageError
+from m3cli.errors import CorpusError, ForeignFolder, ModelError, UsageError
 from m3cli.jobs import score_folders, score_texts
 from m3cli.jobs.score import ScoreRequest, score_pairs
 from m3cli.progress import Progress
@@ -298,6 +298,24 @@ def test_chunks_of_a_document(score_ids: Callable[..., Scored]) -> None:
     assert len({made.column("dense")[0] for made in (best, mean, first)}) > 1
 
 
+@pytest.mark.parametrize(
+    ("typed", "flag"),
+    [
+        ({"model": "x"}, "--model x"),
+        ({"dtype": "float32"}, "--dtype float32"),
+        ({"device": "cpu"}, "--device cpu"),
+        ({"max_query_length": 9}, "--max-query-length 9"),
+        ({"max_passage_length": 9}, "--max-passage-length 9"),
+    ],
+)
+def test_flags_of_a_model_are_refused_beside_folders(
+    score_ids: Callable[..., Scored], monkeypatch: pytest.MonkeyPatch, typed: dict[str, Any], flag: str
+) -> None:
+    monkeypatch.setenv("M3_MODEL", "not typed, so not refused")
+    with pytest.raises(UsageError, match=rf"{flag} with --queries .*Q.m3: the vectors of folders are there already"):
+        score_ids([("q0", "d1")], **typed)
+
+
 def test_a_trec_run_is_pairs(folders: Path, tmp_path: Path) -> None:
     path = tmp_path / "run.trec"
     path.write_text("q0 Q0 d1 1 2.5 x\nq1 Q0 d2 1 2.5 x\n", encoding="utf-8")
@@ -318,7 +336,7 @@ def test_folders_of_other_checkpoints_are_refused(folders: Path, monkeypatch: py
         return opened
 
     monkeypatch.setattr(score_folders, "open_folder", other)
-    with pytest.raises(UsageError, match="mean nothing"):
+    with pytest.raises(ForeignFolder, match="mean nothing"):
         Scored(
             ScoreRequest(
                 pairs=str(folders / "Q.jsonl"),

@@ -16,11 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from m3cli.config import ALL_OUTPUTS
-from m3cli.errors import UsageError
+from m3cli.errors import CorpusError, ForeignFolder, UsageError
 from m3cli.jobs.search import search_corpus
 from m3cli.jobs.search_request import SearchRequest
 from m3cli.progress import Progress
 from m3cli.records import Embeddings, Output
+from m3cli.retrieval.score import score_rows as score_pairs
 from m3cli.retrieval.search import kernels
 from m3cli.store import parquet
 from m3cli.store.folder import open_run_folder
@@ -112,7 +113,15 @@ def roll_up(scores: np.ndarray, ids: list[str]) -> dict[str, float]:
     return best
 
 
-def rank_naively(parts: Parts, ids: list[str], mode: str, *, candidates: int = 200, fusion: str = "weighted") -> Any:
+def rank_naively(
+    parts: Parts,
+    ids: list[str],
+    mode: str,
+    *,
+    candidates: int = 200,
+    fusion: str = "weighted",
+    weights: tuple[float, float, float] = (1, 1, 1),
+) -> Any:
     documents = {output: roll_up(values, ids) for output, values in parts.items()}
     documents["sparse"] = {name: score for name, score in documents["sparse"].items() if score > 0}
     if mode != "hybrid":
@@ -124,14 +133,19 @@ def rank_naively(parts: Parts, ids: list[str], mode: str, *, candidates: int = 2
     if fusion == "rrf":
         fused = {n: sum(1 / (61 + each.index(n)) for each in lists.values() if n in each) for n in chosen}
     else:
-        fused = {n: sum(documents[output].get(n, 0.0) for output in ALL_OUTPUTS) / 3 for n in chosen}
+        by_output = dict(zip(ALL_OUTPUTS, weights, strict=True))
+        fused = {
+            name: sum(weight * documents[output].get(name, 0.0) for output, weight in by_output.items()) / sum(weights)
+            for name in chosen
+        }
     return dict(sorted(fused.items(), key=lambda item: -item[1]))
 
 
 def run_search(folder: Path, queries: Path | str, **typed: Any) -> tuple[int, list[dict[str, Any]], str]:
     """Run the job; return its exit code, what it found, and what it said."""
     said, out = io.StringIO(), folder.parent / "found.jsonl"
-    request = SearchRequest(folder=str(folder), queries=str(queries), out=str(out), device="cpu", **typed)
+    device = None if typed.get("mode") == "bm25" else "cpu"
+    request = SearchRequest(folder=str(folder), queries=str(queries), out=str(out), device=device, **typed)
     code = search_corpus(request, progress=Progress("log", stream=said), stdout=io.BytesIO())
     return code, [json.loads(line) for line in out.read_text().splitlines()], said.getvalue()
 
@@ -225,6 +239,38 @@ def test_hits_say_where_they_are(folders: Callable[..., Path], format: str) -> N
     assert "1 queries of q.m3 have several chunks: the first stands for each" in said
 
 
+def test_a_run_reads_no_texts_and_no_spans(folders: Callable[..., Path]) -> None:
+    root = folders()
+    read: list[list[str]] = []
+    real = iter_parts
+
+    def watched(*given: Any, **named: Any) -> Iterator[Any]:
+        read.append(list(named["columns"]))
+        return real(*given, **named)
+
+    request = SearchRequest(folder=str(root / "c.m3"), queries=str(root / "q.m3"), device="cpu")
+    stdout = io.BytesIO()
+    with mock.patch("m3cli.store.hits.iter_parts", watched):
+        assert search_corpus(request, progress=Progress("none"), stdout=stdout) == 0
+    assert stdout.getvalue().startswith(b"q0 Q0 d")
+    assert {name for names in read for name in names} == {"id", "chunk_index"}
+
+
+def test_of_texts_only_the_beginning_is_held(folders: Callable[..., Path]) -> None:
+    root = folders()
+    with mock.patch("m3cli.jobs.search_folder.SNIPPET_LENGTH", 3):
+        _, found, _ = run_search(root / "c.m3", root / "q.m3", mode="dense", top_k=1)
+    assert len(found[0]["hits"][0]["snippet"]) == 3
+
+
+def test_fewer_candidates_than_hits_are_said(folders: Callable[..., Path]) -> None:
+    root = folders()
+    _, found, said = run_search(root / "c.m3", root / "q.m3", candidates=2, top_k=5)
+    assert "--candidates 2: at most 4 hits of a query are ranked, not --top-k 5" in said
+    assert all(len(each["hits"]) <= 4 for each in found)
+    assert "at most" not in run_search(root / "c.m3", root / "q.m3", candidates=3, top_k=5)[2]
+
+
 def test_chunks_as_hits(folders: Callable[..., Path]) -> None:
     root = folders()
     _, documents, _ = run_search(root / "c.m3", root / "q.m3", mode="dense")
@@ -232,30 +278,9 @@ def test_chunks_as_hits(folders: Callable[..., Path]) -> None:
     rows = sum(each.rows.num_rows for each in iter_parts(open_folder(root / "c.m3"), outputs=()))
     for whole, parts in zip(documents, chunks, strict=True):
         assert len(whole["hits"]) == 14
-        assert len(parts["hits"]) == rows
+        assert len(parts["hits"]) == rows - 1, "d00 is there twice, and so is its first chunk"
+        assert len({hit["id"] for hit in parts["hits"]}) == rows - 1, "a run has each name once"
         assert parts["hits"][0]["id"] == f"{whole['hits'][0]['id']}#{whole['hits'][0]['chunk_index']}"
-
-
-def test_own_rows_of_documents_are_not_found_beside_their_chunks(folders: Callable[..., Path]) -> None:
-    root = folders()
-
-    def other(path: Path) -> Any:
-        opened = open_folder(path)
-        assert opened.run is not None
-        return replace(opened, run={**opened.run, "meaning": {**opened.run["meaning"], "long_docs": "both"}})
-
-    real = iter_parts
-
-    def as_own(*given: Any, **named: Any) -> Iterator[Any]:
-        for part in real(*given, **named):
-            place = part.rows.column_names.index("chunk_index")
-            index = part.rows.column(place).to_numpy() - 1  # the first row of each document becomes its own
-            yield replace(part, rows=part.rows.set_column(place, "chunk_index", [index]))
-
-    with mock.patch("m3cli.jobs.search.open_folder", other), mock.patch("m3cli.store.hits.iter_parts", as_own):
-        _, found, _ = run_search(root / "c.m3", root / "q.m3", mode="dense", level="chunk")
-    assert all(hit["chunk_index"] >= 0 for each in found for hit in each["hits"])
-    assert len(found[0]["hits"]) == len([1 for shard in range(3) for place in range(5) for _ in range(place % 3)]) + 1
 
 
 def test_equal_scores_come_in_corpus_order(folders: Callable[..., Path], tmp_path: Path) -> None:
@@ -309,13 +334,42 @@ def test_re_ranking_reads_only_parts_that_hold_candidates(folders: Callable[...,
     def watched(*given: Any, **named: Any) -> Iterator[Any]:
         for part in real(*given, **named):
             if named.get("wanted") is not None:
-                read.append(len(np.intersect1d(part.keys, named["wanted"])))
+                read.append(len(np.intersect1d(part.places, named["wanted"])))
             yield part
 
     with mock.patch("m3cli.jobs.search_folder.iter_placed", watched):
         run_search(root / "c.m3", root / "q.m3", mode="hybrid", candidates=1)
     assert read
     assert all(read)
+
+
+def test_candidates_of_dense_alone_are_re_ranked_by_all(folders: Callable[..., Path]) -> None:
+    root = folders()
+    _, dense, _ = run_search(root / "c.m3", root / "q.m3", mode="dense", top_k=3)
+    _, found, _ = run_search(root / "c.m3", root / "q.m3", candidates=3, candidates_by=("dense",), top_k=3)
+    for best, ranked in zip(dense, found, strict=True):
+        assert {hit["id"] for hit in ranked["hits"]} == {hit["id"] for hit in best["hits"]}
+        scores = [np.mean([hit["scores"][output] for output in ALL_OUTPUTS]) for hit in ranked["hits"]]
+        assert [hit["score"] for hit in ranked["hits"]] == pytest.approx(scores, abs=1e-5)
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_candidates_are_scored_some_at_a_time(folders: Callable[..., Path]) -> None:
+    root = folders()
+    whole = run_search(root / "c.m3", root / "q.m3", mode="hybrid")
+    sizes: list[int] = []
+
+    def watched(queries: Any, passages: Any, query_rows: Any, *given: Any, **named: Any) -> Any:
+        sizes.append(len(query_rows))
+        return score_pairs(queries, passages, query_rows, *given, **named)
+
+    with (
+        mock.patch("m3cli.jobs.search_folder.BLOCK_PAIRS", 4),
+        mock.patch("m3cli.jobs.search_folder.score_rows", watched),
+    ):
+        in_blocks = run_search(root / "c.m3", root / "q.m3", mode="hybrid")
+    assert max(sizes) <= 4
+    assert in_blocks[1] == whole[1]
 
 
 def test_an_unfinished_folder_is_searched_and_said_to_be_one(tmp_path: Path) -> None:
@@ -344,11 +398,26 @@ def test_a_folder_without_colbert_is_searched_by_what_it_has(folders: Callable[.
     [
         ({"mode": "dense", "weights": (1.0, 1.0, 1.0)}, "--weights is for --mode hybrid, and this is dense"),
         ({"mode": "sparse", "fusion": "rrf"}, "--fusion is for --mode hybrid"),
+        ({"mode": "dense", "candidates_by": ("dense",)}, "--candidates-by is for --mode hybrid"),
         ({"mode": "dense", "tokenizer": "plain"}, "--tokenizer is for --mode bm25"),
         ({"mode": "bm25"}, "searches words"),
+        ({"mode": "bm25", "dtype": "float32"}, "--dtype float32 with --mode bm25: no model runs; leave --dtype out"),
+        ({"mode": "bm25", "query_prefix": "q: "}, "--query-prefix q:  with --mode bm25"),
+        ({"mode": "bm25", "tokenizer": "plain", "model": "x"}, "--model x with --tokenizer plain"),
+        ({"model": "x"}, "--model x with --queries .*q.m3: the queries of a folder are encoded already"),
+        ({"dtype": "float32"}, "--dtype float32 with --queries"),
+        ({"max_batch_tokens": 100}, "--max-batch-tokens 100 with --queries"),
+        ({"query_prefix": "query: "}, "--query-prefix query:  with --queries"),
+        ({"max_query_length": 9}, "--max-query-length 9 with --queries"),
+        ({"query_field": "q"}, "--query-field q with --queries"),
+        ({"query_id_field": "q"}, "--query-id-field q with --queries"),
+        ({"input_format": "tsv"}, "--input-format tsv with --queries"),
     ],
 )
-def test_flags_of_another_mode_are_refused(folders: Callable[..., Path], typed: dict[str, Any], words: str) -> None:
+def test_flags_that_would_change_nothing_are_refused(
+    folders: Callable[..., Path], typed: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("M3_MODEL", "not typed, so not refused")
     root = folders()
     with pytest.raises(UsageError, match=words):
         run_search(root / "c.m3", root / "q.m3", **typed)
@@ -358,5 +427,12 @@ def test_queries_of_another_checkpoint_are_refused(folders: Callable[..., Path])
     root = folders()
     with mock.patch.dict(CHECKPOINT, {"hashes": {"a": "2"}}):
         write_folder(root / "other.m3", [[("q", 1)]], seed=1)
-    with pytest.raises(UsageError, match="mean nothing"):
+    with pytest.raises(ForeignFolder, match="mean nothing"):
         run_search(root / "c.m3", root / "other.m3", mode="dense")
+
+
+def test_queries_of_one_id_are_refused_in_a_folder_too(folders: Callable[..., Path]) -> None:
+    root = folders()
+    write_folder(root / "twice.m3", [[("q", 1)], [("q", 2)]], seed=1)
+    with pytest.raises(CorpusError, match=r"twice.m3: two queries have the id 'q'"):
+        run_search(root / "c.m3", root / "twice.m3", mode="dense")

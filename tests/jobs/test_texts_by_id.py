@@ -50,3 +50,10 @@ def test_what_cannot_be_looked_up(tmp_path: Path) -> None:
         find(tmp_path / "c.jsonl", "a")
     with pytest.raises(CorpusError, match="no such file"):
         find(tmp_path / "nowhere", "a")
+
+
+def test_a_csv_file_is_refused_without_a_flag_that_nobody_has(tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_text("id,text\na,b\n")
+    with pytest.raises(CorpusError, match="CSV is not read") as caught:
+        list(TextSource(given=str(tmp_path / "q.csv"), flag="--queries").find_texts({"a"}))
+    assert "--input-format" not in str(caught.value)

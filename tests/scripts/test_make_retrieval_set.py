@@ -32,7 +32,7 @@ def filled(word: str, number: int) -> str:
 
 
 def test_a_page_is_its_heading_and_its_sentences() -> None:
-    assert read_page(HTML) == page("Saving Documents", "Press Ctrl+S.Done.", "A step with an icon.", "A note & more.")
+    assert read_page(HTML) == page("Saving Documents", "Press Ctrl+S. Done.", "A step with an icon.", "A note & more.")
 
 
 def test_a_page_without_a_heading_has_no_title() -> None:

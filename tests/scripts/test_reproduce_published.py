@@ -124,11 +124,12 @@ def test_miracl_on_a_stand_in_and_again(demo_m3: Path, tmp_path: Path) -> None:
         assert table[lang][0] > 90
         assert all(0 < value <= 100 for value in table[lang])
     runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.trec")}
-    assert sorted(path.name for path in runs if path.parent.name == "de") == [
-        "all-1_0.3_1.trec",
+    room = tmp_path / "work" / "de"
+    assert sorted(path.relative_to(room).as_posix() for path in runs if room in path.parents) == [
         "dense+sparse-1_0.3_0.trec",
         "dense-1000.trec",
-        "multi-vec-0_0_1.trec",
+        "dense-float16/all-1_0.3_1.trec",
+        "dense-float16/multi-vec-0_0_1.trec",
         "sparse-1000.trec",
     ]
 
@@ -146,13 +147,14 @@ def test_mldr_on_a_stand_in(demo_m3: Path, tmp_path: Path) -> None:
     done = reproduce(
         *("mldr", "--data", tmp_path / "data", "--model", demo_m3, "--work", tmp_path / "work"),
         *("--max-length", 256, "--weights", "0.2,0.4,0.4", "--device", "cpu"),
+        *("--candidates-by", "dense,sparse", "--colbert-dtype", "int8"),
     )
     assert done.returncode == 0, done.stderr
     table = read_table(done.stdout)
     assert list(table) == ["de", "average of 1"]
     assert table["de"] == table["average of 1"]
     assert table["de"][0] > 90
-    assert (tmp_path / "work" / "de" / "all-0.2_0.4_0.4.trec").exists()
+    assert (tmp_path / "work" / "de" / "dense+sparse-int8" / "all-0.2_0.4_0.4.trec").exists()
 
 
 def test_a_command_that_fails_ends_the_script_with_its_code(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from retrieval_set.beir import Entry, write_set
-from retrieval_set.table import OVERLAP, Measures, average, main, spell_table, write_overlap
+from retrieval_set.table import OVERLAP, Measures, average, judge_claims, main, spell_table, write_overlap
 
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.tokenizer import load_tokenizer
@@ -43,6 +43,16 @@ def test_the_table_has_the_best_of_a_row_in_bold() -> None:
     ]
 
 
+def test_what_is_claimed_is_held_against_the_numbers() -> None:
+    values = {"dense": 0.8, "sparse": 0.6, "ColBERT": 0.81, "all": 0.82, OVERLAP: 0.5}
+    mean = {mode: {"nDCG@10": value} for mode, value in values.items()}
+    assert [holds for _, holds in judge_claims(mean)] == [True] * 4
+    mean["ColBERT"] = mean["all"]
+    claims = judge_claims({**mean, OVERLAP: {"nDCG@10": 0.7}})
+    assert [holds for _, holds in claims] == [False, True, True, False]
+    assert claims[0][0] == "sparse is above term overlap in mean nDCG@10: 0.6000, 0.7000"
+
+
 def make_entries() -> list[Entry]:
     return [Entry(topic=topic, lang="en", text=text, query=query) for topic, (query, text) in TOPICS.items()]
 
@@ -69,4 +79,8 @@ def test_the_demo_model_answers_a_small_set(demo_m3: Path, tmp_path: Path, capsy
     assert list(table) == ["en", "mean", "cross (en)"]
     assert all(np.isclose(table["en"][mode]["nDCG@10"], 1) for mode in ("dense", "ColBERT", "all"))
     assert table["en"]["sparse"]["nDCG@10"] >= table["en"][OVERLAP]["nDCG@10"]
-    assert capsys.readouterr().out.startswith("| nDCG@10 | dense | sparse | ColBERT |")
+    shown = capsys.readouterr().out
+    assert shown.startswith("| nDCG@10 | dense | sparse | ColBERT |")
+    # All find everything here, so that none is above another.
+    assert "DOES NOT HOLD: all is above dense in mean nDCG@10: 1.0000, 1.0000" in shown
+    assert main([str(tmp_path / "set"), "--model", str(demo_m3), "--out", str(tmp_path), "--must-hold"]) == 1

@@ -36,19 +36,29 @@ def test_spans_that_overlap_give_the_text(text: str, steps: list[tuple[int, int]
     spans.append((spans[-1][1], len(text)))
     for number, (first, last) in enumerate(spans):
         assert document.continues("d", number)
-        document.add(chunk_index=number, char_start=first, char_end=last, text=text[first:last])
+        document.add(char_start=first, char_end=last, text=text[first:last])
     assert document.text == text
 
 
-def test_a_gap_is_a_blank_and_the_own_row_is_not_needed() -> None:
+def test_a_gap_is_a_blank() -> None:
     document = _Document(id="d")
-    document.add(chunk_index=-1, char_start=0, char_end=7, text="one\ntwo")
-    assert (document.text or document.own) == "one\ntwo"
-    document.add(chunk_index=0, char_start=0, char_end=3, text="one")
-    document.add(chunk_index=1, char_start=4, char_end=7, text="two")
+    document.add(char_start=0, char_end=3, text="one")
+    document.add(char_start=4, char_end=7, text="two")
     assert document.text == "one two"
     assert not document.continues("d", 0)
     assert not document.continues("e", 2)
+
+
+@pytest.mark.parametrize("form", ["parquet", "npy"])
+def test_a_document_with_a_row_of_its_own_is_given_once(
+    m3: Callable[..., Completed], tiny_m3: Path, tmp_path: Path, form: str
+) -> None:
+    (tmp_path / "c.jsonl").write_bytes(b"\n".join(orjson.dumps(row) for row in ROWS))
+    flags = ("--outputs", "dense", "--max-length", 16, "--long-docs", "both", "--format", form, "--model", tiny_m3)
+    assert m3("encode", "c.jsonl", *flags, "--keep-text").returncode == 0
+    found = list(iter_passages(open_folder(tmp_path / "c.m3"), {"a", "b"}))
+    assert [name for name, _ in found] == ["a", "b", "a"]
+    assert found[0][1].replace("\n", " ").split() == f"Titel {LONG}".split()
 
 
 @pytest.mark.parametrize("form", ["parquet", "npy"])

@@ -31,7 +31,7 @@ def make_hits(query: str, ids: tuple[str, ...], scores: list[float]) -> QueryHit
 
 def test_a_run_reads_back_as_it_was(tmp_path: Path) -> None:
     close = [0.7, float(np.nextafter(np.float32(0.7), np.float32(0)))]
-    with open_ranking(str(tmp_path / "x.trec"), io.BytesIO(), tag="t") as ranking:
+    with open_ranking(str(tmp_path / "x.trec"), io.BytesIO(), kind="trec", tag="t") as ranking:
         ranking.write([make_hits("q", ("b", "a c"), close), make_hits("none", (), [])])
         assert ranking.blanks == 1
     lines = (tmp_path / "x.trec").read_text().splitlines()
@@ -46,7 +46,7 @@ def test_a_run_reads_back_as_it_was(tmp_path: Path) -> None:
 def test_ids_that_break_lines_are_refused_and_leave_nothing(tmp_path: Path, name: str) -> None:
     with (
         pytest.raises(UsageError, match=r"cannot hold ids with tabs or line breaks; write --out NAME\.jsonl"),
-        open_ranking(str(tmp_path / "x.trec"), io.BytesIO(), tag="t") as ranking,
+        open_ranking(str(tmp_path / "x.trec"), io.BytesIO(), kind="trec", tag="t") as ranking,
     ):
         ranking.write([make_hits("q", (name,), [1.0])])
     assert list(tmp_path.iterdir()) == []
@@ -55,15 +55,19 @@ def test_ids_that_break_lines_are_refused_and_leave_nothing(tmp_path: Path, name
 def test_a_run_is_written_whole_or_not_at_all() -> None:
     stdout = io.BytesIO()
     good, bad = make_hits("q1", ("a", "b"), [2.0, 1.0]), make_hits("q2", ("c", "d\te"), [2.0, 1.0])
-    with pytest.raises(UsageError, match=r"document 'd\\te'"), open_ranking(None, stdout, tag="t") as ranking:
+    with (
+        pytest.raises(UsageError, match=r"document 'd\\te'"),
+        open_ranking(None, stdout, kind="trec", tag="t") as ranking,
+    ):
         ranking.write([good, bad])
     assert stdout.getvalue() == b""
-    with pytest.raises(UsageError, match=r"query 'q\\n'"), open_ranking(None, stdout, tag="t") as ranking:
+    with pytest.raises(UsageError, match=r"query 'q\\n'"), open_ranking(None, stdout, kind="trec", tag="t") as ranking:
         ranking.write([good, make_hits("q\n", ("a",), [1.0])])
     assert stdout.getvalue() == b""
 
 
 def test_endings() -> None:
     assert [ranking_format(out) for out in (None, "-", "x.RUN", "x.jsonl")] == ["trec", "trec", "trec", "jsonl"]
+    assert ranking_format("x.whatever", typed="jsonl") == ranking_format(None, typed="jsonl") == "jsonl"
     with pytest.raises(UsageError, match=r"x.tsv: its ending tells the format"):
         ranking_format("x.tsv")

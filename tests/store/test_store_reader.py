@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -13,6 +14,7 @@ from m3cli.errors import DamageFound, UsageError
 from m3cli.records import Embeddings
 from m3cli.store import parquet
 from m3cli.store.describe import describe
+from m3cli.store.entries import read_entries
 from m3cli.store.folder import open_run_folder
 from m3cli.store.reader import iter_parts, open_folder, read_shard
 from tests.store import samples
@@ -51,6 +53,21 @@ def test_parts_in_order_are_all_rows(tmp_path: Path, format: Format) -> None:  #
         assert part.rows.num_rows == len(rows)
     assert sum(len(part.embeddings.rows) for part in parts) == 10
     assert (len(parts) > 2) == (format == "parquet")
+
+
+def test_a_run_that_finishes_while_a_folder_is_opened_does_not_make_it_complete(tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    write_shards(root, format="parquet", shards=1, finish=False)
+
+    def finish_meanwhile(path: Path) -> Any:
+        seen = read_entries(path)
+        with open_run_folder(path) as folder:
+            folder.write_manifest(1)
+        return seen
+
+    with mock.patch("m3cli.store.reader.read_entries", finish_meanwhile):
+        assert open_folder(root).manifest is None
+    assert open_folder(root).manifest is not None
 
 
 @pytest.mark.parametrize("format", FORMATS)

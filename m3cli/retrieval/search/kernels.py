@@ -7,7 +7,8 @@ ColBERT is `maxsim.score_colbert`'s mean over the query's vectors of the best pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,8 @@ from m3cli.retrieval.search.top import Rows, Scores, TopRows
 LEAST_ROWS = 256
 BLOCK_SCORES = {"cpu": 1 << 21, "cuda": 1 << 26}
 "scores of dense vectors that are looked at together"
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+"of dense vectors that are widened together: on a CPU they are multiplied while they are in its cache"
 BLOCK_PRODUCTS = 1 << 22
 "most products of lexical weights, if every row shares a token with every query"
 BLOCK_VECTORS = 1 << 11
@@ -53,7 +56,9 @@ def open_scan(output: Output, queries: Embeddings, *, vocabulary: int, device: s
     return ColbertScan(queries.colbert_vecs, device=device)
 
 
-def scan_part(scan: Scan, embeddings: Embeddings, top: TopRows, *, rows: Rows, keys: Rows, seen: int) -> None:
+def scan_part(
+    scan: Scan, embeddings: Embeddings, top: TopRows, *, rows: Rows, find_keys: Callable[[Rows], Rows], seen: int
+) -> None:
     """Score a part and offer what is good.
 
     Args:
@@ -61,7 +66,7 @@ def scan_part(scan: Scan, embeddings: Embeddings, top: TopRows, *, rows: Rows, k
         embeddings: of R rows.
         top: the lists so far.
         rows: [R] places in the corpus; a negative one: not to be found.
-        keys: [R] what each row is a part of.
+        find_keys: returns [N] keys of N rows of the part: what each is a part of.
         seen: rows of the corpus before this part.
     """
     for block in scan.cut(embeddings, seen):
@@ -69,7 +74,7 @@ def scan_part(scan: Scan, embeddings: Embeddings, top: TopRows, *, rows: Rows, k
         wanted = rows[row] >= 0
         if not wanted.all():
             query, row, score = query[wanted], row[wanted], score[wanted]
-        top.offer(query, rows[row], keys[row], score)
+        top.offer(query, rows[row], find_keys(row), score)
 
 
 def cut_rows(num_rows: int, *, seen: int, most: int) -> Iterator[slice]:
@@ -87,7 +92,9 @@ class DenseScan:
     def __init__(self, queries: NDArray[np.floating], *, device: str) -> None:
         self._queries = torch.from_numpy(np.array(queries, np.float32)).to(device)
         self._device = device
-        self._most = max(LEAST_ROWS, BLOCK_SCORES[device.partition(":")[0]] // max(len(queries), 1))
+        kind = device.partition(":")[0]
+        width = 4 * queries.shape[1]
+        self._most = max(LEAST_ROWS, min(BLOCK_SCORES[kind] // max(len(queries), 1), BLOCK_BYTES[kind] // width))
 
     def cut(self, embeddings: Embeddings, seen: int) -> Iterator[slice]:
         """Cut a part's rows."""
@@ -129,14 +136,14 @@ class ColbertScan:
         self._device = device
         self._runs: list[tuple[torch.Tensor, torch.Tensor]] = []  # of vectors of whole queries, and their lengths
         lengths = np.diff(queries.indptr)
-        for run in _cut_matrices(queries.indptr, most=BLOCK_VECTORS):
+        for run in cut_runs(queries.indptr, most=BLOCK_VECTORS):
             vectors = _vectors_of(queries, run, device)
             self._runs.append((vectors, torch.from_numpy(lengths[run]).to(device)))
 
     def cut(self, embeddings: Embeddings, seen: int) -> Iterator[slice]:  # noqa: ARG002 - few rows are many vectors
         """Cut a part's rows."""
         assert embeddings.colbert_vecs is not None
-        return _cut_matrices(embeddings.colbert_vecs.indptr, most=BLOCK_VECTORS)
+        return cut_runs(embeddings.colbert_vecs.indptr, most=BLOCK_VECTORS)
 
     def score(self, embeddings: Embeddings, block: slice, above: Scores) -> Found:
         """Score a run of rows; a row or a query without vectors has no score."""
@@ -165,9 +172,14 @@ def _vectors_of(matrices: TokenMatrices, rows: slice, device: str) -> torch.Tens
 
 
 def _widen(vectors: NDArray[np.floating], device: str) -> torch.Tensor:
-    """Return vectors as float32 on a device; what is read from a disk is narrow until it is there."""
-    kind = np.float32 if device == "cpu" else vectors.dtype
-    return torch.from_numpy(np.array(vectors, kind)).to(device).float()
+    """Return vectors as float32 on a device; what is read from a disk is narrow until it is there.
+
+    There is no copy but the wide one, made by all cores: numpy's takes several times as long as one query's matmul.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a mapped file must not be written to, and nobody does
+        narrow = torch.from_numpy(np.asarray(vectors))
+    return narrow.to(device).float()
 
 
 def _select(scores: torch.Tensor, above: Scores, first_row: int) -> Found:
@@ -189,8 +201,8 @@ def _csr(weights: LexicalWeights, rows: slice, vocabulary: int) -> csr_matrix:
     return csr_matrix(arrays, shape=(len(indptr) - 1, vocabulary))
 
 
-def _cut_matrices(indptr: NDArray[np.int64], *, most: int) -> Iterator[slice]:
-    """Cut rows into runs of at most `most` vectors; a row of more is one by itself."""
+def cut_runs(indptr: NDArray[np.int64], *, most: int) -> Iterator[slice]:
+    """Cut rows into runs of at most `most` items, row i having indptr[i] to indptr[i + 1]; a row of more is a run."""
     start, num_rows = 0, len(indptr) - 1
     while start < num_rows:
         stop = max(start + 1, int(np.searchsorted(indptr, indptr[start] + most, side="right")) - 1)

@@ -124,3 +124,25 @@ def test_blocks_grow_with_what_has_been_seen() -> None:
     assert sizes(3000, seen=0, most=1000) == [256, 256, 512, 1000, 976]
     assert sizes(3000, seen=5000, most=1000) == [1000] * 3
     assert sizes(0, seen=0, most=10) == []
+
+
+def test_one_query_does_not_widen_a_whole_part_at_once() -> None:
+    rows = kernels.BLOCK_BYTES["cpu"] // 64
+    passages = Embeddings(
+        rows=np.arange(rows), dense_vecs=np.zeros((rows, 32), np.float16), lexical_weights=None, colbert_vecs=None
+    )
+    queries = Embeddings(
+        rows=np.arange(1), dense_vecs=np.zeros((1, 32), np.float32), lexical_weights=None, colbert_vecs=None
+    )
+    blocks = list(open_scan("dense", queries, vocabulary=1, device="cpu").cut(passages, rows))
+    assert sum(block.stop - block.start for block in blocks) == rows
+    assert max(block.stop - block.start for block in blocks) * 32 * 4 <= kernels.BLOCK_BYTES["cpu"]
+
+
+def test_a_mapped_file_is_read_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    passages = make_embeddings(1, 9)
+    assert passages.dense_vecs is not None
+    passages.dense_vecs.flags.writeable = False
+    found = scan_all("dense", make_embeddings(2, 2), passages, np.full(2, -np.inf, np.float32))
+    assert found == pytest.approx(naive("dense", make_embeddings(2, 2), passages), abs=1e-4)
+    assert not recwarn.list
