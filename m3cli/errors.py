@@ -65,6 +65,10 @@ class ModelError(M3Error):
     exit_code: ClassVar[int] = 5
 
 
+class ModelTooLarge(ModelError):
+    """The weights do not fit memory."""
+
+
 class OutputError(M3Error):
     """The output cannot be written: disk full, permission, not durable."""
 

@@ -12,7 +12,7 @@ import torch
 
 from m3cli.config import Dtype
 from m3cli.encoder.int8 import can_run_int8
-from m3cli.errors import UsageError
+from m3cli.errors import ModelTooLarge, UsageError
 
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 FLOAT16 = ("avx512_fp16", "amx_fp16", "fp16_arith")
@@ -109,11 +109,12 @@ def plan_lanes(threads: int, *, device: str) -> int:
     return next(lanes for lanes in range(MOST_LANES, 0, -1) if lanes <= threads and threads % lanes <= 1)
 
 
-def lacks_memory(error: RuntimeError | MemoryError) -> bool:
+def lacks_memory(error: Exception) -> bool:
     """Whether torch could not get memory: for a GPU that is an error of its own, for a CPU it is told by its text."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError, ModelTooLarge)):
         return True
-    return "DefaultCPUAllocator" in str(error) and "allocate memory" in str(error)
+    # "... DefaultCPUAllocator: can't allocate memory ...", "unable to mmap ...: Cannot allocate memory (12)"
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def peak_device_bytes(device: str) -> int:

@@ -29,6 +29,7 @@ from m3cli.encoder.mcls import pool_as_cls, run_with_added
 from m3cli.encoder.model import Model, run_model
 from m3cli.encoder.picking import pick_rows
 from m3cli.encoder.transfer import Fetched, fetch, open_stream
+from m3cli.errors import ModelTooLarge
 from m3cli.records import Batch, Embeddings, Output
 
 NOT_A_NUMBER = "not a number in the output"
@@ -234,7 +235,7 @@ class BatchEncoder:
                     _log.warning("a row is not a number in %s; trying it in float32", _name(self.model.dtype))
                     self._exact = self._load_float32()
                 launched = self._launch(self._exact, batch)
-            except (RuntimeError, MemoryError) as error:
+            except (ModelTooLarge, RuntimeError, MemoryError) as error:
                 if not lacks_memory(error):
                     raise
                 launched = None

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from m3cli.config import Dtype
 from m3cli.encoder.attention import SequenceLayout, attend, lay_out, pad_borders
 from m3cli.encoder.checkpoint import HEAD_FILES, POSITION_OFFSET, Checkpoint
-from m3cli.encoder.device import is_emulated, resolve_dtype, state_dtype
+from m3cli.encoder.device import is_emulated, lacks_memory, resolve_dtype, state_dtype
 from m3cli.encoder.int8 import Int8Linear, make_int8_linear
 from m3cli.encoder.linear import Linear, make_linear
 from m3cli.encoder.transfer import send
-from m3cli.errors import ModelError
+from m3cli.errors import ModelError, ModelTooLarge
 from m3cli.records import Batch
 
 _log = logging.getLogger(__name__)
@@ -90,8 +90,21 @@ def load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
 
     Raises:
         ModelError: a weight is missing or has another shape than config.json says, or a file carries code.
+        ModelTooLarge: the weights do not fit memory.
         UsageError: the device cannot run the dtype.
     """
+    try:
+        return _load_model(checkpoint, device=device, dtype=dtype)
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        raise ModelTooLarge(
+            f"{checkpoint.folder}: the weights do not fit the memory of {device} in {dtype}; "
+            "free memory there, or use another --device or --dtype"
+        ) from error
+
+
+def _load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
     target, kind = torch.device(device), state_dtype(resolve_dtype(dtype, device))
     if is_emulated(kind, device):
         _log.warning("%s is not in this CPU's hardware: float32 would be several times faster here", dtype)

@@ -20,6 +20,7 @@ from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.encode import NOT_A_NUMBER, OUT_OF_MEMORY, BatchEncoder, FailedRow
 from m3cli.encoder.model import Model, load_model
 from m3cli.encoder.model import run_model as real_run_model
+from m3cli.errors import ModelTooLarge
 from m3cli.records import Batch, Embeddings
 from tests.encoder.test_model import SPECIALS, pack
 
@@ -171,6 +172,16 @@ def test_memory_of_the_host_runs_out_as_that_of_a_gpu_does(
     made = list(encoder.encode_all(make_batches([20], [10, 10, 10, 10], [26])))
     assert list_rows(made) == list(range(6))
     assert [(each.row, each.reason) for each in made if isinstance(each, FailedRow)] == [(5, OUT_OF_MEMORY)]
+
+
+def test_a_row_is_given_up_where_memory_does_not_hold_the_model_in_float32(model: Model, broken: Model) -> None:
+    def load_float32() -> Model:
+        raise ModelTooLarge("no memory for it")
+
+    encoder = make_encoder(broken, ahead=0, load_float32=load_float32)
+    made = list(encoder.encode_all(make_batches([9, 8], [7], poisoned=frozenset({1}))))
+    assert list_rows(made) == [0, 1, 2]
+    assert [(each.row, each.reason) for each in made if isinstance(each, FailedRow)] == [(1, OUT_OF_MEMORY)]
 
 
 def test_another_error_of_torch_is_no_lack_of_memory(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

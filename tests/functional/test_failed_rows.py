@@ -89,6 +89,19 @@ def test_a_row_that_is_no_number_is_skipped_as_if_it_had_never_been_planned(
     assert ("and in float32" in late[0]["detail"]) == (dtype == "bfloat16")
 
 
+def test_weights_that_memory_does_not_hold_are_one_line(
+    m3_here: M3, tmp_path: Path, tiny_m3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_weights(checkpoint: Any) -> Any:
+        raise RuntimeError("unable to mmap 470585192 bytes from file <model.safetensors>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr("m3cli.encoder.model._read_weights", read_weights)
+    write_corpus(tmp_path / "c.jsonl", frozenset())
+    done = m3_here("encode", "c.jsonl", "--model", tiny_m3, *FLAGS)
+    assert done.returncode == 5
+    assert "do not fit the memory of cpu in" in done.stderr.splitlines()[-1]
+
+
 def test_a_shard_of_bad_rows_only_is_left_empty(m3_here: M3, tmp_path: Path, broken_m3: Path) -> None:
     write_corpus(tmp_path / "c.jsonl", frozenset(range(30, 60)))
     done = m3_here("encode", "c.jsonl", "--model", broken_m3, "--shard-size", "200", *FLAGS)
