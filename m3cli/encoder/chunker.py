@@ -79,21 +79,19 @@ def chunk_documents(documents: Sequence[Document], tokenizer: Tokenizer, cutting
     # What is surely or likely too long goes straight to the way that knows places, which costs twice as much a token;
     # nothing goes both ways but what is longer than its characters promise.
     most_chars = min(SEGMENT_CHARS, LIKELY_CHARS * cutting.max_length)
-    tried = [document.text for document in documents if len(document.text) <= most_chars]
-    found = iter(tokenizer.encode([cutting.prefix + text for text in tried]))
+    tried = [cutting.prefix + document.text for document in documents if len(document.text) <= most_chars]
+    found = (ids if len(ids) <= cutting.max_length else None for ids in tokenizer.encode(tried))
     whole = [next(found) if len(document.text) <= most_chars else None for document in documents]
-    fits = [input_ids is not None and len(input_ids) <= cutting.max_length for input_ids in whole]
-    truncate = cutting.long_docs == "truncate"
     tokens = read_texts(
-        (document.text for document, fit in zip(documents, fits, strict=True) if not fit),
+        (document.text for document, input_ids in zip(documents, whole, strict=True) if input_ids is None),
         tokenizer,
         prefix=cutting.prefix,
-        enough=cutting.max_length if truncate else None,
+        enough=cutting.max_length if cutting.long_docs == "truncate" else None,
     )
     rows: list[Row] = []
     owners: list[int] = []
-    for owner, (document, input_ids, fit) in enumerate(zip(documents, whole, fits, strict=True)):
-        if fit and input_ids is not None:
+    for owner, (document, input_ids) in enumerate(zip(documents, whole, strict=True)):
+        if input_ids is not None:
             rows.append((input_ids, 0, 1, 0, len(document.text), False, 0))
         else:
             rows.extend(cut_document(document.text, next(tokens), tokenizer, cutting))
