@@ -9,6 +9,7 @@ Of a progress bar only its last state is kept, as a terminal would show it.
 
 from __future__ import annotations
 
+import argparse
 import os
 import pty
 import re
@@ -60,7 +61,9 @@ def settle_lines(printed: str) -> str:
 
 def main() -> None:
     """Record the commands one after the other and write the picture."""
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "scripts" / "pictures" / "encode.svg"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, default=ROOT / "scripts" / "pictures" / "encode.svg")
+    out: Path = parser.parse_args().out
     demo = ROOT / ".demo"
     stage = demo / "picture"
     shutil.rmtree(stage, ignore_errors=True)
