@@ -97,7 +97,9 @@ def test_weights_that_memory_does_not_hold_are_one_line(
 
     monkeypatch.setattr("m3cli.encoder.model._read_weights", read_weights)
     write_corpus(tmp_path / "c.jsonl", frozenset())
-    done = m3_here("encode", "c.jsonl", "--model", tiny_m3, *FLAGS)
+    # a folder that no other test has loaded: a model is kept by its folder
+    shutil.copytree(tiny_m3, tmp_path / "large")
+    done = m3_here("encode", "c.jsonl", "--model", "large", *FLAGS)
     assert done.returncode == 5
     assert "do not fit the memory of cpu in" in done.stderr.splitlines()[-1]
 
