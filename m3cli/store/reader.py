@@ -33,6 +33,9 @@ from m3cli.store.layout import (
     rows_name,
     scales_name,
 )
+from m3cli.store.pages import DensePages
+
+_DENSE = VECTOR_COLUMNS["dense"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,13 +154,16 @@ def _iter_shard(
     with _reading(folder, index):
         file = _open_rows(folder.path, index)
         names = _choose_columns(file.schema_arrow, outputs=outputs, columns=columns)
+        pages = DensePages(file, folder.path / rows_name(index)) if _DENSE in names else None
     with file:
         for group in range(file.num_row_groups):
             num_rows = file.metadata.row_group(group).num_rows
             if wanted is None or np.diff(np.searchsorted(wanted, [first_row, first_row + num_rows]))[0]:
                 with _reading(folder, index):
-                    table = file.read_row_group(group, columns=names, use_threads=False)
-                    part = _to_arrays(folder.path, index, table, outputs=outputs, first_row=first_row)
+                    dense = None if pages is None else pages.read(group)
+                    left = names if dense is None else [name for name in names if name != _DENSE]
+                    table = file.read_row_group(group, columns=left, use_threads=False)
+                    part = _to_arrays(folder.path, index, table, outputs=outputs, first_row=first_row, dense=dense)
                 yield part
             first_row += num_rows
 
@@ -178,13 +184,21 @@ def _choose_columns(schema: pa.Schema, *, outputs: Sequence[Output], columns: Se
     return [name for name in schema.names if name in wanted or name in vectors]
 
 
-def _to_arrays(root: Path, index: int, table: pa.Table, *, outputs: Sequence[Output], first_row: int) -> ShardArrays:
+def _to_arrays(
+    root: Path,
+    index: int,
+    table: pa.Table,
+    *,
+    outputs: Sequence[Output],
+    first_row: int,
+    dense: NDArray[np.floating] | None = None,
+) -> ShardArrays:
     stop = first_row + table.num_rows
     present = [name for name in (*VECTOR_COLUMNS.values(), SCALES_COLUMN) if name in table.column_names]
     vectors = _from_columns(table.select(present)) if present else _from_files(root, index, outputs, first_row, stop)
     embeddings = Embeddings(
         rows=np.arange(first_row, stop, dtype=np.int64),
-        dense_vecs=vectors.get("dense"),
+        dense_vecs=vectors.get("dense") if dense is None else dense,
         lexical_weights=vectors.get("sparse"),
         colbert_vecs=vectors.get("colbert"),
     )

@@ -95,6 +95,8 @@ class DenseScan:
         kind = device.partition(":")[0]
         width = 4 * queries.shape[1]
         self._most = max(LEAST_ROWS, min(BLOCK_SCORES[kind] // max(len(queries), 1), BLOCK_BYTES[kind] // width))
+        # Kept from block to block: memory that is new each time costs more than one query's product.
+        self._wide = torch.empty((self._most, queries.shape[1]) if kind == "cpu" else 0)
 
     def cut(self, embeddings: Embeddings, seen: int) -> Iterator[slice]:
         """Cut a part's rows."""
@@ -103,7 +105,7 @@ class DenseScan:
     def score(self, embeddings: Embeddings, block: slice, above: Scores) -> Found:
         """Score a run of rows."""
         assert embeddings.dense_vecs is not None
-        vectors = _widen(embeddings.dense_vecs[block], self._device)
+        vectors = _widen(embeddings.dense_vecs[block], self._device, into=self._wide)
         return _select(self._queries @ vectors.T, above, block.start)
 
 
@@ -171,14 +173,17 @@ def _vectors_of(matrices: TokenMatrices, rows: slice, device: str) -> torch.Tens
     return _widen(matrices.vectors[span], device)
 
 
-def _widen(vectors: NDArray[np.floating], device: str) -> torch.Tensor:
+def _widen(vectors: NDArray[np.floating], device: str, *, into: torch.Tensor | None = None) -> torch.Tensor:
     """Return vectors as float32 on a device; what is read from a disk is narrow until it is there.
 
-    There is no copy but the wide one, made by all cores: numpy's takes several times as long as one query's matmul.
+    There is no copy but the wide one, made by all cores: numpy's takes several times as long as one query's matmul. On
+    a CPU it may be made `into` a tensor with room for it.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that a mapped file must not be written to, and nobody does
         narrow = torch.from_numpy(np.asarray(vectors))
+    if into is not None and len(into) and narrow.dtype != torch.float32:
+        return into[: len(narrow)].copy_(narrow)
     return narrow.to(device).float()
 
 

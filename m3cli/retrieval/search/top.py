@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 Rows = NDArray[np.int64]
 Scores = NDArray[np.float32]
 
-_LEAST_WAITING = 1 << 16
-"offered rows that are worth a merge"
+_LEAST_WAITING = 1 << 12
+"offered rows that are worth a merge: until the first there is no threshold, and each row's id is hashed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
