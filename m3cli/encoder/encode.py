@@ -135,12 +135,17 @@ class BatchEncoder:
             yield from self._encode_in_turn((lacking,))
 
     def _draw(self, batches: Iterable[Batch], drawn: deque[Batch]) -> Iterator[Batch]:
-        """Yield batches, those that are known to be too large in halves, and keep them in `drawn` too."""
+        """Yield batches as memory holds them, and keep them in `drawn` too."""
+        for batch in self._fit(batches):
+            drawn.append(batch)
+            yield batch
+
+    def _fit(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches, those that are known to be too large when their turn comes in halves."""
         for batch in batches:
             if self._is_too_large(batch):
-                yield from self._draw(split_batch(batch), drawn)
+                yield from self._fit(split_batch(batch))
             else:
-                drawn.append(batch)
                 yield batch
 
     def _is_too_large(self, batch: Batch) -> bool:
@@ -153,28 +158,26 @@ class BatchEncoder:
 
     def _encode_in_turn(self, batches: Iterable[Batch]) -> Iterator[Embeddings | FailedRow]:
         waiting = deque[_Launched]()
-        for batch in batches:
-            left = [batch]  # the next last
-            while left:
-                part = left.pop()
-                if self._is_too_large(part):
-                    left += reversed(split_batch(part))
-                    continue
-                launched = self._launch(self.model, part)
-                if launched is None and waiting:
-                    yield from self._collect_all(waiting)  # what waits holds memory too
-                    launched = self._launch(self.model, part)
-                if launched is not None:
-                    waiting.append(launched)
-                    del launched  # or its outputs would be kept until the next batch is launched
-                    yield from self._collect_all(waiting, but=self.ahead)
-                elif len(part.rows) == 1:
-                    torch.cuda.empty_cache()
-                    yield _lacks_memory(part, self.model.dtype, self.model.device)
-                else:
-                    self._learn_limit(part)
-                    left.append(part)
+        yield from self._encode_ahead(batches, waiting)
         yield from self._collect_all(waiting)
+
+    def _encode_ahead(self, batches: Iterable[Batch], waiting: deque[_Launched]) -> Iterator[Embeddings | FailedRow]:
+        """Yield rows as `_encode_in_turn` does, but leave the last batches launched, to be collected later."""
+        for batch in self._fit(batches):
+            launched = self._launch(self.model, batch)
+            if launched is None and waiting:
+                yield from self._collect_all(waiting)  # what waits holds memory too
+                launched = self._launch(self.model, batch)
+            if launched is not None:
+                waiting.append(launched)
+                del launched  # or its outputs would be kept until the next batch is launched
+                yield from self._collect_all(waiting, but=self.ahead)
+            elif len(batch.rows) == 1:
+                torch.cuda.empty_cache()
+                yield _lacks_memory(batch, self.model.dtype, self.model.device)
+            else:
+                self._learn_limit(batch)
+                yield from self._encode_ahead((batch,), waiting)  # now in halves
 
     def _learn_limit(self, batch: Batch) -> None:
         torch.cuda.empty_cache()
