@@ -74,7 +74,8 @@ LANGUAGES = {
 }
 
 PLACEHOLDER = re.compile(
-    r"%(?:\((?P<named>\w+)\))?[-+#0]*[\d.*]*(?P<kind>[diouxXeEfFgGcrsa])(?![a-z])|\$?\{(?P<braced>[\w.!:]+)\}|\{\}"
+    r"%(?:\((?P<named>\w+)\))?[-+#0]*[\d.*]*(?P<kind>[diouxXeEfFgGcrsa])(?(named)|(?![a-z]))"
+    r"|\$?\{(?P<braced>[\w.!:]+)\}|\{\}"
 )
 NUMBER_NAME = re.compile(r"limit|value|max|min|count|num|length|size|digits|total|expected", re.IGNORECASE)
 INLINE_TAG = re.compile(r"</?(?:a|b|i|em|code|span|strong)\b[^<>]*>", re.IGNORECASE)

@@ -198,7 +198,7 @@ def test_a_folder_that_may_not_be_looked_into_is_refused_beforehand(
     def stat(path: object, **_: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(Path, "stat", stat)  # where Python 3.10 asks, too
     with pytest.raises(OutputError, match="Permission denied; check who may write there"):
         commit.refuse_unwritable(str(tmp_path / "x.trec"))
 
