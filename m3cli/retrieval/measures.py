@@ -7,6 +7,8 @@ by `ir-measures` over `pytrec_eval`, which holds trec_eval's own code; of equal 
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,7 @@ DEFAULT_MEASURES = ("nDCG@10", "Recall@100", "MRR@10", "MAP")
 DEEPEST = (1 << 31) - 1
 "rank that a measure can be cut at"
 _TREC_EVAL = "pytrec_eval"
+_NOTATION = re.compile(r"\s*(?P<name>\w+)\s*(?:\((?P<settings>[^()]*)\))?\s*(?:@\s*(?P<at>[\d.]+))?\s*")
 
 Values = NDArray[np.float64]
 
@@ -53,9 +56,9 @@ def parse_measures(names: Sequence[str]) -> tuple[Measure, ...]:
 def _parse_measure(name: str) -> Measure:
     package, known = _import_package()
     try:
-        parsed = package.parse_measure(name)
+        parsed = _read_notation(package, name)
         parsed.validate_params()
-    except (AssertionError, NameError, SyntaxError, ValueError) as error:
+    except (AssertionError, KeyError, SyntaxError, ValueError) as error:
         raise UsageError(f"--measures {name!r}: not known; expected such as {', '.join(DEFAULT_MEASURES)}") from error
     deepest = parsed.params.get("cutoff")
     if parsed.NAME == "RR" and deepest is not None:
@@ -66,6 +69,21 @@ def _parse_measure(name: str) -> Measure:
     if not known.supports(parsed) or not 1 <= parsed.params.get("cutoff", 1) <= DEEPEST:
         raise UsageError(f"--measures {name!r}: trec_eval does not have it; take such as {', '.join(DEFAULT_MEASURES)}")
     return Measure(name=name, computed=parsed, deepest=deepest)
+
+
+def _read_notation(package: Any, name: str) -> Any:
+    """Return ir_measures' measure as its own `parse_measure` would, which Python 3.14 cannot run (in 0.4.3)."""
+    found = _NOTATION.fullmatch(name)
+    if found is None:
+        raise ValueError(name)
+    kind = package.measures.registry[found["name"]]
+    call = ast.parse(f"f({found['settings'] or ''})", mode="eval").body
+    if not isinstance(call, ast.Call) or call.args:
+        raise ValueError(name)
+    settings = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    if found["at"]:
+        settings[kind.AT_PARAM] = ast.literal_eval(found["at"])
+    return kind(**settings)
 
 
 def measure_queries(rankings: Rankings, judgements: Judgements, measures: Sequence[Measure]) -> dict[str, Values]:

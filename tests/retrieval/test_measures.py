@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 from typing import Any
 
@@ -108,6 +109,21 @@ def test_p_where_there_is_no_spread() -> None:
 def test_unknown_measures_are_refused(names: list[str]) -> None:
     with pytest.raises(UsageError, match="--measures"):
         parse_measures(names)
+
+
+def test_measures_are_read_where_python_has_no_number_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ir_measures 0.4.3 asks for them, and Python 3.14 has none."""
+    for gone in {"Num", "Str", "NameConstant"} & vars(ast).keys():
+        monkeypatch.delattr(ast, gone)
+    names = ["nDCG@10", " nDCG @ 10", "MAP", "RR(rel=2)@10", "P(rel=2, judged_only=False)@5", "IPrec@0.1"]
+    computed = [str(measure.computed) for measure in parse_measures(names)]
+    assert computed == ["nDCG@10", "nDCG@10", "AP", "RR(rel=2)", "P(rel=2)@5", "IPrec@0.1"]
+
+
+@pytest.mark.parametrize("name", ["P(5)", "P(rel=x)@5", "P(rel=1", "P(rel=1)(rel=1)@5", "P(**{})@5", "P@5@5", "@5", ""])
+def test_other_notations_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="--measures"):
+        parse_measures([name])
 
 
 def test_without_the_package_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
