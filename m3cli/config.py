@@ -1,7 +1,7 @@
-"""Two frozen configs: what the bytes *mean*, and how *fast* they are made. Defaults live here only.
+"""What a user can choose, and what a folder was made with. Defaults live here only.
 
-`Meaning` is fingerprinted and fixed for a folder; `Pace` may change when a run is continued. A user's flags arrive as
-dictionaries of what was typed; `auto` values are resolved once, written into `run.json` and adopted by later runs.
+`EncodeConfig` is fingerprinted and fixed for a folder. `auto` values are resolved once, written into `run.json` and
+kept by later runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ ALL_OUTPUTS: tuple[Output, ...] = ("dense", "sparse", "colbert")
 MAX_LENGTH_CEILING = 8192
 "tokens; what BGE-M3 was trained for, whatever more positions a checkpoint has"
 MAX_ROW_BYTES = 64 << 20
-DEFAULT_SPLIT = "sentence"
 
 AUTO_SHARD_SIZE = {"cpu": 512 << 10, "cuda with colbert": 8 << 20, "cuda": 32 << 20}
 "bytes of input text"
@@ -31,17 +30,14 @@ LongDocs = Literal["chunk", "merge", "both", "truncate"]
 Split = Literal["tokens", "sentence"]
 
 COLBERT_MEMBERS = ("colbert_dtype", "colbert_pool", "colbert_min_weight", "colbert_top_k")
-"members of Meaning that say how ColBERT vectors are stored"
+"members of EncodeConfig that say how ColBERT vectors are stored"
 OUTPUT_OF: dict[str, Output] = {"dense_dtype": "dense", **dict.fromkeys(COLBERT_MEMBERS, "colbert")}
-"of each member of Meaning that says how an output is stored, that output"
+"of each member of EncodeConfig that says how an output is stored, that output"
 CHOSEN = (
     *("long_docs", "split", "overlap", "mcls", "dense_dtype", *COLBERT_MEMBERS, "compression"),
     *("title_sep", "prefix", "keep_text", "limit", "dedupe"),
 )
-"members of Meaning that are shown where they are not the default"
-ADDED_LATER = (*COLBERT_MEMBERS, "compression", "split", "mcls")
-"""Members of Meaning that older folders lack; at their defaults they mean what those folders hold, and a fingerprint
-leaves them out."""
+"members of EncodeConfig that are shown where they are not the default"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +71,7 @@ PLAIN_COLBERT = ColbertForm()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Meaning:
+class EncodeConfig:
     """What the bytes of a folder mean. A different value is a different folder."""
 
     fields: Fields
@@ -91,8 +87,8 @@ class Meaning:
     long_docs: LongDocs = "chunk"
     overlap: int = 0
     "tokens; with split sentence, the least"
-    split: Split = "tokens"
-    "where long documents are cut; what older folders lack is what they did, a new one has DEFAULT_SPLIT"
+    split: Split = "sentence"
+    "where long documents are cut"
     mcls: int = 0
     "text tokens to a `<s>` of its own, the first one included; 0: a row has one"
     dense_dtype: VectorDtype = "float16"
@@ -138,35 +134,11 @@ class Meaning:
         """Members as plain JSON values."""
         return asdict(self)
 
-    def to_identity(self) -> dict[str, Any]:
-        """Members that tell folders apart: as `to_json`, without what was added later and is at its default."""
-        defaults = {each.name: each.default for each in fields(self)}
-        return {
-            name: value for name, value in self.to_json().items() if name not in ADDED_LATER or value != defaults[name]
-        }
 
-
-def list_chosen(meaning: Mapping[str, Any]) -> dict[str, Any]:
-    """Return, of a Meaning's members as JSON, those that people choose and that are not what a new folder has."""
-    defaults = {each.name: each.default for each in fields(Meaning)}
-    chosen = {name: meaning.get(name, defaults[name]) for name in CHOSEN}
-    usual = {**defaults, "split": DEFAULT_SPLIT}
-    if chosen["long_docs"] == "truncate":
-        usual["split"] = chosen["split"]  # there is nothing that it would part
-    return {name: value for name, value in chosen.items() if value != usual[name]}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
-    """How fast the bytes are made; may change from run to run of the same folder."""
-
-    device: str
-    "'cpu', 'cuda' or 'cuda:i'"
-    max_batch_tokens: int
-    threads: int
-    "of the matmuls on a CPU"
-    worker: int = 0
-    num_workers: int = 1
+def list_chosen(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return, of an EncodeConfig's members as JSON, those that people choose and that are not what a new folder has."""
+    defaults = {each.name: each.default for each in fields(EncodeConfig)}
+    return {name: config[name] for name in CHOSEN if config[name] != defaults[name]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,9 +53,9 @@ class Fields:
     "None: no row carries an id, each gets `source-name:position`"
     title: str | None
     kept: tuple[str, ...]
-    tsv_columns: tuple[str, ...]
+    columns: tuple[str, ...]
     "names of the TSV columns in order, from the header or '1', '2', ...; empty unless a source is TSV"
-    tsv_header: bool
+    header: bool
     "whether the first line of each TSV source is a header and no row"
 
 
@@ -303,7 +303,7 @@ class RunPlan:
     outputs: tuple[str, ...]
     format: str
     settings: dict[str, Any]
-    "that are not the default, by the members of Meaning"
+    "that are not the default, by the members of EncodeConfig"
     fingerprint: str
     documents: int | None
     "estimated from a sample, exact for Parquet; None where only reading tells (piped input)"

@@ -67,9 +67,9 @@ def write_folder(place: Path, *, rows: int, dim: int, form: str) -> Path:
     root.parent.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(dim)
     layout = RowForm(format=form, outputs=("dense",), dim=dim, vocabulary=10)  # type: ignore[arg-type]
-    meaning = {"outputs": ["dense"], "keep_text": False, "long_docs": "chunk", "prefix": ""}
+    config = {"outputs": ["dense"], "keep_text": False, "long_docs": "chunk", "prefix": ""}
     with open_run_folder(root) as folder:
-        folder.write_run({"meaning": meaning, "checkpoint": {"vocabulary": 10}})
+        folder.write_run({"config": config, "checkpoint": {"vocabulary": 10}})
         for index, first in enumerate(range(0, rows, SHARD_ROWS)):
             count = min(SHARD_ROWS, rows - first)
             documents = tuple(

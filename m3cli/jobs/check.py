@@ -31,7 +31,7 @@ from m3cli.errors import (
     refuse_unreachable,
 )
 from m3cli.jobs.opening import make_form
-from m3cli.jobs.run import Run, parse_run
+from m3cli.jobs.run import RunConfig, parse_run
 from m3cli.progress import FileMeter
 from m3cli.records import DoneEntry
 from m3cli.store.entries import is_ours
@@ -118,7 +118,7 @@ def _check(root: Path, request: CheckRequest, *, meter: FileMeter) -> FolderChec
     )
 
 
-def _read_settings(ledger: Ledger, faults: list[Fault]) -> Run | None:
+def _read_settings(ledger: Ledger, faults: list[Fault]) -> RunConfig | None:
     if ledger.run is None:
         return None
     try:
@@ -129,7 +129,7 @@ def _read_settings(ledger: Ledger, faults: list[Fault]) -> Run | None:
 
 
 def _check_shards(
-    root: Path, ledger: Ledger, run: Run | None, *, meter: FileMeter
+    root: Path, ledger: Ledger, run: RunConfig | None, *, meter: FileMeter
 ) -> tuple[list[Fault], dict[int, NDArray[np.int64]]]:
     """Check every shard; return the faults, and the hashed ids of each shard that has none."""
     expected = _expect(run) if run else None
@@ -157,11 +157,11 @@ def _hash_shards(root: Path, ledger: Ledger) -> Iterator[tuple[DoneEntry, list[F
         yield ledger.entries[index], check_files(root, ledger.entries[index])
 
 
-def _expect(run: Run) -> Expected:
-    meaning = run.meaning
-    merged = meaning.long_docs == "merge"
+def _expect(run: RunConfig) -> Expected:
+    config = run.config
+    merged = config.long_docs == "merge"
     return Expected(
-        form=make_form(run, kept=False), kept=meaning.fields.kept, max_length=meaning.max_length, merged=merged
+        form=make_form(run, kept=False), kept=config.fields.kept, max_length=config.max_length, merged=merged
     )
 
 

@@ -164,7 +164,7 @@ def finish(opened: Opened, request: EncodeRequest, *, progress: Progress, stdin:
             since.list_gone(opened.folder.path, list(opened.done), listing=request.gone)
     counts = sum((entry.counts for entry in opened.done.values()), start=ShardCounts())
     progress.say(
-        f"nothing to do: {opened.name} holds {', '.join(opened.run.meaning.outputs)} of {counts.documents:,} documents "
+        f"nothing to do: {opened.name} holds {', '.join(opened.run.config.outputs)} of {counts.documents:,} documents "
         f"({counts.chunks:,} rows, {counts.skipped:,} skipped) in {len(opened.done):,} shards"
     )
 
@@ -185,7 +185,7 @@ def encode(
     from m3cli.jobs import stages  # noqa: PLC0415
     from m3cli.jobs.plan import describe_run  # noqa: PLC0415
 
-    run, meaning, progress, watch = opened.run, opened.run.meaning, work.progress, work.watch
+    run, config, progress, watch = opened.run, opened.run.config, work.progress, work.watch
     with watch.count("loading"):
         # Of workers that begin a folder together one writes its run.json, the others go on with it.
         ready = fresh if fresh and not opened.resumed else ready_adopted(opened, request, progress)
@@ -205,26 +205,26 @@ def encode(
     )
     with watch.count("loading"):
         machine.set_threads(run.threads)
-        model = load_model(checkpoint, device=device, dtype=meaning.dtype)
+        model = load_model(checkpoint, device=device, dtype=config.dtype)
         lanes = machine.plan_lanes(run.threads, device=device)
         machine.set_threads(run.threads // lanes)
     load_float32 = partial(load_model, checkpoint, device=device, dtype="float32")
     encoder = stages.make_encoder(
         model,
         tokenizer,
-        meaning=meaning,
-        load_float32=load_float32 if meaning.dtype != "float32" else None,
+        config=config,
+        load_float32=load_float32 if config.dtype != "float32" else None,
         lanes=lanes,
     )
     work.stop.check()
     progress.start(shards_todo=todo)
     began = time.perf_counter()
-    texts = stages.tokenise_shards(opened.read(stdin), tokenizer, meaning=meaning, since=since)
+    texts = stages.tokenise_shards(opened.read(stdin), tokenizer, config=config, since=since)
     shards = run_ahead(stages.count_seconds(texts, watch, "reading"), depth=1, name="reading")
     route = stages.plan_route(
         encoder,
         since=since,
-        meaning=meaning,
+        config=config,
         max_batch_tokens=run.max_batch_tokens,
         watch=watch,
         progress=progress,
@@ -261,7 +261,7 @@ def write_shards(
             shard,
             parts,
             form=opened.form,
-            meaning=opened.run.meaning,
+            config=opened.run.config,
             source=source,
             watch=work.watch,
         )

@@ -12,7 +12,7 @@ from m3cli.corpus.sources import find_sources
 from m3cli.errors import ForeignFolder, UsageError
 from m3cli.jobs.input_again import find_input, read_texts
 from m3cli.jobs.opening import plan_run
-from m3cli.jobs.run import Run, parse_run
+from m3cli.jobs.run import RunConfig, parse_run
 from m3cli.records import Source
 from m3cli.store.describe import FolderDescription, describe
 from m3cli.store.layout import TEXT_COLUMN
@@ -94,7 +94,7 @@ def _read_text(folder: OutputFolder, shard: int, document_id: str, *, source: st
     raise ForeignFolder(f"the input has no document {document_id!r} any more: drop --text")
 
 
-def _find_source(run: Run, folder: OutputFolder, shard: int, source: str | None) -> tuple[Run, Plan]:
+def _find_source(run: RunConfig, folder: OutputFolder, shard: int, source: str | None) -> tuple[RunConfig, Plan]:
     """Return the run with its input where it is now, and a plan that has the shard; of several files one is enough.
 
     Raises:
@@ -118,7 +118,7 @@ def _find_source(run: Run, folder: OutputFolder, shard: int, source: str | None)
             shards=(entry.shard,),
             num_sources=len(sources),
             complete=True,
-            shard_size=run.meaning.shard_size,
+            shard_size=run.config.shard_size,
             limit=None,
             rows_left=None,
         )

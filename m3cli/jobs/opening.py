@@ -14,7 +14,7 @@ from m3cli.corpus.reader import read_shards
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import CorpusError, ForeignFolder, UsageError, refuse_unreachable
 from m3cli.jobs.run import (
-    Run,
+    RunConfig,
     adopt_run,
     find_changed,
     name_model,
@@ -41,7 +41,7 @@ _ENDINGS = {".gz", ".zst", ".jsonl", ".ndjson", ".json", ".tsv", ".txt", ".text"
 class Settled:
     """A run with what it needs beside its folder; of a new one, before there is a folder."""
 
-    run: Run
+    run: RunConfig
     form: RowForm
     checkpoint: Checkpoint
     tokenizer: Tokenizer
@@ -55,7 +55,7 @@ class Opened:
 
     folder: RunFolder
     name: str
-    run: Run
+    run: RunConfig
     form: RowForm
     plan: Plan
     done: dict[int, DoneEntry]
@@ -77,14 +77,14 @@ class Opened:
 
     def read(self, stdin: PeekableStream | None) -> Iterator[ShardText]:
         """Read the shards that are left to do, comparing finished ones whose input may have changed."""
-        meaning = self.run.meaning
+        config = self.run.config
         texts = read_shards(
             self.run.sources,
             plan=self.plan,
-            fields=meaning.fields,
+            fields=config.fields,
             schema=self.form.kept,
-            title_sep=meaning.title_sep,
-            max_row_bytes=meaning.max_row_bytes,
+            title_sep=config.title_sep,
+            max_row_bytes=config.max_row_bytes,
             ask=self.share.ask,
             stdin=stdin,
         )
@@ -121,31 +121,31 @@ def settle(request: EncodeRequest, sources: tuple[Source, ...], stdin: PeekableS
     run = settle_run(
         request, sources=sources, checkpoint=checkpoint, tokenizer_hash=tokenizer.serialisation_hash, stdin=stdin
     )
-    refuse_no_room(tokenizer, cutting_of(run.meaning))
+    refuse_no_room(tokenizer, cutting_of(run.config))
     form = make_form(run)
     if request.since_run is not None:
         run = settle_since(run, request.since_run)
     return Settled(run=run, form=form, checkpoint=checkpoint, tokenizer=tokenizer)
 
 
-def make_form(run: Run, *, kept: bool = True) -> RowForm:
+def make_form(run: RunConfig, *, kept: bool = True) -> RowForm:
     """Say what every shard of a run's folder has in common; the types of kept fields only the input knows."""
-    meaning = run.meaning
+    config = run.config
     return RowForm(
-        format=meaning.format,
-        outputs=meaning.outputs,
+        format=config.format,
+        outputs=config.outputs,
         dim=run.dim,
         vocabulary=run.vocabulary,
-        dense_dtype=meaning.dense_dtype,
-        colbert=meaning.colbert_form,
-        compression=meaning.compression,
-        exact_vectors=meaning.exact_vectors,
-        keep_text=meaning.keep_text,
-        kept=kept_schema(run.sources, meaning.fields) if kept and meaning.fields.kept else None,
+        dense_dtype=config.dense_dtype,
+        colbert=config.colbert_form,
+        compression=config.compression,
+        exact_vectors=config.exact_vectors,
+        keep_text=config.keep_text,
+        kept=kept_schema(run.sources, config.fields) if kept and config.fields.kept else None,
     )
 
 
-def open_run(folder: RunFolder, fresh: Run | None, request: EncodeRequest, sources: tuple[Source, ...]) -> Opened:
+def open_run(folder: RunFolder, fresh: RunConfig | None, request: EncodeRequest, sources: tuple[Source, ...]) -> Opened:
     """Write the folder's run.json, or adopt it; of workers that start together one writes."""
     name = folder.path.name
     with folder.lock.initialising():
@@ -178,13 +178,13 @@ def open_run(folder: RunFolder, fresh: Run | None, request: EncodeRequest, sourc
     )
 
 
-def plan_run(run: Run) -> Plan:
+def plan_run(run: RunConfig) -> Plan:
     """Plan the shards of a run, as far as they are known before anything is read."""
-    meaning = run.meaning
+    config = run.config
     return plan_shards(
         run.sources,
-        fields=meaning.fields,
-        shard_size=meaning.shard_size,
-        limit=meaning.limit,
-        max_row_bytes=meaning.max_row_bytes,
+        fields=config.fields,
+        shard_size=config.shard_size,
+        limit=config.limit,
+        max_row_bytes=config.max_row_bytes,
     )

@@ -12,7 +12,7 @@ from m3cli.encoder import device as machine
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.jobs.estimate import Estimate, estimate_corpus
 from m3cli.jobs.opening import choose_out, make_form, plan_run, settle
-from m3cli.jobs.run import Run, adopt_run, open_checkpoint, parse_run, refuse_other_checkpoint
+from m3cli.jobs.run import RunConfig, adopt_run, open_checkpoint, parse_run, refuse_other_checkpoint
 from m3cli.jobs.space import count_needed, find_free_bytes
 from m3cli.records import DoneEntry, RunPlan
 from m3cli.store.entries import read_entries, read_run
@@ -45,7 +45,7 @@ def plan_corpus(request: EncodeRequest, *, stdin: PeekableStream | None = None) 
 
 
 def describe_run(
-    run: Run,
+    run: RunConfig,
     *,
     out: str,
     device: str,
@@ -55,18 +55,18 @@ def describe_run(
     resumed: bool,
 ) -> RunPlan:
     """Put together what the panel before a run shows."""
-    meaning = run.meaning
+    config = run.config
     sizes = [source.size for source in run.sources]
     on_disk = estimate.bytes_on_disk if estimate else None
     return RunPlan(
         out=out,
         model=run.model,
-        dtype=meaning.dtype,
+        dtype=config.dtype,
         device=device,
-        max_length=meaning.max_length,
-        outputs=meaning.outputs,
-        format=meaning.format,
-        settings=list_chosen(meaning.to_json()),
+        max_length=config.max_length,
+        outputs=config.outputs,
+        format=config.format,
+        settings=list_chosen(config.to_json()),
         fingerprint=run.fingerprint,
         documents=estimate.documents if estimate else None,
         tokens=estimate.tokens if estimate else None,

@@ -22,10 +22,9 @@ from m3cli.config import (
     AUTO_SHARD_SIZE,
     COLBERT_MEMBERS,
     DEFAULT_MODEL,
-    DEFAULT_SPLIT,
     OUTPUT_OF,
+    EncodeConfig,
     EncodeRequest,
-    Meaning,
 )
 from m3cli.corpus.fields import resolve_fields
 from m3cli.corpus.streams import PeekableStream
@@ -43,7 +42,7 @@ _PLAIN = (
     *(*COLBERT_MEMBERS, "compression"),
     *("title_sep", "keep_text", "prefix", "limit", "shard_size", "max_row_bytes", "dedupe"),
 )
-"flags whose settled value is a member of Meaning of the same name"
+"flags whose settled value is a member of EncodeConfig of the same name"
 _NEEDED: dict[str, Output] = {**OUTPUT_OF, "mcls": "dense"}
 "of each flag that is about one output, that output"
 _OTHER_NAMES = {"colbert_top_k": "/--colbert-max-vectors"}
@@ -52,10 +51,10 @@ MOST = (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class RunConfig:
     """What is in run.json."""
 
-    meaning: Meaning
+    config: EncodeConfig
     sources: tuple[Source, ...]
     model: str
     "the checkpoint's name, for people"
@@ -73,7 +72,7 @@ class Run:
     def fingerprint(self) -> str:
         """xxh3_128 (hex) of all that the folder's bytes mean."""
         sources = [[source.name, source.size, source.format, source.compression] for source in self.sources]
-        parts = [self.meaning.to_identity(), self.hashes, self.tokenizer_hash, sources]
+        parts = [self.config.to_json(), self.hashes, self.tokenizer_hash, sources]
         return xxhash.xxh3_128_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
 
     def to_json(self) -> dict[str, Any]:
@@ -81,7 +80,7 @@ class Run:
         return {
             "m3cli_version": m3cli.__version__,
             "fingerprint": self.fingerprint,
-            "meaning": self.meaning.to_json(),
+            "config": self.config.to_json(),
             "checkpoint": {
                 "name": self.model,
                 "dim": self.dim,
@@ -91,11 +90,11 @@ class Run:
             },
             "sources": [asdict(source) for source in self.sources],
             "since_path": self.since_path,
-            "pace": {"max_batch_tokens": self.max_batch_tokens, "threads": self.threads},
+            "runtime": {"max_batch_tokens": self.max_batch_tokens, "threads": self.threads},
         }
 
 
-def parse_run(document: dict[str, Any]) -> Run:
+def parse_run(document: dict[str, Any]) -> RunConfig:
     """Read the content of run.json back.
 
     Raises:
@@ -110,13 +109,13 @@ def parse_run(document: dict[str, Any]) -> Run:
         ) from error
 
 
-def _parse_members(document: dict[str, Any]) -> Run:
-    meaning, checkpoint, pace = document["meaning"], document["checkpoint"], document["pace"]
-    settled = meaning["fields"]
-    lists = {name: tuple(settled[name]) for name in ("kept", "tsv_columns")}
-    return Run(
-        meaning=Meaning(
-            **{**meaning, "fields": Fields(**{**settled, **lists}), "outputs": tuple(meaning["outputs"])},
+def _parse_members(document: dict[str, Any]) -> RunConfig:
+    config, checkpoint, runtime = document["config"], document["checkpoint"], document["runtime"]
+    settled = config["fields"]
+    lists = {name: tuple(settled[name]) for name in ("kept", "columns")}
+    return RunConfig(
+        config=EncodeConfig(
+            **{**config, "fields": Fields(**{**settled, **lists}), "outputs": tuple(config["outputs"])},
         ),
         sources=tuple(Source(**source) for source in document["sources"]),
         model=checkpoint["name"],
@@ -124,8 +123,8 @@ def _parse_members(document: dict[str, Any]) -> Run:
         dim=checkpoint["dim"],
         vocabulary=checkpoint["vocabulary"],
         tokenizer_hash=checkpoint["tokenizer_hash"],
-        max_batch_tokens=pace["max_batch_tokens"],
-        threads=pace["threads"],
+        max_batch_tokens=runtime["max_batch_tokens"],
+        threads=runtime["threads"],
         since_path=document["since_path"],
     )
 
@@ -149,7 +148,7 @@ def settle_run(
     checkpoint: Checkpoint,
     tokenizer_hash: str,
     stdin: PeekableStream | None,
-) -> Run:
+) -> RunConfig:
     """Settle a new folder's run: flags, then defaults, then what corpus, checkpoint and machine say."""
     from m3cli.encoder import device as machine  # noqa: PLC0415  torch, only for a run that will need it
 
@@ -171,14 +170,13 @@ def settle_run(
     settled: dict[str, Any] = {
         "outputs": outputs,
         "max_length": max_length,
-        "split": request.split or DEFAULT_SPLIT,
         "dtype": machine.resolve_dtype(request.dtype, device),
         "shard_size": request.shard_size or auto_shard_size(device, outputs),
     }
     typed = {name: getattr(request, name) for name in _PLAIN if getattr(request, name) is not None}
-    meaning = Meaning(fields=settle_fields(request, sources=sources, stdin=stdin), **{**typed, **settled})
-    return Run(
-        meaning=meaning,
+    config = EncodeConfig(fields=settle_fields(request, sources=sources, stdin=stdin), **{**typed, **settled})
+    return RunConfig(
+        config=config,
         sources=sources,
         model=checkpoint.name,
         hashes=identify_checkpoint(checkpoint).hashes,
@@ -280,19 +278,19 @@ def check_lengths(max_length: int, request: EncodeRequest, checkpoint: Checkpoin
         )
 
 
-def adopt_run(run: Run, request: EncodeRequest, *, sources: tuple[Source, ...], out: str) -> Run:
+def adopt_run(run: RunConfig, request: EncodeRequest, *, sources: tuple[Source, ...], out: str) -> RunConfig:
     """Go on with a folder's run: refuse what was typed and differs, take today's sources and typed pace.
 
     Raises:
         ForeignFolder: a typed setting, or the input, is another than the folder's.
     """
-    refuse_unwanted_flags(request, request.outputs or run.meaning.outputs)
+    refuse_unwanted_flags(request, request.outputs or run.config.outputs)
     for flag in _PLAIN:
-        _refuse_other(flag, getattr(request, flag), getattr(run.meaning, flag), out)
+        _refuse_other(flag, getattr(request, flag), getattr(run.config, flag), out)
     for flag, member in _FLAGS.items():
         typed = getattr(request, flag)
-        _refuse_other(flag, typed, getattr(run.meaning.fields, member) or "", out)
-    _refuse_other("keep_fields", request.keep_fields, run.meaning.fields.kept, out)
+        _refuse_other(flag, typed, getattr(run.config.fields, member) or "", out)
+    _refuse_other("keep_fields", request.keep_fields, run.config.fields.kept, out)
     _refuse_other_sources(run.sources, sources, out)
     return replace(run, sources=sources, max_batch_tokens=request.max_batch_tokens or run.max_batch_tokens)
 
@@ -345,7 +343,7 @@ def find_changed(before: Sequence[Source], now: Sequence[Source]) -> frozenset[i
     return frozenset(number for number, (old, new) in pairs if old.mtime_ns != new.mtime_ns)
 
 
-def refuse_other_checkpoint(run: Run, checkpoint: Checkpoint, *, out: str) -> None:
+def refuse_other_checkpoint(run: RunConfig, checkpoint: Checkpoint, *, out: str) -> None:
     """Refuse a checkpoint whose content is another than the folder's."""
     hashes = identify_checkpoint(checkpoint).hashes
     other = sorted(name for name in {*hashes, *run.hashes} if hashes.get(name) != run.hashes.get(name))
@@ -356,7 +354,7 @@ def refuse_other_checkpoint(run: Run, checkpoint: Checkpoint, *, out: str) -> No
         )
 
 
-def refuse_other_tokenizer(run: Run, tokenizer_hash: str, *, out: str) -> None:
+def refuse_other_tokenizer(run: RunConfig, tokenizer_hash: str, *, out: str) -> None:
     """Refuse a tokenizer that cuts texts in another way than the folder's did."""
     if tokenizer_hash != run.tokenizer_hash:
         raise ForeignFolder(

@@ -157,7 +157,7 @@ def _run_of(folder: OutputFolder) -> dict[str, dict[str, int]]:
 
 
 def _outputs_of(folder: OutputFolder) -> Sequence[Output]:
-    outputs: Sequence[Output] = _run_of(folder)["meaning"]["outputs"]  # type: ignore[assignment]
+    outputs: Sequence[Output] = _run_of(folder)["config"]["outputs"]  # type: ignore[assignment]
     return outputs
 
 

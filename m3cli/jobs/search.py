@@ -164,7 +164,7 @@ def _refuse_flags_of_vectors(request: SearchRequest) -> None:
 def outputs_of(folder: OutputFolder) -> tuple[Output, ...]:
     """Return what a folder has, in the order dense, sparse, colbert."""
     assert folder.run is not None
-    return tuple(folder.run["meaning"]["outputs"])
+    return tuple(folder.run["config"]["outputs"])
 
 
 def _search(

@@ -115,7 +115,7 @@ def read_vectors(
     """
     refuse_strangers(queries, corpus)
     assert queries.run is not None
-    there = queries.run["meaning"]["outputs"]
+    there = queries.run["config"]["outputs"]
     for output in outputs:
         if output not in there:
             raise UsageError(f"{queries.path.name} has no {output}, only {', '.join(there)}: encode it with --outputs")
@@ -159,7 +159,7 @@ def encode_queries(
     from m3cli.jobs.score_texts import DEFAULT_LENGTH, TextScorer  # noqa: PLC0415  torch
 
     assert corpus.run is not None
-    _tell_prefix(corpus.run["meaning"]["prefix"], request, progress)
+    _tell_prefix(corpus.run["config"]["prefix"], request, progress)
     refuse_other_model(corpus, request)
     asked = ScoreRequest(
         pairs=request.queries,

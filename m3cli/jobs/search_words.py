@@ -36,7 +36,7 @@ def open_terms(folder: OutputFolder, request: SearchRequest) -> Terms:
     """
     import_bm25s()
     assert folder.run is not None
-    if not request.corpus_inputs and not folder.run["meaning"]["keep_text"]:
+    if not request.corpus_inputs and not folder.run["config"]["keep_text"]:
         raise UsageError(
             f"--mode bm25: {folder.path.name} has no text; encode it with --keep-text, or name the corpus with --input"
         )
@@ -133,23 +133,23 @@ def _read_input(
 ) -> Iterator[tuple[list[str], list[str]]]:
     """Yield ids and texts of the corpus, read as the folder says it was read."""
     assert folder.run is not None
-    meaning = parse_run(folder.run).meaning
-    fields = replace(meaning.fields, kept=())  # what was copied beside the texts is no part of them
+    config = parse_run(folder.run).config
+    fields = replace(config.fields, kept=())  # what was copied beside the texts is no part of them
     sources = find_sources(request.corpus_inputs, stdin=stdin, format_flag=None)
     plan = plan_shards(
         sources,
         fields=fields,
-        shard_size=meaning.shard_size,
-        limit=meaning.limit,
-        max_row_bytes=meaning.max_row_bytes,
+        shard_size=config.shard_size,
+        limit=config.limit,
+        max_row_bytes=config.max_row_bytes,
     )
     shards = read_shards(
         sources,
         plan=plan,
         fields=fields,
         schema=None,
-        title_sep=meaning.title_sep,
-        max_row_bytes=meaning.max_row_bytes,
+        title_sep=config.title_sep,
+        max_row_bytes=config.max_row_bytes,
         ask=lambda _: "read",
         stdin=stdin,
     )

@@ -58,9 +58,9 @@ def write_folder(
     index: list[int] = []
     made: list[Embeddings] = []
     random = np.random.default_rng(seed)
-    meaning = {"outputs": list(outputs), "keep_text": True, "long_docs": "chunk", "prefix": ""}
+    config = {"outputs": list(outputs), "keep_text": True, "long_docs": "chunk", "prefix": ""}
     with open_run_folder(root) as folder:
-        folder.write_run({"meaning": meaning, "checkpoint": CHECKPOINT})
+        folder.write_run({"config": config, "checkpoint": CHECKPOINT})
         for number, documents in enumerate(shards):
             text = samples.make_text(number, documents=len(documents))
             named = tuple(replace(each, id=name) for each, (name, _) in zip(text.documents, documents, strict=True))
