@@ -7,10 +7,14 @@ kept by later runs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, Literal
 
-from m3cli.records import Fields, Output
+import orjson
+import xxhash
+
+import m3cli
+from m3cli.records import Between, Count, Fields, Output, Positive, Source
 
 DEFAULT_MODEL = "BAAI/bge-m3"
 ALL_OUTPUTS: tuple[Output, ...] = ("dense", "sparse", "colbert")
@@ -77,33 +81,33 @@ class EncodeConfig:
     fields: Fields
     outputs: tuple[Output, ...]
     "in the order dense, sparse, colbert"
-    max_length: int
+    max_length: Positive
     "tokens of a chunk, <s> and </s> included"
     dtype: Dtype
     "of the forward pass"
-    shard_size: int
+    shard_size: Positive
     "bytes of input text"
     format: Format = "parquet"
     long_docs: LongDocs = "chunk"
-    overlap: int = 0
+    overlap: Count = 0
     "tokens; with split sentence, the least"
     split: Split = "sentence"
     "where long documents are cut"
-    mcls: int = 0
+    mcls: Count = 0
     "text tokens to a `<s>` of its own, the first one included; 0: a row has one"
     dense_dtype: VectorDtype = "float16"
     colbert_dtype: ColbertDtype = "float16"
-    colbert_pool: int = 1
-    colbert_min_weight: float = 0.0
-    colbert_top_k: int | None = None
+    colbert_pool: Positive = 1
+    colbert_min_weight: Annotated[float, Between(0)] = 0.0
+    colbert_top_k: Positive | None = None
     compression: VectorCompression = "none"
     "of the vectors in Parquet"
     title_sep: str = "\n"
     prefix: str = ""
     keep_text: bool = False
-    limit: int | None = None
+    limit: Positive | None = None
     "rows"
-    max_row_bytes: int = MAX_ROW_BYTES
+    max_row_bytes: Positive = MAX_ROW_BYTES
     dedupe: bool = False
     "equal texts of a window are encoded once"
     since: str | None = None
@@ -133,6 +137,61 @@ class EncodeConfig:
     def to_json(self) -> dict[str, Any]:
         """Members as plain JSON values."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """The checkpoint that a folder was made with."""
+
+    name: str
+    "for people, as the two below; not compared"
+    path: str
+    "absolute path of its folder"
+    revision: str | None
+    "that was asked for"
+    dim: Positive
+    vocabulary: Positive
+    hashes: dict[str, str]
+    "file name -> xxh3_128 of config, heads and tokenizer files; of size, first and last MiB of each weight file"
+    tokenizer_hash: str
+    "of the tokenizer's own serialisation"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """How fast a folder is made; may change from run to run."""
+
+    max_batch_tokens: Annotated[int, Between(1, (1 << 31) - 1)]
+    threads: Annotated[int, Between(1, 1 << 12)]
+    "of the matmuls on a CPU"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """What is in run.json."""
+
+    m3cli_version: str = m3cli.__version__
+    "that began the folder"
+    config: EncodeConfig
+    checkpoint: CheckpointConfig
+    sources: tuple[Source, ...]
+    since_path: str | None = None
+    "where the older folder was found; not compared"
+    runtime: Runtime
+
+    @property
+    def fingerprint(self) -> str:
+        """xxh3_128 (hex) of all that the folder's bytes depend on."""
+        made = self.checkpoint
+        checkpoint = [made.dim, made.vocabulary, made.hashes, made.tokenizer_hash]
+        sources = [[source.name, source.size, source.format, source.compression] for source in self.sources]
+        parts = [self.config.to_json(), checkpoint, sources]
+        return xxhash.xxh3_128_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the members of run.json."""
+        version = {"m3cli_version": self.m3cli_version, "fingerprint": self.fingerprint}
+        return {**version, **asdict(self)}
 
 
 def list_chosen(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,13 +265,3 @@ class CheckRequest:
     model: str | None = None
     revision: str | None = None
     device: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointIdentity:
-    """What makes two checkpoints the same, wherever they lie."""
-
-    name: str
-    "for people; not compared"
-    hashes: dict[str, str] = field(default_factory=dict)
-    "file name -> xxh3_128 of config, heads and tokenizer files; of size, first and last MiB of each weight file"

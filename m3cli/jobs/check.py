@@ -20,18 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3cli.ahead import run_ahead
-from m3cli.config import CheckRequest
+from m3cli.config import CheckRequest, RunConfig
 from m3cli.errors import (
     EXIT_DONE,
     EXIT_ROWS_SKIPPED,
     DamageFound,
-    ForeignFolder,
     Stopped,
     UsageError,
     refuse_unreachable,
 )
 from m3cli.jobs.opening import make_form
-from m3cli.jobs.run import RunConfig, parse_run
 from m3cli.progress import FileMeter
 from m3cli.records import DoneEntry
 from m3cli.store.entries import is_ours
@@ -86,7 +84,7 @@ def check_folder(request: CheckRequest, *, meter: FileMeter) -> FolderCheck:
 def _check(root: Path, request: CheckRequest, *, meter: FileMeter) -> FolderCheck:
     ledger = read_ledger(root)
     faults = [*ledger.faults, *find_strays(root, ledger)]
-    run = _read_settings(ledger, faults)
+    run = ledger.run
     found, hashes = _check_shards(root, ledger, run, meter=meter)
     faults += found
     sampled = 0
@@ -116,16 +114,6 @@ def _check(root: Path, request: CheckRequest, *, meter: FileMeter) -> FolderChec
         removed=removed,
         exit_code=_judge(ledger, faults, repaired=request.repair),
     )
-
-
-def _read_settings(ledger: Ledger, faults: list[Fault]) -> RunConfig | None:
-    if ledger.run is None:
-        return None
-    try:
-        return parse_run(ledger.run)
-    except ForeignFolder:
-        faults.append(Fault(file=RUN_NAME, shard=None, what="does not hold a run's settings", cure="none"))
-        return None
 
 
 def _check_shards(

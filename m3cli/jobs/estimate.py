@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.config import ColbertForm
+from m3cli.config import ColbertForm, RunConfig
 from m3cli.corpus.plan import Plan, plan_shards
 from m3cli.corpus.reader import Action, read_shards
 from m3cli.corpus.spread import spread_portions
@@ -24,7 +24,6 @@ from m3cli.encoder.compression import bound_vectors
 from m3cli.encoder.merge import DOCUMENT_ROW, plan_rows
 from m3cli.encoder.tokenizer import Tokenizer
 from m3cli.errors import CorpusError
-from m3cli.jobs.run import RunConfig
 from m3cli.records import Shard, ShardText, Source
 from m3cli.store.layout import WEIGHTS_PER_TOKEN, RowForm, estimate_bytes
 

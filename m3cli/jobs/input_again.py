@@ -6,12 +6,12 @@ from collections.abc import Container, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from m3cli.config import EncodeRequest
+from m3cli.config import EncodeRequest, RunConfig
 from m3cli.corpus.plan import Plan
 from m3cli.corpus.reader import Action, read_shards
 from m3cli.errors import CorpusError
 from m3cli.jobs.opening import make_form, plan_run
-from m3cli.jobs.run import RunConfig, adopt_run
+from m3cli.jobs.run import adopt_run
 from m3cli.records import Shard, ShardText
 
 

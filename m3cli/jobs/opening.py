@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m3cli.config import EncodeRequest
+from m3cli.config import EncodeRequest, RunConfig
 from m3cli.corpus.fields import kept_schema
 from m3cli.corpus.plan import Plan, plan_shards
 from m3cli.corpus.reader import read_shards
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import CorpusError, ForeignFolder, UsageError, refuse_unreachable
 from m3cli.jobs.run import (
-    RunConfig,
     adopt_run,
     find_changed,
     name_model,
     open_checkpoint,
-    parse_run,
     refuse_other_checkpoint,
     settle_run,
 )
@@ -61,6 +59,8 @@ class Opened:
     done: dict[int, DoneEntry]
     share: Share
     resumed: bool
+    checkpoint: Checkpoint | None
+    "that was asked for, compared with the folder's; None: none was"
 
     @property
     def shown_path(self) -> str:
@@ -72,7 +72,7 @@ class Opened:
     def num_shards(self) -> int | None:
         """Shards of the whole folder; None where only reading tells."""
         if (manifest := self.folder.manifest()) is not None:
-            return int(manifest["num_shards"])
+            return manifest.num_shards
         return len(self.plan.shards) if self.plan.complete else None
 
     def read(self, stdin: PeekableStream | None) -> Iterator[ShardText]:
@@ -134,8 +134,8 @@ def make_form(run: RunConfig, *, kept: bool = True) -> RowForm:
     return RowForm(
         format=config.format,
         outputs=config.outputs,
-        dim=run.dim,
-        vocabulary=run.vocabulary,
+        dim=run.checkpoint.dim,
+        vocabulary=run.checkpoint.vocabulary,
         dense_dtype=config.dense_dtype,
         colbert=config.colbert_form,
         compression=config.compression,
@@ -149,23 +149,25 @@ def open_run(folder: RunFolder, fresh: RunConfig | None, request: EncodeRequest,
     """Write the folder's run.json, or adopt it; of workers that start together one writes."""
     name = folder.path.name
     with folder.lock.initialising():
-        document = folder.run()
-        if document is None:
+        before = folder.run()
+        if before is None:
             if fresh is None:
                 raise ForeignFolder(f"{folder.path} lost its run.json while this run started; run the command again")
-            folder.write_run(fresh.to_json())
-    if document is None:
+            folder.write_run(fresh)
+    checkpoint = None
+    if before is None:
         assert fresh is not None
         run, changed = fresh, frozenset[int]()
     else:
-        before = parse_run(document)
         run = adopt_run(before, request, sources=sources, out=name)
         changed = find_changed(before.sources, sources)
         if request.verify_input:
             changed = frozenset(range(len(sources)))
         if name_model(request) is not None:
-            refuse_other_checkpoint(run, open_checkpoint(request), out=name)
+            checkpoint = open_checkpoint(request)
+            refuse_other_checkpoint(run, checkpoint, out=name)
     done = folder.done()
+    folder.check_lengths(done.values())
     return Opened(
         folder=folder,
         name=name,
@@ -174,7 +176,8 @@ def open_run(folder: RunFolder, fresh: RunConfig | None, request: EncodeRequest,
         plan=plan_run(run),
         done=done,
         share=Share(done, worker=request.worker, num_workers=request.num_workers, changed=changed, out=name),
-        resumed=document is not None,
+        resumed=before is not None,
+        checkpoint=checkpoint,
     )
 
 

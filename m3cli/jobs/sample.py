@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.config import CheckRequest, ColbertForm, EncodeRequest
+from m3cli.config import CheckRequest, ColbertForm, EncodeRequest, RunConfig
 from m3cli.encoder import device as machine
 from m3cli.encoder.batcher import batch_rows, pack_rows
 from m3cli.encoder.chunker import chunk_documents, cutting_of
@@ -27,7 +27,7 @@ from m3cli.encoder.picking import pick_chunks
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
 from m3cli.errors import ForeignFolder, ModelError
 from m3cli.jobs.input_again import find_input, read_texts
-from m3cli.jobs.run import RunConfig, open_checkpoint, refuse_other_checkpoint, refuse_other_tokenizer
+from m3cli.jobs.run import open_checkpoint, refuse_other_checkpoint, refuse_other_tokenizer
 from m3cli.jobs.stages import EncodedBatch, TokenisedShard, make_encoder
 from m3cli.jobs.writing import finish_windows
 from m3cli.records import (
@@ -82,7 +82,7 @@ def sample_rows(
     refuse_other_checkpoint(run, checkpoint, out=root.name)
     tokenizer = load_tokenizer(checkpoint)
     refuse_other_tokenizer(run, tokenizer.serialisation_hash, out=root.name)
-    machine.set_threads(run.threads)
+    machine.set_threads(run.runtime.threads)
     model = load_model(checkpoint, device=machine.resolve_device(request.device), dtype=run.config.dtype)
     faults: list[Fault] = []
     for text in read_texts(run, chosen):
@@ -93,7 +93,7 @@ def sample_rows(
                 f"{entry.source} has changed since shard {index} of {root.name} was made from it; "
                 "check without --sample, or encode what it is now into another --out"
             )
-        stored = _read_stored(root, entry, chosen[index])
+        stored = _read_stored(root, run, entry, chosen[index])
         found = _compare_shard(root, text, stored, run=run, model=model, tokenizer=tokenizer)
         faults += [Fault(file=rows_name(index), shard=index, what=what, cure="redo") for what in found]
     return sum(map(len, chosen.values())), faults
@@ -112,9 +112,9 @@ def _choose_rows(entries: Mapping[int, DoneEntry], *, number: int, seed: int) ->
     return chosen
 
 
-def _read_stored(root: Path, entry: DoneEntry, rows: list[int]) -> dict[int, _StoredRow]:
+def _read_stored(root: Path, run: RunConfig, entry: DoneEntry, rows: list[int]) -> dict[int, _StoredRow]:
     """Read some rows of a shard, a row group at a time."""
-    folder = OutputFolder(path=root, run=None, entries={entry.shard.index: entry}, manifest=None)
+    folder = OutputFolder(path=root, run=run, entries={entry.shard.index: entry}, manifest=None)
     stored: dict[int, _StoredRow] = {}
     documents = -1
     for part in iter_parts(folder, columns=["chunk_index"]):

@@ -6,7 +6,7 @@ a text's vectors must be equal. What it held when the new folder was begun is pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import orjson
 import xxhash
+from numpy.typing import NDArray
 
-from m3cli.config import OUTPUT_OF
+from m3cli.config import OUTPUT_OF, RunConfig
 from m3cli.encoder.picking import join_chunks, pick_chunks, pick_rows
-from m3cli.errors import ForeignFolder, UsageError
-from m3cli.jobs.run import RunConfig, parse_run
+from m3cli.errors import ForeignFolder
 from m3cli.records import Chunks, Document, Embeddings, Origins
 from m3cli.store.commit import publish_beside
-from m3cli.store.ids import iter_ids, read_id_hashes
+from m3cli.store.ids import iter_ids
 from m3cli.store.reader import OutputFolder, open_folder
 from m3cli.store.texts import TextIndex
 
@@ -42,9 +42,7 @@ def settle_since(run: RunConfig, path: str) -> RunConfig:
         ForeignFolder: the vectors of its texts are not those that this run would make.
     """
     old = open_folder(Path(path))
-    if old.run is None:
-        raise UsageError(f"--since-run {path} holds nothing yet: leave --since-run out")
-    then = parse_run(old.run)
+    then = old.run
     settings = then.config.to_json()
     unwanted = {name for name, output in OUTPUT_OF.items() if output not in run.config.outputs}
     for name, value in run.config.to_json().items():
@@ -59,9 +57,10 @@ def settle_since(run: RunConfig, path: str) -> RunConfig:
             f"--since-run {path} has no {missing[0]} output; use --outputs {','.join(then.config.outputs)}, "
             "or leave --since-run out"
         )
-    if (then.hashes, then.tokenizer_hash) != (run.hashes, run.tokenizer_hash):
+    made, mine = then.checkpoint, run.checkpoint
+    if (made.hashes, made.tokenizer_hash) != (mine.hashes, mine.tokenizer_hash):
         raise ForeignFolder(
-            f"--since-run {path} was made with model {then.model}, this run has {run.model}, and they differ; "
+            f"--since-run {path} was made with model {made.name}, this run has {mine.name}, and they differ; "
             "pass the same checkpoint with --model, or leave --since-run out"
         )
     return replace(run, config=replace(run.config, since=identify(old)), since_path=str(old.path))
@@ -125,9 +124,13 @@ class Since:
             for run, mine in zip(np.split(places, cuts), np.split(rows, cuts), strict=True):
                 yield pick_rows(part.embeddings, run, rows=mine)
 
-    def list_gone(self, root: Path, shards: list[int], *, listing: str | None) -> int:
-        """Count the ids of the older folder that are not in a complete new one, and list them as JSON lines."""
-        hashes = read_id_hashes(root, shards)
+    def list_gone(self, hashes: Mapping[int, NDArray[np.int64]], *, listing: str | None) -> int:
+        """Count the ids of the older folder that are not in a complete new one, and list them as JSON lines.
+
+        Args:
+            hashes: of the ids of the new folder, by shard.
+            listing: the file to list them in; None: they are counted only.
+        """
         there = np.unique(np.concatenate([np.empty(0, np.int64), *hashes.values()]))
         gone = 0
         with nullcontext() if listing is None else publish_beside(Path(listing).absolute()) as file:
