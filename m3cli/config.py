@@ -1,23 +1,26 @@
-"""Two frozen configs: what the bytes *mean*, and how *fast* they are made. Defaults live here only.
+"""What a user can choose, and what a folder was made with. Defaults live here only.
 
-`Meaning` is fingerprinted and fixed for a folder; `Pace` may change when a run is continued. A user's flags arrive as
-dictionaries of what was typed; `auto` values are resolved once, written into `run.json` and adopted by later runs.
+`EncodeConfig` is fingerprinted and fixed for a folder. `auto` values are resolved once, written into `run.json` and
+kept by later runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, Literal
 
-from m3cli.records import Fields, Output
+import orjson
+import xxhash
+
+import m3cli
+from m3cli.records import Between, Count, Fields, Output, Positive, Source
 
 DEFAULT_MODEL = "BAAI/bge-m3"
 ALL_OUTPUTS: tuple[Output, ...] = ("dense", "sparse", "colbert")
 MAX_LENGTH_CEILING = 8192
 "tokens; what BGE-M3 was trained for, whatever more positions a checkpoint has"
 MAX_ROW_BYTES = 64 << 20
-DEFAULT_SPLIT = "sentence"
 
 AUTO_SHARD_SIZE = {"cpu": 512 << 10, "cuda with colbert": 8 << 20, "cuda": 32 << 20}
 "bytes of input text"
@@ -31,17 +34,14 @@ LongDocs = Literal["chunk", "merge", "both", "truncate"]
 Split = Literal["tokens", "sentence"]
 
 COLBERT_MEMBERS = ("colbert_dtype", "colbert_pool", "colbert_min_weight", "colbert_top_k")
-"members of Meaning that say how ColBERT vectors are stored"
+"members of EncodeConfig that say how ColBERT vectors are stored"
 OUTPUT_OF: dict[str, Output] = {"dense_dtype": "dense", **dict.fromkeys(COLBERT_MEMBERS, "colbert")}
-"of each member of Meaning that says how an output is stored, that output"
+"of each member of EncodeConfig that says how an output is stored, that output"
 CHOSEN = (
     *("long_docs", "split", "overlap", "mcls", "dense_dtype", *COLBERT_MEMBERS, "compression"),
     *("title_sep", "prefix", "keep_text", "limit", "dedupe"),
 )
-"members of Meaning that are shown where they are not the default"
-ADDED_LATER = (*COLBERT_MEMBERS, "compression", "split", "mcls")
-"""Members of Meaning that older folders lack; at their defaults they mean what those folders hold, and a fingerprint
-leaves them out."""
+"members of EncodeConfig that are shown where they are not the default"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,39 +75,39 @@ PLAIN_COLBERT = ColbertForm()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Meaning:
+class EncodeConfig:
     """What the bytes of a folder mean. A different value is a different folder."""
 
     fields: Fields
     outputs: tuple[Output, ...]
     "in the order dense, sparse, colbert"
-    max_length: int
+    max_length: Positive
     "tokens of a chunk, <s> and </s> included"
     dtype: Dtype
     "of the forward pass"
-    shard_size: int
+    shard_size: Positive
     "bytes of input text"
     format: Format = "parquet"
     long_docs: LongDocs = "chunk"
-    overlap: int = 0
+    overlap: Count = 0
     "tokens; with split sentence, the least"
-    split: Split = "tokens"
-    "where long documents are cut; what older folders lack is what they did, a new one has DEFAULT_SPLIT"
-    mcls: int = 0
+    split: Split = "sentence"
+    "where long documents are cut"
+    mcls: Count = 0
     "text tokens to a `<s>` of its own, the first one included; 0: a row has one"
     dense_dtype: VectorDtype = "float16"
     colbert_dtype: ColbertDtype = "float16"
-    colbert_pool: int = 1
-    colbert_min_weight: float = 0.0
-    colbert_top_k: int | None = None
+    colbert_pool: Positive = 1
+    colbert_min_weight: Annotated[float, Between(0)] = 0.0
+    colbert_top_k: Positive | None = None
     compression: VectorCompression = "none"
     "of the vectors in Parquet"
     title_sep: str = "\n"
     prefix: str = ""
     keep_text: bool = False
-    limit: int | None = None
+    limit: Positive | None = None
     "rows"
-    max_row_bytes: int = MAX_ROW_BYTES
+    max_row_bytes: Positive = MAX_ROW_BYTES
     dedupe: bool = False
     "equal texts of a window are encoded once"
     since: str | None = None
@@ -138,35 +138,66 @@ class Meaning:
         """Members as plain JSON values."""
         return asdict(self)
 
-    def to_identity(self) -> dict[str, Any]:
-        """Members that tell folders apart: as `to_json`, without what was added later and is at its default."""
-        defaults = {each.name: each.default for each in fields(self)}
-        return {
-            name: value for name, value in self.to_json().items() if name not in ADDED_LATER or value != defaults[name]
-        }
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """The checkpoint that a folder was made with."""
 
-def list_chosen(meaning: Mapping[str, Any]) -> dict[str, Any]:
-    """Return, of a Meaning's members as JSON, those that people choose and that are not what a new folder has."""
-    defaults = {each.name: each.default for each in fields(Meaning)}
-    chosen = {name: meaning.get(name, defaults[name]) for name in CHOSEN}
-    usual = {**defaults, "split": DEFAULT_SPLIT}
-    if chosen["long_docs"] == "truncate":
-        usual["split"] = chosen["split"]  # there is nothing that it would part
-    return {name: value for name, value in chosen.items() if value != usual[name]}
+    name: str
+    "for people, as the two below; not compared"
+    path: str
+    "absolute path of its folder"
+    revision: str | None
+    "that was asked for"
+    dim: Positive
+    vocabulary: Positive
+    hashes: dict[str, str]
+    "file name -> xxh3_128 of config, heads and tokenizer files; of size, first and last MiB of each weight file"
+    tokenizer_hash: str
+    "of the tokenizer's own serialisation"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
-    """How fast the bytes are made; may change from run to run of the same folder."""
+class Runtime:
+    """How fast a folder is made; may change from run to run."""
 
-    device: str
-    "'cpu', 'cuda' or 'cuda:i'"
-    max_batch_tokens: int
-    threads: int
+    max_batch_tokens: Annotated[int, Between(1, (1 << 31) - 1)]
+    threads: Annotated[int, Between(1, 1 << 12)]
     "of the matmuls on a CPU"
-    worker: int = 0
-    num_workers: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """What is in run.json."""
+
+    m3cli_version: str = m3cli.__version__
+    "that began the folder"
+    config: EncodeConfig
+    checkpoint: CheckpointConfig
+    sources: tuple[Source, ...]
+    since_path: str | None = None
+    "where the older folder was found; not compared"
+    runtime: Runtime
+
+    @property
+    def fingerprint(self) -> str:
+        """xxh3_128 (hex) of all that the folder's bytes depend on."""
+        made = self.checkpoint
+        checkpoint = [made.dim, made.vocabulary, made.hashes, made.tokenizer_hash]
+        sources = [[source.name, source.size, source.format, source.compression] for source in self.sources]
+        parts = [self.config.to_json(), checkpoint, sources]
+        return xxhash.xxh3_128_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the members of run.json."""
+        version = {"m3cli_version": self.m3cli_version, "fingerprint": self.fingerprint}
+        return {**version, **asdict(self)}
+
+
+def list_chosen(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return, of an EncodeConfig's members as JSON, those that people choose and that are not what a new folder has."""
+    defaults = {each.name: each.default for each in fields(EncodeConfig)}
+    return {name: config[name] for name in CHOSEN if config[name] != defaults[name]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,13 +265,3 @@ class CheckRequest:
     model: str | None = None
     revision: str | None = None
     device: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointIdentity:
-    """What makes two checkpoints the same, wherever they lie."""
-
-    name: str
-    "for people; not compared"
-    hashes: dict[str, str] = field(default_factory=dict)
-    "file name -> xxh3_128 of config, heads and tokenizer files; of size, first and last MiB of each weight file"

@@ -146,9 +146,9 @@ def info_panel(folder: str, found: dict[str, Any]) -> Panel:
     rows = _rows()
     run, counts = found["run"], found["counts"]
     if run is not None:
-        meaning, checkpoint = run["meaning"], run["checkpoint"]
-        rows.add_row("model", _plain(f"{checkpoint['name']}, {meaning['dtype']}, {checkpoint['dim']} wide"))
-        rows.add_row("settings", _plain(_settings_words(meaning)))
+        config, checkpoint = run["config"], run["checkpoint"]
+        rows.add_row("model", _plain(f"{checkpoint['name']}, {config['dtype']}, {checkpoint['dim']} wide"))
+        rows.add_row("settings", _plain(_settings_words(config)))
         rows.add_row("sources", _plain(_name_some([source["name"] for source in run["sources"]])))
     rows.add_row("documents", f"{counts['documents']:,} in {counts['chunks']:,} rows, {counts['tokens']:,} tokens")
     rows.add_row("skipped", f"{counts['skipped']:,}, truncated {counts['truncated']:,}")
@@ -164,11 +164,11 @@ def info_panel(folder: str, found: dict[str, Any]) -> Panel:
     return Panel(rows, title=_plain(folder), box=box.ROUNDED, expand=False)
 
 
-def _settings_words(meaning: dict[str, Any]) -> str:
-    fields = meaning["fields"]
+def _settings_words(config: dict[str, Any]) -> str:
+    fields = config["fields"]
     named = [f"{part} from '{fields[part]}'" for part in ("id", "title", "text") if fields[part]]
-    words = f"{meaning['format']}, up to {meaning['max_length']:,} tokens a row, {', '.join(named)}"
-    chosen = _chosen_words(list_chosen(meaning))
+    words = f"{config['format']}, up to {config['max_length']:,} tokens a row, {', '.join(named)}"
+    chosen = _chosen_words(list_chosen(config))
     return f"{words}; {chosen}" if chosen else words
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,18 @@ from numpy.typing import NDArray
 Output = Literal["dense", "sparse", "colbert"]
 SourceFormat = Literal["jsonl", "tsv", "text", "parquet"]
 Compression = Literal["none", "gzip", "zstd"]
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """Bounds of a number in a document, both included; checked where the document is read."""
+
+    least: int
+    most: int = 1 << 62
+
+
+Count = Annotated[int, Between(0)]
+Positive = Annotated[int, Between(1)]
 
 Rankings = Mapping[str, Mapping[str, float]]
 "of each query id the document ids with their scores"
@@ -33,7 +45,7 @@ class Source:
     "absolute path; '-' for standard input"
     format: SourceFormat
     compression: Compression
-    size: int
+    size: Annotated[int, Between(-1)]
     "bytes on disk (compressed); -1 for standard input"
     mtime_ns: int
     "-1 for standard input"
@@ -53,9 +65,9 @@ class Fields:
     "None: no row carries an id, each gets `source-name:position`"
     title: str | None
     kept: tuple[str, ...]
-    tsv_columns: tuple[str, ...]
+    columns: tuple[str, ...]
     "names of the TSV columns in order, from the header or '1', '2', ...; empty unless a source is TSV"
-    tsv_header: bool
+    header: bool
     "whether the first line of each TSV source is a header and no row"
 
 
@@ -63,14 +75,14 @@ class Fields:
 class Shard:
     """A run of input rows, fixed before any work is done on it; never more than one source."""
 
-    index: int
+    index: Count
     "number in the folder, from 0"
-    source: int
+    source: Count
     "index into the run's sources"
-    start: int
+    start: Count
     "line formats: a row is the shard's if its first byte (decompressed) is in [start, stop); Parquet: row numbers"
-    stop: int
-    row_group: int = -1
+    stop: Count
+    row_group: Annotated[int, Between(-1)] = -1
     "Parquet: the row group that `start` and `stop` count in; -1 otherwise"
 
 
@@ -248,7 +260,7 @@ class FileRecord:
 
     name: str
     "path below the folder, with '/'"
-    length: int
+    length: Count
     "bytes"
     xxh3_128: str
     "hex"
@@ -258,13 +270,13 @@ class FileRecord:
 class ShardCounts:
     """What one shard, or by addition a whole folder, holds."""
 
-    documents: int = 0
-    chunks: int = 0
-    tokens: int = 0
+    documents: Count = 0
+    chunks: Count = 0
+    tokens: Count = 0
     "with <s> and </s>; not of documents' own rows, which repeat those of their chunks"
-    skipped: int = 0
-    truncated: int = 0
-    missing_ids: int = 0
+    skipped: Count = 0
+    truncated: Count = 0
+    missing_ids: Count = 0
     "documents that carried no id"
 
     def __add__(self, other: ShardCounts) -> ShardCounts:
@@ -292,6 +304,20 @@ class DoneEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What `_m3/manifest.json` says: the folder is complete, and this is what it holds."""
+
+    num_shards: Count
+    counts: ShardCounts
+    length: Count
+    "bytes of all shards' files"
+    run: str
+    "xxh3_128 of run.json"
+    done: tuple[str, ...]
+    "xxh3_128 of each done entry, in shard order"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
     """What is about to be done."""
 
@@ -303,7 +329,7 @@ class RunPlan:
     outputs: tuple[str, ...]
     format: str
     settings: dict[str, Any]
-    "that are not the default, by the members of Meaning"
+    "that are not the default, by the members of EncodeConfig"
     fingerprint: str
     documents: int | None
     "estimated from a sample, exact for Parquet; None where only reading tells (piped input)"

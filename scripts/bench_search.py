@@ -8,6 +8,8 @@ A folder of random unit vectors in float16 is written for each width and format.
 and faiss alone over float32 that is in memory already. m3 never holds the corpus. Needs faiss-cpu; says so without.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import shutil
@@ -15,9 +17,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from m3cli.config import RunConfig
 
 SCRIPTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(SCRIPTS.parent))
@@ -55,6 +60,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def make_run(dim: int) -> RunConfig:
+    """Return the run.json of a folder of dense vectors."""
+    from m3cli.config import CheckpointConfig, EncodeConfig, RunConfig, Runtime  # noqa: PLC0415  a second
+    from m3cli.records import Fields, Source  # noqa: PLC0415
+
+    return RunConfig(
+        config=EncodeConfig(
+            fields=Fields(text="text", id="id", title=None, kept=(), columns=(), header=False),
+            outputs=("dense",),
+            max_length=512,
+            dtype="float32",
+            shard_size=1 << 20,
+        ),
+        checkpoint=CheckpointConfig(
+            name="random", path="random", revision=None, dim=dim, vocabulary=10, hashes={}, tokenizer_hash="0"
+        ),
+        sources=(Source(name="s", path="s", format="jsonl", compression="none", size=0, mtime_ns=0),),
+        runtime=Runtime(max_batch_tokens=1, threads=1),
+    )
+
+
 def write_folder(place: Path, *, rows: int, dim: int, form: str) -> Path:
     """Write a folder of random unit vectors; a row is a document."""
     from m3cli.records import Chunks, Document, Embeddings, Shard, ShardText  # noqa: PLC0415  a second
@@ -67,9 +93,8 @@ def write_folder(place: Path, *, rows: int, dim: int, form: str) -> Path:
     root.parent.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(dim)
     layout = RowForm(format=form, outputs=("dense",), dim=dim, vocabulary=10)  # type: ignore[arg-type]
-    meaning = {"outputs": ["dense"], "keep_text": False, "long_docs": "chunk", "prefix": ""}
     with open_run_folder(root) as folder:
-        folder.write_run({"meaning": meaning, "checkpoint": {"vocabulary": 10}})
+        folder.write_run(make_run(dim))
         for index, first in enumerate(range(0, rows, SHARD_ROWS)):
             count = min(SHARD_ROWS, rows - first)
             documents = tuple(

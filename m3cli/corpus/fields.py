@@ -62,8 +62,8 @@ def resolve_fields(
             title_field, flags.title, peeks, ("2",) if counted == 3 and text == "3" else TITLE_NAMES, candidates
         ),
         kept=tuple(keep_fields),
-        tsv_columns=layout.columns,
-        tsv_header=layout.header,
+        columns=layout.columns,
+        header=layout.header,
     )
     _check_files(sources, fields, flags, stdin)
     return fields
@@ -205,11 +205,11 @@ def _check_files(sources: Sequence[Source], fields: Fields, flags: FieldFlags, s
     for source in sources:
         if source.format == "parquet":
             check_columns(source, read_parquet_schema(source), fields, flags)
-        elif source.format == "tsv" and fields.tsv_header and source.size:
+        elif source.format == "tsv" and fields.header and source.size:
             header = read_first_line(source, stdin=stdin)
-            if header != fields.tsv_columns:
+            if header != fields.columns:
                 raise CorpusError(
                     f"{source.name} does not begin with the header of the other TSV files, "
-                    f"{_list_names(fields.tsv_columns)}, but with {_list_names(header)}: "
+                    f"{_list_names(fields.columns)}, but with {_list_names(header)}: "
                     "give it that header, or encode it apart"
                 )

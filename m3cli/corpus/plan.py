@@ -81,7 +81,7 @@ def plan_source(
     if source.format == "parquet":
         pieces, rows_left = _cut_row_groups(source, fields=fields, shard_size=shard_size, rows_left=rows_left)
     else:
-        header = source.format == "tsv" and fields.tsv_header
+        header = source.format == "tsv" and fields.header
         end, rows_left = _find_end(source, rows_left, header=header, max_row_bytes=max_row_bytes)
         pieces = [(-1, start, min(start + shard_size, end)) for start in range(0, end, shard_size)]
     shards = (

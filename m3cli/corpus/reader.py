@@ -262,11 +262,11 @@ def _pack(shard: Shard, gathered: Gathered, kept: Any, input_hash: str) -> Shard
 
 def _choose_parser(source: Source, fields: Fields) -> Callable[[bytes], Row | Fault]:
     if source.format == "tsv":
-        return partial(parse_tsv_line, columns=fields.tsv_columns)
+        return partial(parse_tsv_line, columns=fields.columns)
     if source.format == "text":
         return partial(parse_text_line, text_field=fields.text)
     return parse_json_line
 
 
 def _has_header(source: Source, fields: Fields) -> bool:
-    return source.format == "tsv" and fields.tsv_header
+    return source.format == "tsv" and fields.header

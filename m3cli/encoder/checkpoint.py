@@ -15,7 +15,7 @@ from typing import Any, Literal
 import orjson
 import xxhash
 
-from m3cli.config import MAX_LENGTH_CEILING, CheckpointIdentity
+from m3cli.config import MAX_LENGTH_CEILING
 from m3cli.errors import ModelError, refuse_unreachable
 from m3cli.records import Output
 
@@ -200,7 +200,7 @@ def _read_pooling(folder: Path) -> Pooling:
     return names[0]  # type: ignore[return-value]
 
 
-def identify_checkpoint(checkpoint: Checkpoint) -> CheckpointIdentity:
+def hash_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
     """Hash what makes two checkpoints the same, wherever they lie.
 
     Small files (config, pooling, heads, tokenizer) are hashed whole, each weight file by its size and its first and
@@ -213,7 +213,7 @@ def identify_checkpoint(checkpoint: Checkpoint) -> CheckpointIdentity:
             hashes[name] = xxhash.xxh3_128_hexdigest(path.read_bytes())
     for path in checkpoint.weight_files:
         hashes[path.name] = _hash_ends(path)
-    return CheckpointIdentity(name=checkpoint.name, hashes=dict(sorted(hashes.items())))
+    return dict(sorted(hashes.items()))
 
 
 def _hash_ends(path: Path) -> str:

@@ -16,7 +16,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.config import LongDocs, Meaning, Split
+from m3cli.config import EncodeConfig, LongDocs, Split
 from m3cli.encoder.segments import SEGMENT_CHARS, TextTokens, read_texts
 from m3cli.encoder.split import Window, cut_windows
 from m3cli.encoder.tokenizer import Tokenizer
@@ -43,14 +43,14 @@ class Cutting:
     prefix: str = ""
 
 
-def cutting_of(meaning: Meaning) -> Cutting:
+def cutting_of(config: EncodeConfig) -> Cutting:
     """Return how a run cuts documents."""
     return Cutting(
-        max_length=meaning.max_length,
-        overlap=meaning.overlap,
-        split=meaning.split,
-        long_docs=meaning.long_docs,
-        prefix=meaning.prefix,
+        max_length=config.max_length,
+        overlap=config.overlap,
+        split=config.split,
+        long_docs=config.long_docs,
+        prefix=config.prefix,
     )
 
 

@@ -1,7 +1,7 @@
 """Text to token ids, as `AutoTokenizer` gives them, with the batches done by its Rust backend.
 
 transformers 5 rebuilds XLM-R's pipeline and ignores the one written in `tokenizer.json`; transformers 4 used it as it
-stood. "trailing  " differs by a token. So the hash of the backend's own serialisation is part of a folder's meaning.
+stood. "trailing  " differs by a token. So the hash of the backend's own serialisation is part of a folder's config.
 
 Importing transformers and building the tokenizer costs about 4 s, loading the saved backend 1 s: the backend is kept
 in a per-user cache keyed by the tokenizer files and the versions that built it. A cache file carries its own hash and

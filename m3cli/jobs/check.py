@@ -20,18 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3cli.ahead import run_ahead
-from m3cli.config import CheckRequest
+from m3cli.config import CheckRequest, RunConfig
 from m3cli.errors import (
     EXIT_DONE,
     EXIT_ROWS_SKIPPED,
     DamageFound,
-    ForeignFolder,
     Stopped,
     UsageError,
     refuse_unreachable,
 )
 from m3cli.jobs.opening import make_form
-from m3cli.jobs.run import Run, parse_run
 from m3cli.progress import FileMeter
 from m3cli.records import DoneEntry
 from m3cli.store.entries import is_ours
@@ -86,7 +84,7 @@ def check_folder(request: CheckRequest, *, meter: FileMeter) -> FolderCheck:
 def _check(root: Path, request: CheckRequest, *, meter: FileMeter) -> FolderCheck:
     ledger = read_ledger(root)
     faults = [*ledger.faults, *find_strays(root, ledger)]
-    run = _read_settings(ledger, faults)
+    run = ledger.run
     found, hashes = _check_shards(root, ledger, run, meter=meter)
     faults += found
     sampled = 0
@@ -118,18 +116,8 @@ def _check(root: Path, request: CheckRequest, *, meter: FileMeter) -> FolderChec
     )
 
 
-def _read_settings(ledger: Ledger, faults: list[Fault]) -> Run | None:
-    if ledger.run is None:
-        return None
-    try:
-        return parse_run(ledger.run)
-    except ForeignFolder:
-        faults.append(Fault(file=RUN_NAME, shard=None, what="does not hold a run's settings", cure="none"))
-        return None
-
-
 def _check_shards(
-    root: Path, ledger: Ledger, run: Run | None, *, meter: FileMeter
+    root: Path, ledger: Ledger, run: RunConfig | None, *, meter: FileMeter
 ) -> tuple[list[Fault], dict[int, NDArray[np.int64]]]:
     """Check every shard; return the faults, and the hashed ids of each shard that has none."""
     expected = _expect(run) if run else None
@@ -157,11 +145,11 @@ def _hash_shards(root: Path, ledger: Ledger) -> Iterator[tuple[DoneEntry, list[F
         yield ledger.entries[index], check_files(root, ledger.entries[index])
 
 
-def _expect(run: Run) -> Expected:
-    meaning = run.meaning
-    merged = meaning.long_docs == "merge"
+def _expect(run: RunConfig) -> Expected:
+    config = run.config
+    merged = config.long_docs == "merge"
     return Expected(
-        form=make_form(run, kept=False), kept=meaning.fields.kept, max_length=meaning.max_length, merged=merged
+        form=make_form(run, kept=False), kept=config.fields.kept, max_length=config.max_length, merged=merged
     )
 
 

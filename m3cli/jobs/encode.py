@@ -28,15 +28,14 @@ from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED
 from m3cli.jobs.metrics import MetricsFile, keep_metrics
 from m3cli.jobs.opening import Opened, Settled, choose_out, open_run, settle
-from m3cli.jobs.run import open_checkpoint, refuse_other_checkpoint, refuse_other_tokenizer
+from m3cli.jobs.run import describe_rest, open_checkpoint, refuse_other_checkpoint, refuse_other_tokenizer
 from m3cli.jobs.since import Since, open_since
 from m3cli.jobs.space import refuse_full_disk
 from m3cli.jobs.stopping import Stop, refuse_too_many_skipped
 from m3cli.progress import Progress, Stopwatch
 from m3cli.records import DoneEntry, RunSummary, ShardCounts
 from m3cli.store.commit import refuse_unwritable
-from m3cli.store.entries import read_run
-from m3cli.store.folder import open_run_folder
+from m3cli.store.folder import damage_stops, open_run_folder, read_run_to_resume
 from m3cli.store.ids import read_id_hashes
 from m3cli.store.verify.ids import find_duplicate_ids
 
@@ -99,7 +98,7 @@ def encode_corpus(
         metrics.out = str(out)
         with watch.count("loading"):
             # What can be wrong with corpus, model or disk is said before a folder is made for it.
-            fresh = None if read_run(out) else settle(request, sources, stdin)
+            fresh = None if read_run_to_resume(out) else settle(request, sources, stdin)
             if fresh is not None:
                 fresh = estimate_run(fresh, request, progress)
                 if request.space_check and (estimate := fresh.estimate):
@@ -140,8 +139,10 @@ def ready_adopted(opened: Opened, request: EncodeRequest, progress: Progress) ->
     from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415  torch, only where there is work
 
     run = opened.run
-    checkpoint = open_checkpoint(request)
-    refuse_other_checkpoint(run, checkpoint, out=opened.name)
+    checkpoint = opened.checkpoint
+    if checkpoint is None:
+        checkpoint = open_checkpoint(request)
+        refuse_other_checkpoint(run, checkpoint, out=opened.name)
     tokenizer = load_tokenizer(checkpoint)
     refuse_other_tokenizer(run, tokenizer.serialisation_hash, out=opened.name)
     settled = Settled(run=run, form=opened.form, checkpoint=checkpoint, tokenizer=tokenizer)
@@ -161,12 +162,17 @@ def finish(opened: Opened, request: EncodeRequest, *, progress: Progress, stdin:
     if request.since_run or request.gone:
         since = open_since(opened.run, request.since_run, out=opened.name)
         if since is not None and opened.folder.manifest() is not None:
-            since.list_gone(opened.folder.path, list(opened.done), listing=request.gone)
+            with damage_stops(opened.folder.path):
+                hashes = read_id_hashes(opened.folder.path, opened.done)
+            since.list_gone(hashes, listing=request.gone)
     counts = sum((entry.counts for entry in opened.done.values()), start=ShardCounts())
     progress.say(
-        f"nothing to do: {opened.name} holds {', '.join(opened.run.meaning.outputs)} of {counts.documents:,} documents "
+        f"nothing to do: {opened.name} holds {', '.join(opened.run.config.outputs)} of {counts.documents:,} documents "
         f"({counts.chunks:,} rows, {counts.skipped:,} skipped) in {len(opened.done):,} shards"
     )
+    rows = counts.documents + counts.skipped
+    if (rest := describe_rest(opened.run, request, out=opened.shown_path, rows=rows)) is not None:
+        progress.say(rest)
 
 
 def encode(
@@ -185,7 +191,7 @@ def encode(
     from m3cli.jobs import stages  # noqa: PLC0415
     from m3cli.jobs.plan import describe_run  # noqa: PLC0415
 
-    run, meaning, progress, watch = opened.run, opened.run.meaning, work.progress, work.watch
+    run, config, progress, watch = opened.run, opened.run.config, work.progress, work.watch
     with watch.count("loading"):
         # Of workers that begin a folder together one writes its run.json, the others go on with it.
         ready = fresh if fresh and not opened.resumed else ready_adopted(opened, request, progress)
@@ -203,29 +209,31 @@ def encode(
             resumed=opened.resumed,
         )
     )
+    if opened.resumed and (rest := describe_rest(run, request, out=opened.shown_path)) is not None:
+        progress.say(rest)
     with watch.count("loading"):
-        machine.set_threads(run.threads)
-        model = load_model(checkpoint, device=device, dtype=meaning.dtype)
-        lanes = machine.plan_lanes(run.threads, device=device)
-        machine.set_threads(run.threads // lanes)
+        machine.set_threads(run.runtime.threads)
+        model = load_model(checkpoint, device=device, dtype=config.dtype)
+        lanes = machine.plan_lanes(run.runtime.threads, device=device)
+        machine.set_threads(run.runtime.threads // lanes)
     load_float32 = partial(load_model, checkpoint, device=device, dtype="float32")
     encoder = stages.make_encoder(
         model,
         tokenizer,
-        meaning=meaning,
-        load_float32=load_float32 if meaning.dtype != "float32" else None,
+        config=config,
+        load_float32=load_float32 if config.dtype != "float32" else None,
         lanes=lanes,
     )
     work.stop.check()
     progress.start(shards_todo=todo)
     began = time.perf_counter()
-    texts = stages.tokenise_shards(opened.read(stdin), tokenizer, meaning=meaning, since=since)
+    texts = stages.tokenise_shards(opened.read(stdin), tokenizer, config=config, since=since)
     shards = run_ahead(stages.count_seconds(texts, watch, "reading"), depth=1, name="reading")
     route = stages.plan_route(
         encoder,
         since=since,
-        meaning=meaning,
-        max_batch_tokens=run.max_batch_tokens,
+        config=config,
+        max_batch_tokens=run.runtime.max_batch_tokens,
         watch=watch,
         progress=progress,
     )
@@ -235,7 +243,7 @@ def encode(
             write_shards(opened, batches, request, todo=todo, work=work)
     finally:
         batches.close()
-        machine.set_threads(run.threads)  # for who goes on in this process
+        machine.set_threads(run.runtime.threads)  # for who goes on in this process
         progress.stop()
     encoded = time.perf_counter() - began
     complete = opened.folder.write_manifest(opened.share.num_shards)
@@ -261,7 +269,7 @@ def write_shards(
             shard,
             parts,
             form=opened.form,
-            meaning=opened.run.meaning,
+            config=opened.run.config,
             source=source,
             watch=work.watch,
         )
@@ -323,11 +331,11 @@ def leave_garbage() -> Iterator[None]:
 def look_at_ids(summary: RunSummary, opened: Opened, request: EncodeRequest, since: Since | None) -> RunSummary:
     """Add, of a complete folder, how many ids stand for several documents, and how many of an older one are gone."""
     root, shards = opened.folder.path, list(opened.folder.done())
-    return replace(
-        summary,
-        duplicate_ids=find_duplicate_ids(root, read_id_hashes(root, shards)).count,
-        gone=None if since is None else since.list_gone(root, shards, listing=request.gone),
-    )
+    with damage_stops(root):
+        hashes = read_id_hashes(root, shards)
+        duplicates = find_duplicate_ids(root, hashes).count
+    gone = None if since is None else since.list_gone(hashes, listing=request.gone)
+    return replace(summary, duplicate_ids=duplicates, gone=gone)
 
 
 def summarise(opened: Opened, work: Work, *, seconds: float, device_bytes: int) -> RunSummary:
@@ -377,7 +385,7 @@ def judge(opened: Opened, request: EncodeRequest, tally: Tally) -> int:
     manifest = opened.folder.manifest()
     if manifest is None:
         return EXIT_DONE
-    counts = ShardCounts(**manifest["counts"])
+    counts = manifest.counts
     out = opened.shown_path
     refuse_too_many_skipped(counts, request.max_skipped, tally.reasons, out=out, complete=True)
     return EXIT_ROWS_SKIPPED if counts.skipped else EXIT_DONE

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.config import ColbertForm
+from m3cli.config import ColbertForm, RunConfig
 from m3cli.corpus.plan import Plan, plan_shards
 from m3cli.corpus.reader import Action, read_shards
 from m3cli.corpus.spread import spread_portions
@@ -24,7 +24,6 @@ from m3cli.encoder.compression import bound_vectors
 from m3cli.encoder.merge import DOCUMENT_ROW, plan_rows
 from m3cli.encoder.tokenizer import Tokenizer
 from m3cli.errors import CorpusError
-from m3cli.jobs.run import Run
 from m3cli.records import Shard, ShardText, Source
 from m3cli.store.layout import WEIGHTS_PER_TOKEN, RowForm, estimate_bytes
 
@@ -77,7 +76,7 @@ class _Sample:
     "of the rows' kept fields"
 
 
-def estimate_corpus(run: Run, form: RowForm, tokenizer: Tokenizer) -> Estimate | None:
+def estimate_corpus(run: RunConfig, form: RowForm, tokenizer: Tokenizer) -> Estimate | None:
     """Estimate the whole corpus; None where some of it comes by standard input, or there is nothing."""
     if any(source.path == "-" for source in run.sources):
         return None
@@ -92,7 +91,7 @@ def estimate_corpus(run: Run, form: RowForm, tokenizer: Tokenizer) -> Estimate |
     documents = sum(sample.documents * sample.factor for sample in samples)
     if not documents:
         return None
-    limit = run.meaning.limit
+    limit = run.config.limit
     if limit is not None and documents > limit:
         samples = [replace(sample, factor=sample.factor * limit / documents) for sample in samples]
     sizes = _estimate_sizes(form, samples)
@@ -133,15 +132,15 @@ def _estimate_sizes(form: RowForm, samples: Sequence[_Sample]) -> dict[str, int]
 class _Sampler:
     """What the samples of one run are read and cut with."""
 
-    def __init__(self, run: Run, form: RowForm, tokenizer: Tokenizer) -> None:
-        self._meaning = run.meaning
+    def __init__(self, run: RunConfig, form: RowForm, tokenizer: Tokenizer) -> None:
+        self._config = run.config
         self._form = form
         self._tokenizer = tokenizer
 
     def read_plain(self, sources: tuple[Source, ...]) -> list[_Sample]:
         """Read portions of files of which any part can be read."""
         plan = self._plan(sources)
-        portions = spread_portions(sources, plan, number=SAMPLE_SHARDS, max_row_bytes=self._meaning.max_row_bytes)
+        portions = spread_portions(sources, plan, number=SAMPLE_SHARDS, max_row_bytes=self._config.max_row_bytes)
         plan = replace(plan, shards=tuple(portion.shard for portion in portions), rows_left=None)
         texts = self._read(sources, plan, lambda _: "read")
         return [self._measure([text], portion.factor) for text, portion in zip(texts, portions, strict=True)]
@@ -168,13 +167,13 @@ class _Sampler:
         return self._measure(texts, factor)
 
     def _plan(self, sources: tuple[Source, ...]) -> Plan:
-        meaning = self._meaning
+        config = self._config
         return plan_shards(
             sources,
-            fields=meaning.fields,
+            fields=config.fields,
             shard_size=SAMPLE_SHARD_BYTES,
-            limit=meaning.limit,
-            max_row_bytes=meaning.max_row_bytes,
+            limit=config.limit,
+            max_row_bytes=config.max_row_bytes,
         )
 
     def _read(
@@ -183,10 +182,10 @@ class _Sampler:
         return read_shards(
             sources,
             plan=plan,
-            fields=self._meaning.fields,
+            fields=self._config.fields,
             schema=self._form.kept,
-            title_sep=self._meaning.title_sep,
-            max_row_bytes=self._meaning.max_row_bytes,
+            title_sep=self._config.title_sep,
+            max_row_bytes=self._config.max_row_bytes,
             ask=ask,
         )
 
@@ -194,7 +193,7 @@ class _Sampler:
         """Cut documents into the rows that are written for them; what is cut off a long one counts by its length."""
         documents = [document for text in texts for document in text.documents]
         begun = [replace(document, text=document.text[:SAMPLE_CHARS]) for document in documents]
-        truncated = self._meaning.long_docs == "truncate"
+        truncated = self._config.long_docs == "truncate"
         stretch = np.array(
             [
                 1.0 if truncated else len(whole.text) / len(part.text)
@@ -202,11 +201,11 @@ class _Sampler:
             ]
         )
         none = np.empty(0, np.int64)
-        chunks = chunk_documents(begun, self._tokenizer, cutting_of(self._meaning))
-        rows = plan_rows(chunks, long_docs=self._meaning.long_docs, taken=none)
+        chunks = chunk_documents(begun, self._tokenizer, cutting_of(self._config))
+        rows = plan_rows(chunks, long_docs=self._config.long_docs, taken=none)
         own = rows.chunk_index == DOCUMENT_ROW
         longer = stretch[rows.document] if rows.num_rows else np.empty(0)
-        is_whole = own if self._meaning.long_docs == "both" else np.full(rows.num_rows, self._meaning.merges)
+        is_whole = own if self._config.long_docs == "both" else np.full(rows.num_rows, self._config.merges)
         weights = np.where(is_whole, 1.0, longer)
         bytes_a_char = np.array([len(part.text.encode()) / len(part.text) for part in begun])
         chars = (rows.char_end - rows.char_start) * longer

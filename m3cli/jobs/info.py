@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from m3cli.config import RunConfig
 from m3cli.corpus.plan import Plan
 from m3cli.corpus.sources import find_sources
 from m3cli.errors import ForeignFolder, UsageError
 from m3cli.jobs.input_again import find_input, read_texts
 from m3cli.jobs.opening import plan_run
-from m3cli.jobs.run import Run, parse_run
 from m3cli.records import Source
 from m3cli.store.describe import FolderDescription, describe
 from m3cli.store.layout import TEXT_COLUMN
@@ -82,9 +82,8 @@ def find_chunks(folder: str, document_id: str, *, text: bool = False, source: st
 
 
 def _read_text(folder: OutputFolder, shard: int, document_id: str, *, source: str | None) -> str:
-    assert folder.run is not None
     entry = folder.entries[shard]
-    run, plan = _find_source(parse_run(folder.run), folder, shard, source)
+    run, plan = _find_source(folder.run, folder, shard, source)
     for text in read_texts(run, {shard}, plan=plan):
         if text.input_hash != entry.input_hash:
             raise ForeignFolder(f"{entry.source} has changed since {folder.path.name} was made from it: drop --text")
@@ -94,7 +93,7 @@ def _read_text(folder: OutputFolder, shard: int, document_id: str, *, source: st
     raise ForeignFolder(f"the input has no document {document_id!r} any more: drop --text")
 
 
-def _find_source(run: Run, folder: OutputFolder, shard: int, source: str | None) -> tuple[Run, Plan]:
+def _find_source(run: RunConfig, folder: OutputFolder, shard: int, source: str | None) -> tuple[RunConfig, Plan]:
     """Return the run with its input where it is now, and a plan that has the shard; of several files one is enough.
 
     Raises:
@@ -118,7 +117,7 @@ def _find_source(run: Run, folder: OutputFolder, shard: int, source: str | None)
             shards=(entry.shard,),
             num_sources=len(sources),
             complete=True,
-            shard_size=run.meaning.shard_size,
+            shard_size=run.config.shard_size,
             limit=None,
             rows_left=None,
         )

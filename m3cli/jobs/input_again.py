@@ -6,16 +6,16 @@ from collections.abc import Container, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from m3cli.config import EncodeRequest
+from m3cli.config import EncodeRequest, RunConfig
 from m3cli.corpus.plan import Plan
 from m3cli.corpus.reader import Action, read_shards
 from m3cli.errors import CorpusError
 from m3cli.jobs.opening import make_form, plan_run
-from m3cli.jobs.run import Run, adopt_run
+from m3cli.jobs.run import adopt_run
 from m3cli.records import Shard, ShardText
 
 
-def find_input(run: Run, root: Path, *, otherwise: str) -> Run:
+def find_input(run: RunConfig, root: Path, *, otherwise: str) -> RunConfig:
     """Return the run with its sources as they are today.
 
     Raises:
@@ -34,20 +34,20 @@ def find_input(run: Run, root: Path, *, otherwise: str) -> Run:
     return adopt_run(run, EncodeRequest(inputs=()), sources=tuple(now), out=root.name)
 
 
-def read_texts(run: Run, shards: Container[int], *, plan: Plan | None = None) -> Iterator[ShardText]:
+def read_texts(run: RunConfig, shards: Container[int], *, plan: Plan | None = None) -> Iterator[ShardText]:
     """Read the documents of some shards again, of a plan that has them; None: of all there are."""
 
     def ask(shard: Shard) -> Action:
         return "read" if shard.index in shards else "skip"
 
-    meaning = run.meaning
+    config = run.config
     texts = read_shards(
         run.sources,
         plan=plan or plan_run(run),
-        fields=meaning.fields,
+        fields=config.fields,
         schema=make_form(run).kept,
-        title_sep=meaning.title_sep,
-        max_row_bytes=meaning.max_row_bytes,
+        title_sep=config.title_sep,
+        max_row_bytes=config.max_row_bytes,
         ask=ask,
     )
     return (text for text in texts if text.shard.index in shards)

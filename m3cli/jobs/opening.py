@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m3cli.config import EncodeRequest
+from m3cli.config import EncodeRequest, RunConfig
 from m3cli.corpus.fields import kept_schema
 from m3cli.corpus.plan import Plan, plan_shards
 from m3cli.corpus.reader import read_shards
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import CorpusError, ForeignFolder, UsageError, refuse_unreachable
 from m3cli.jobs.run import (
-    Run,
     adopt_run,
     find_changed,
     name_model,
     open_checkpoint,
-    parse_run,
     refuse_other_checkpoint,
     settle_run,
 )
@@ -41,7 +39,7 @@ _ENDINGS = {".gz", ".zst", ".jsonl", ".ndjson", ".json", ".tsv", ".txt", ".text"
 class Settled:
     """A run with what it needs beside its folder; of a new one, before there is a folder."""
 
-    run: Run
+    run: RunConfig
     form: RowForm
     checkpoint: Checkpoint
     tokenizer: Tokenizer
@@ -55,12 +53,14 @@ class Opened:
 
     folder: RunFolder
     name: str
-    run: Run
+    run: RunConfig
     form: RowForm
     plan: Plan
     done: dict[int, DoneEntry]
     share: Share
     resumed: bool
+    checkpoint: Checkpoint | None
+    "that was asked for, compared with the folder's; None: none was"
 
     @property
     def shown_path(self) -> str:
@@ -72,19 +72,19 @@ class Opened:
     def num_shards(self) -> int | None:
         """Shards of the whole folder; None where only reading tells."""
         if (manifest := self.folder.manifest()) is not None:
-            return int(manifest["num_shards"])
+            return manifest.num_shards
         return len(self.plan.shards) if self.plan.complete else None
 
     def read(self, stdin: PeekableStream | None) -> Iterator[ShardText]:
         """Read the shards that are left to do, comparing finished ones whose input may have changed."""
-        meaning = self.run.meaning
+        config = self.run.config
         texts = read_shards(
             self.run.sources,
             plan=self.plan,
-            fields=meaning.fields,
+            fields=config.fields,
             schema=self.form.kept,
-            title_sep=meaning.title_sep,
-            max_row_bytes=meaning.max_row_bytes,
+            title_sep=config.title_sep,
+            max_row_bytes=config.max_row_bytes,
             ask=self.share.ask,
             stdin=stdin,
         )
@@ -121,51 +121,53 @@ def settle(request: EncodeRequest, sources: tuple[Source, ...], stdin: PeekableS
     run = settle_run(
         request, sources=sources, checkpoint=checkpoint, tokenizer_hash=tokenizer.serialisation_hash, stdin=stdin
     )
-    refuse_no_room(tokenizer, cutting_of(run.meaning))
+    refuse_no_room(tokenizer, cutting_of(run.config))
     form = make_form(run)
     if request.since_run is not None:
         run = settle_since(run, request.since_run)
     return Settled(run=run, form=form, checkpoint=checkpoint, tokenizer=tokenizer)
 
 
-def make_form(run: Run, *, kept: bool = True) -> RowForm:
+def make_form(run: RunConfig, *, kept: bool = True) -> RowForm:
     """Say what every shard of a run's folder has in common; the types of kept fields only the input knows."""
-    meaning = run.meaning
+    config = run.config
     return RowForm(
-        format=meaning.format,
-        outputs=meaning.outputs,
-        dim=run.dim,
-        vocabulary=run.vocabulary,
-        dense_dtype=meaning.dense_dtype,
-        colbert=meaning.colbert_form,
-        compression=meaning.compression,
-        exact_vectors=meaning.exact_vectors,
-        keep_text=meaning.keep_text,
-        kept=kept_schema(run.sources, meaning.fields) if kept and meaning.fields.kept else None,
+        format=config.format,
+        outputs=config.outputs,
+        dim=run.checkpoint.dim,
+        vocabulary=run.checkpoint.vocabulary,
+        dense_dtype=config.dense_dtype,
+        colbert=config.colbert_form,
+        compression=config.compression,
+        exact_vectors=config.exact_vectors,
+        keep_text=config.keep_text,
+        kept=kept_schema(run.sources, config.fields) if kept and config.fields.kept else None,
     )
 
 
-def open_run(folder: RunFolder, fresh: Run | None, request: EncodeRequest, sources: tuple[Source, ...]) -> Opened:
+def open_run(folder: RunFolder, fresh: RunConfig | None, request: EncodeRequest, sources: tuple[Source, ...]) -> Opened:
     """Write the folder's run.json, or adopt it; of workers that start together one writes."""
     name = folder.path.name
     with folder.lock.initialising():
-        document = folder.run()
-        if document is None:
+        before = folder.run()
+        if before is None:
             if fresh is None:
                 raise ForeignFolder(f"{folder.path} lost its run.json while this run started; run the command again")
-            folder.write_run(fresh.to_json())
-    if document is None:
+            folder.write_run(fresh)
+    checkpoint = None
+    if before is None:
         assert fresh is not None
         run, changed = fresh, frozenset[int]()
     else:
-        before = parse_run(document)
         run = adopt_run(before, request, sources=sources, out=name)
         changed = find_changed(before.sources, sources)
         if request.verify_input:
             changed = frozenset(range(len(sources)))
         if name_model(request) is not None:
-            refuse_other_checkpoint(run, open_checkpoint(request), out=name)
+            checkpoint = open_checkpoint(request)
+            refuse_other_checkpoint(run, checkpoint, out=name)
     done = folder.done()
+    folder.check_lengths(done.values())
     return Opened(
         folder=folder,
         name=name,
@@ -174,17 +176,18 @@ def open_run(folder: RunFolder, fresh: Run | None, request: EncodeRequest, sourc
         plan=plan_run(run),
         done=done,
         share=Share(done, worker=request.worker, num_workers=request.num_workers, changed=changed, out=name),
-        resumed=document is not None,
+        resumed=before is not None,
+        checkpoint=checkpoint,
     )
 
 
-def plan_run(run: Run) -> Plan:
+def plan_run(run: RunConfig) -> Plan:
     """Plan the shards of a run, as far as they are known before anything is read."""
-    meaning = run.meaning
+    config = run.config
     return plan_shards(
         run.sources,
-        fields=meaning.fields,
-        shard_size=meaning.shard_size,
-        limit=meaning.limit,
-        max_row_bytes=meaning.max_row_bytes,
+        fields=config.fields,
+        shard_size=config.shard_size,
+        limit=config.limit,
+        max_row_bytes=config.max_row_bytes,
     )

@@ -5,33 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from m3cli.config import EncodeRequest, list_chosen
+from m3cli.config import EncodeRequest, RunConfig, list_chosen
 from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder import device as machine
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.jobs.estimate import Estimate, estimate_corpus
 from m3cli.jobs.opening import choose_out, make_form, plan_run, settle
-from m3cli.jobs.run import Run, adopt_run, open_checkpoint, parse_run, refuse_other_checkpoint
+from m3cli.jobs.run import adopt_run, open_checkpoint, refuse_other_checkpoint
 from m3cli.jobs.space import count_needed, find_free_bytes
 from m3cli.records import DoneEntry, RunPlan
-from m3cli.store.entries import read_entries, read_run
+from m3cli.store.folder import read_done_to_resume, read_run_to_resume
 
 
 def plan_corpus(request: EncodeRequest, *, stdin: PeekableStream | None = None) -> RunPlan:
     """Say what an encode with these settings would do, and what it would find done."""
     sources = find_sources(request.inputs, input_format=request.input_format, stdin=stdin)
     out = choose_out(request, sources)
-    document = read_run(out)
+    before = read_run_to_resume(out)
     done: Mapping[int, DoneEntry] = {}
-    if document is None:
+    if before is None:
         settled = settle(request, sources, stdin)
         run, form, tokenizer = settled.run, settled.form, settled.tokenizer
     else:
-        run = adopt_run(parse_run(document), request, sources=sources, out=out.name)
+        run = adopt_run(before, request, sources=sources, out=out.name)
         checkpoint = open_checkpoint(request)
         refuse_other_checkpoint(run, checkpoint, out=out.name)
-        done, form, tokenizer = read_entries(out)[0], make_form(run), load_tokenizer(checkpoint)
+        done, form, tokenizer = read_done_to_resume(out), make_form(run), load_tokenizer(checkpoint)
     plan = plan_run(run)
     return describe_run(
         run,
@@ -40,12 +40,12 @@ def plan_corpus(request: EncodeRequest, *, stdin: PeekableStream | None = None) 
         estimate=estimate_corpus(run, form, tokenizer),
         num_shards=len(plan.shards) if plan.complete else None,
         done=done,
-        resumed=document is not None,
+        resumed=before is not None,
     )
 
 
 def describe_run(
-    run: Run,
+    run: RunConfig,
     *,
     out: str,
     device: str,
@@ -55,18 +55,18 @@ def describe_run(
     resumed: bool,
 ) -> RunPlan:
     """Put together what the panel before a run shows."""
-    meaning = run.meaning
+    config = run.config
     sizes = [source.size for source in run.sources]
     on_disk = estimate.bytes_on_disk if estimate else None
     return RunPlan(
         out=out,
-        model=run.model,
-        dtype=meaning.dtype,
+        model=run.checkpoint.name,
+        dtype=config.dtype,
         device=device,
-        max_length=meaning.max_length,
-        outputs=meaning.outputs,
-        format=meaning.format,
-        settings=list_chosen(meaning.to_json()),
+        max_length=config.max_length,
+        outputs=config.outputs,
+        format=config.format,
+        settings=list_chosen(config.to_json()),
         fingerprint=run.fingerprint,
         documents=estimate.documents if estimate else None,
         tokens=estimate.tokens if estimate else None,

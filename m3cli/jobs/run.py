@@ -9,28 +9,30 @@ are not compared.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import orjson
-import xxhash
-
-import m3cli
 from m3cli.config import (
+    ALL_OUTPUTS,
     AUTO_SHARD_SIZE,
     COLBERT_MEMBERS,
     DEFAULT_MODEL,
-    DEFAULT_SPLIT,
+    MAX_LENGTH_CEILING,
     OUTPUT_OF,
+    CheckpointConfig,
+    EncodeConfig,
     EncodeRequest,
-    Meaning,
+    RunConfig,
+    Runtime,
+    list_chosen,
 )
-from m3cli.corpus.fields import resolve_fields
+from m3cli.corpus.fields import ID_NAMES, TEXT_NAMES, TITLE_NAMES, resolve_fields
 from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder.batcher import fit_length
-from m3cli.encoder.checkpoint import Checkpoint, find_checkpoint, identify_checkpoint, read_checkpoint
+from m3cli.encoder.checkpoint import HEAD_FILES, Checkpoint, find_checkpoint, hash_checkpoint, read_checkpoint
 from m3cli.encoder.chunker import NUM_SPECIALS
 from m3cli.errors import ForeignFolder, ModelError, UsageError
 from m3cli.records import Fields, Output, Source
@@ -43,91 +45,12 @@ _PLAIN = (
     *(*COLBERT_MEMBERS, "compression"),
     *("title_sep", "keep_text", "prefix", "limit", "shard_size", "max_row_bytes", "dedupe"),
 )
-"flags whose settled value is a member of Meaning of the same name"
+"flags whose settled value is a member of EncodeConfig of the same name"
 _NEEDED: dict[str, Output] = {**OUTPUT_OF, "mcls": "dense"}
 "of each flag that is about one output, that output"
 _OTHER_NAMES = {"colbert_top_k": "/--colbert-max-vectors"}
 MOST = (1 << 31) - 1
 "that a number of tokens, vectors or weight can be"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """What is in run.json."""
-
-    meaning: Meaning
-    sources: tuple[Source, ...]
-    model: str
-    "the checkpoint's name, for people"
-    hashes: dict[str, str]
-    "of the checkpoint's files"
-    dim: int
-    vocabulary: int
-    tokenizer_hash: str
-    max_batch_tokens: int
-    threads: int
-    since_path: str | None = None
-    "where the older folder was found; not compared"
-
-    @property
-    def fingerprint(self) -> str:
-        """xxh3_128 (hex) of all that the folder's bytes mean."""
-        sources = [[source.name, source.size, source.format, source.compression] for source in self.sources]
-        parts = [self.meaning.to_identity(), self.hashes, self.tokenizer_hash, sources]
-        return xxhash.xxh3_128_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
-
-    def to_json(self) -> dict[str, Any]:
-        """Build the content of run.json."""
-        return {
-            "m3cli_version": m3cli.__version__,
-            "fingerprint": self.fingerprint,
-            "meaning": self.meaning.to_json(),
-            "checkpoint": {
-                "name": self.model,
-                "dim": self.dim,
-                "vocabulary": self.vocabulary,
-                "hashes": self.hashes,
-                "tokenizer_hash": self.tokenizer_hash,
-            },
-            "sources": [asdict(source) for source in self.sources],
-            "since_path": self.since_path,
-            "pace": {"max_batch_tokens": self.max_batch_tokens, "threads": self.threads},
-        }
-
-
-def parse_run(document: dict[str, Any]) -> Run:
-    """Read the content of run.json back.
-
-    Raises:
-        ForeignFolder: another version of m3cli wrote it, with other members.
-    """
-    try:
-        return _parse_members(document)
-    except (KeyError, TypeError) as error:
-        raise ForeignFolder(
-            f"run.json was written by m3cli {document.get('m3cli_version', '?')}, and {m3cli.__version__} cannot read "
-            f"it ({error}); go on with the version that began the folder, or use another --out"
-        ) from error
-
-
-def _parse_members(document: dict[str, Any]) -> Run:
-    meaning, checkpoint, pace = document["meaning"], document["checkpoint"], document["pace"]
-    settled = meaning["fields"]
-    lists = {name: tuple(settled[name]) for name in ("kept", "tsv_columns")}
-    return Run(
-        meaning=Meaning(
-            **{**meaning, "fields": Fields(**{**settled, **lists}), "outputs": tuple(meaning["outputs"])},
-        ),
-        sources=tuple(Source(**source) for source in document["sources"]),
-        model=checkpoint["name"],
-        hashes=checkpoint["hashes"],
-        dim=checkpoint["dim"],
-        vocabulary=checkpoint["vocabulary"],
-        tokenizer_hash=checkpoint["tokenizer_hash"],
-        max_batch_tokens=pace["max_batch_tokens"],
-        threads=pace["threads"],
-        since_path=document["since_path"],
-    )
 
 
 def open_checkpoint(request: EncodeRequest) -> Checkpoint:
@@ -149,7 +72,7 @@ def settle_run(
     checkpoint: Checkpoint,
     tokenizer_hash: str,
     stdin: PeekableStream | None,
-) -> Run:
+) -> RunConfig:
     """Settle a new folder's run: flags, then defaults, then what corpus, checkpoint and machine say."""
     from m3cli.encoder import device as machine  # noqa: PLC0415  torch, only for a run that will need it
 
@@ -171,22 +94,27 @@ def settle_run(
     settled: dict[str, Any] = {
         "outputs": outputs,
         "max_length": max_length,
-        "split": request.split or DEFAULT_SPLIT,
         "dtype": machine.resolve_dtype(request.dtype, device),
         "shard_size": request.shard_size or auto_shard_size(device, outputs),
     }
     typed = {name: getattr(request, name) for name in _PLAIN if getattr(request, name) is not None}
-    meaning = Meaning(fields=settle_fields(request, sources=sources, stdin=stdin), **{**typed, **settled})
-    return Run(
-        meaning=meaning,
+    config = EncodeConfig(fields=settle_fields(request, sources=sources, stdin=stdin), **{**typed, **settled})
+    return RunConfig(
+        config=config,
+        checkpoint=CheckpointConfig(
+            name=checkpoint.name,
+            path=str(checkpoint.folder.absolute()),
+            revision=request.revision,
+            dim=checkpoint.hidden_size,
+            vocabulary=checkpoint.vocab_size,
+            hashes=hash_checkpoint(checkpoint),
+            tokenizer_hash=tokenizer_hash,
+        ),
         sources=sources,
-        model=checkpoint.name,
-        hashes=identify_checkpoint(checkpoint).hashes,
-        dim=checkpoint.hidden_size,
-        vocabulary=checkpoint.vocab_size,
-        tokenizer_hash=tokenizer_hash,
-        max_batch_tokens=request.max_batch_tokens or machine.auto_batch_tokens(device),
-        threads=machine.auto_threads(),
+        runtime=Runtime(
+            max_batch_tokens=request.max_batch_tokens or machine.auto_batch_tokens(device),
+            threads=machine.auto_threads(),
+        ),
     )
 
 
@@ -280,21 +208,80 @@ def check_lengths(max_length: int, request: EncodeRequest, checkpoint: Checkpoin
         )
 
 
-def adopt_run(run: Run, request: EncodeRequest, *, sources: tuple[Source, ...], out: str) -> Run:
+def describe_rest(run: RunConfig, request: EncodeRequest, *, out: str, rows: int | None = None) -> str | None:
+    """Return what an option that a folder was begun with leaves out, and the command that encodes it; None: nothing.
+
+    Only options that were not typed again count: who types one knows of it. A complete folder of fewer `rows` than its
+    limit has the whole input.
+    """
+    config, left = run.config, []
+    limited = request.limit is None and config.limit is not None and (rows is None or rows >= config.limit)
+    if limited:
+        left.append(f"--limit {config.limit}")
+    heads = [output for output, name in HEAD_FILES.items() if name in run.checkpoint.hashes]
+    missing = [output for output in heads if output not in config.outputs]
+    if request.outputs is None and ("dense" not in config.outputs or missing):
+        left.append(f"--outputs {','.join(config.outputs)}")
+    if not left:
+        return None
+    command = spell_command(run, request, since=out if limited and len(left) == 1 else None)
+    return f"{out} was begun with {' and '.join(left)} and has no more than that; for the rest: {command}"
+
+
+def spell_command(run: RunConfig, request: EncodeRequest, *, since: str | None) -> str:
+    """Return the command that encodes a folder's input as the folder was, without its limit, into a new folder.
+
+    With `since` the outputs are those of that folder and its vectors are reused; without, all outputs are made.
+    """
+    config, fields = run.config, run.config.fields
+    words = ["m3", "encode", *request.inputs, "--out", "NEW.m3"]
+    if since is not None:
+        words += ["--since-run", since]
+    if (model := name_model(request)) is not None or run.checkpoint.name != DEFAULT_MODEL:
+        words += ["--model", model or run.checkpoint.path]
+    options: dict[str, Any] = {
+        "outputs": config.outputs if since is not None and config.outputs != ALL_OUTPUTS else None,
+        "max_length": config.max_length if config.max_length != MAX_LENGTH_CEILING else None,
+        "dtype": config.dtype if config.dtype in ("float32", "int8") else None,
+        "format": config.format if config.format != "parquet" else None,
+        "text_field": fields.text if fields.text not in ("", *TEXT_NAMES) else None,
+        "id_field": fields.id if fields.id not in ID_NAMES else None,
+        "title_field": fields.title if fields.title not in TITLE_NAMES else None,
+        "keep_fields": fields.kept or None,
+        **list_chosen(config.to_json()),
+        "limit": None,
+    }
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [_join(value)])]
+    return shlex.join(words)
+
+
+def _join(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def adopt_run(run: RunConfig, request: EncodeRequest, *, sources: tuple[Source, ...], out: str) -> RunConfig:
     """Go on with a folder's run: refuse what was typed and differs, take today's sources and typed pace.
 
     Raises:
         ForeignFolder: a typed setting, or the input, is another than the folder's.
     """
-    refuse_unwanted_flags(request, request.outputs or run.meaning.outputs)
+    refuse_unwanted_flags(request, request.outputs or run.config.outputs)
+    if request.limit is not None and run.config.limit not in (None, request.limit):
+        raise ForeignFolder(
+            f"{out} was made with --limit {run.config.limit}, this run asks for {request.limit}; for more rows: "
+            f"{spell_command(run, request, since=request.out or out)} --limit {request.limit}"
+        )
     for flag in _PLAIN:
-        _refuse_other(flag, getattr(request, flag), getattr(run.meaning, flag), out)
+        _refuse_other(flag, getattr(request, flag), getattr(run.config, flag), out)
     for flag, member in _FLAGS.items():
         typed = getattr(request, flag)
-        _refuse_other(flag, typed, getattr(run.meaning.fields, member) or "", out)
-    _refuse_other("keep_fields", request.keep_fields, run.meaning.fields.kept, out)
+        _refuse_other(flag, typed, getattr(run.config.fields, member) or "", out)
+    _refuse_other("keep_fields", request.keep_fields, run.config.fields.kept, out)
     _refuse_other_sources(run.sources, sources, out)
-    return replace(run, sources=sources, max_batch_tokens=request.max_batch_tokens or run.max_batch_tokens)
+    runtime = replace(run.runtime, max_batch_tokens=request.max_batch_tokens or run.runtime.max_batch_tokens)
+    return replace(run, sources=sources, runtime=runtime)
 
 
 def _refuse_other(flag: str, typed: object, settled: object, out: str) -> None:
@@ -345,21 +332,26 @@ def find_changed(before: Sequence[Source], now: Sequence[Source]) -> frozenset[i
     return frozenset(number for number, (old, new) in pairs if old.mtime_ns != new.mtime_ns)
 
 
-def refuse_other_checkpoint(run: Run, checkpoint: Checkpoint, *, out: str) -> None:
+def refuse_other_checkpoint(run: RunConfig, checkpoint: Checkpoint, *, out: str) -> None:
     """Refuse a checkpoint whose content is another than the folder's."""
-    hashes = identify_checkpoint(checkpoint).hashes
-    other = sorted(name for name in {*hashes, *run.hashes} if hashes.get(name) != run.hashes.get(name))
-    if other:
+    if (other := find_other_file(run.checkpoint, checkpoint)) is not None:
         raise ForeignFolder(
-            f"{out} was made with model {run.model}, this run has {checkpoint.name}, and their {other[0]} differ; "
-            "pass the same checkpoint with --model, or use another --out"
+            f"{out} was made with model {run.checkpoint.name}, this run has {checkpoint.name}, and their {other} "
+            "differ; pass the same checkpoint with --model, or use another --out"
         )
 
 
-def refuse_other_tokenizer(run: Run, tokenizer_hash: str, *, out: str) -> None:
+def find_other_file(made: CheckpointConfig, checkpoint: Checkpoint) -> str | None:
+    """Return a file of which a checkpoint has another content than the one that a folder was made with."""
+    hashes = hash_checkpoint(checkpoint)
+    return next((name for name in sorted({*hashes, *made.hashes}) if hashes.get(name) != made.hashes.get(name)), None)
+
+
+def refuse_other_tokenizer(run: RunConfig, tokenizer_hash: str, *, out: str) -> None:
     """Refuse a tokenizer that cuts texts in another way than the folder's did."""
-    if tokenizer_hash != run.tokenizer_hash:
+    made = run.checkpoint.tokenizer_hash
+    if tokenizer_hash != made:
         raise ForeignFolder(
-            f"{out} was made with tokenizer {run.tokenizer_hash[:7]}, this version of transformers builds "
+            f"{out} was made with tokenizer {made[:7]}, this version of transformers builds "
             f"{tokenizer_hash[:7]} from the same files; install the version it was begun with, or use another --out"
         )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.config import CheckRequest, ColbertForm, EncodeRequest
+from m3cli.config import CheckRequest, ColbertForm, EncodeRequest, RunConfig
 from m3cli.encoder import device as machine
 from m3cli.encoder.batcher import batch_rows, pack_rows
 from m3cli.encoder.chunker import chunk_documents, cutting_of
@@ -27,7 +27,7 @@ from m3cli.encoder.picking import pick_chunks
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
 from m3cli.errors import ForeignFolder, ModelError
 from m3cli.jobs.input_again import find_input, read_texts
-from m3cli.jobs.run import Run, open_checkpoint, refuse_other_checkpoint, refuse_other_tokenizer
+from m3cli.jobs.run import open_checkpoint, refuse_other_checkpoint, refuse_other_tokenizer
 from m3cli.jobs.stages import EncodedBatch, TokenisedShard, make_encoder
 from m3cli.jobs.writing import finish_windows
 from m3cli.records import (
@@ -68,7 +68,7 @@ class _StoredRow:
 
 
 def sample_rows(
-    root: Path, run: Run, entries: Mapping[int, DoneEntry], request: CheckRequest
+    root: Path, run: RunConfig, entries: Mapping[int, DoneEntry], request: CheckRequest
 ) -> tuple[int, list[Fault]]:
     """Encode some rows of the given shards again; return how many, and the faults.
 
@@ -82,8 +82,8 @@ def sample_rows(
     refuse_other_checkpoint(run, checkpoint, out=root.name)
     tokenizer = load_tokenizer(checkpoint)
     refuse_other_tokenizer(run, tokenizer.serialisation_hash, out=root.name)
-    machine.set_threads(run.threads)
-    model = load_model(checkpoint, device=machine.resolve_device(request.device), dtype=run.meaning.dtype)
+    machine.set_threads(run.runtime.threads)
+    model = load_model(checkpoint, device=machine.resolve_device(request.device), dtype=run.config.dtype)
     faults: list[Fault] = []
     for text in read_texts(run, chosen):
         index = text.shard.index
@@ -93,7 +93,7 @@ def sample_rows(
                 f"{entry.source} has changed since shard {index} of {root.name} was made from it; "
                 "check without --sample, or encode what it is now into another --out"
             )
-        stored = _read_stored(root, entry, chosen[index])
+        stored = _read_stored(root, run, entry, chosen[index])
         found = _compare_shard(root, text, stored, run=run, model=model, tokenizer=tokenizer)
         faults += [Fault(file=rows_name(index), shard=index, what=what, cure="redo") for what in found]
     return sum(map(len, chosen.values())), faults
@@ -112,9 +112,9 @@ def _choose_rows(entries: Mapping[int, DoneEntry], *, number: int, seed: int) ->
     return chosen
 
 
-def _read_stored(root: Path, entry: DoneEntry, rows: list[int]) -> dict[int, _StoredRow]:
+def _read_stored(root: Path, run: RunConfig, entry: DoneEntry, rows: list[int]) -> dict[int, _StoredRow]:
     """Read some rows of a shard, a row group at a time."""
-    folder = OutputFolder(path=root, run=None, entries={entry.shard.index: entry}, manifest=None)
+    folder = OutputFolder(path=root, run=run, entries={entry.shard.index: entry}, manifest=None)
     stored: dict[int, _StoredRow] = {}
     documents = -1
     for part in iter_parts(folder, columns=["chunk_index"]):
@@ -152,27 +152,27 @@ def _take_weights(weights: LexicalWeights, place: int) -> tuple[NDArray[np.uint3
 
 
 def _compare_shard(
-    root: Path, text: ShardText, stored: Mapping[int, _StoredRow], *, run: Run, model: Model, tokenizer: Tokenizer
+    root: Path, text: ShardText, stored: Mapping[int, _StoredRow], *, run: RunConfig, model: Model, tokenizer: Tokenizer
 ) -> Iterator[str]:
     """Encode some rows of a shard again, and say which are others."""
-    meaning = run.meaning
+    config = run.config
     documents, row_documents = _find_documents(root, text, stored)
     for row in stored.keys() - row_documents.keys():
         yield f"row {row:,}: the input has no document of its text's hash"
-    chunks = chunk_documents(documents, tokenizer, cutting_of(meaning))
+    chunks = chunk_documents(documents, tokenizer, cutting_of(config))
     pairs = {row: (document, stored[row].chunk_index) for row, document in row_documents.items()}
-    if not meaning.merges:
+    if not config.merges:
         wanted = set(pairs.values())
         cut = zip(chunks.document.tolist(), chunks.chunk_index.tolist(), strict=True)
         chunks = pick_chunks(chunks, np.array([place for place, pair in enumerate(cut) if pair in wanted], np.int64))
     none = np.empty(0, np.int64)
-    rows = plan_rows(chunks, long_docs=meaning.long_docs, taken=none)
+    rows = plan_rows(chunks, long_docs=config.long_docs, taken=none)
     cut = zip(rows.document.tolist(), rows.chunk_index.tolist(), strict=True)
     places = {pair: place for place, pair in enumerate(cut)}
     for row, pair in pairs.items():
         if pair not in places:
             yield f"row {row:,}: its document has no chunk {pair[1]} when it is cut again"
-    form = meaning.colbert_form
+    form = config.colbert_form
     shard = TokenisedShard(text=text, chunks=chunks, origins=Origins(rows=none, shard=none, row=none))
     made = dict(_encode_rows(shard, run=run, model=model, tokenizer=tokenizer))
     for row, pair in pairs.items():
@@ -196,15 +196,15 @@ def _find_documents(
 
 
 def _encode_rows(
-    shard: TokenisedShard, *, run: Run, model: Model, tokenizer: Tokenizer
+    shard: TokenisedShard, *, run: RunConfig, model: Model, tokenizer: Tokenizer
 ) -> Iterator[tuple[int, _StoredRow]]:
     """Encode a shard's rows, and merge them where the folder has them merged."""
-    encoder = make_encoder(model, tokenizer, meaning=run.meaning)
+    encoder = make_encoder(model, tokenizer, config=run.config)
     batches = (
         _encode_batch(shard, places, encoder)
         for places in batch_rows(shard.chunks.num_tokens, max_batch_tokens=BATCH_TOKENS)
     )
-    for window in finish_windows(shard, chain.from_iterable(batches), meaning=run.meaning):
+    for window in finish_windows(shard, chain.from_iterable(batches), config=run.config):
         for place, row in enumerate(window.rows.tolist()):
             yield row, _take_row(window, place, document=0, chunk_index=0)
 

@@ -18,7 +18,7 @@ from m3cli.config import ALL_OUTPUTS
 from m3cli.corpus.pairs import Pair, WindowLimits
 from m3cli.encoder.join import join_embeddings
 from m3cli.encoder.picking import pick_rows
-from m3cli.errors import ForeignFolder, UsageError
+from m3cli.errors import ForeignFolder
 from m3cli.jobs.chunk_pairs import ChunkPairs, join_chunks, merge_chunks
 from m3cli.jobs.score import ScoreRequest, WindowScores, number_distinct
 from m3cli.progress import Progress
@@ -49,10 +49,10 @@ class FolderScorer:
         self._queries, self._corpus = open_folder(Path(request.queries)), open_folder(Path(request.corpus))
         refuse_strangers(self._queries, self._corpus)
         self._lookups = RowLookup(self._queries), RowLookup(self._corpus)
-        shared = set(_outputs_of(self._queries)) & set(_outputs_of(self._corpus))
+        shared = set(self._queries.run.config.outputs) & set(self._corpus.run.config.outputs)
         self.outputs: tuple[Output, ...] = tuple(output for output in ALL_OUTPUTS if output in shared)
         self._wanted: tuple[Output, ...] = ()
-        self._dim = _run_of(self._queries)["checkpoint"]["dim"]
+        self._dim = self._queries.run.checkpoint.dim
         self._rows = [0, 0]
         self._duplicates = 0
         for folder in {self._queries.path: self._queries, self._corpus.path: self._corpus}.values():
@@ -150,28 +150,17 @@ def _widen(held: Embeddings) -> Embeddings:
     return replace(held, colbert_vecs=TokenMatrices(indptr=matrices.indptr, vectors=decode_vectors(matrices)))
 
 
-def _run_of(folder: OutputFolder) -> dict[str, dict[str, int]]:
-    if folder.run is None:
-        raise UsageError(f"{folder.path}: nothing has been encoded there yet")
-    return folder.run
-
-
-def _outputs_of(folder: OutputFolder) -> Sequence[Output]:
-    outputs: Sequence[Output] = _run_of(folder)["meaning"]["outputs"]  # type: ignore[assignment]
-    return outputs
-
-
 def refuse_strangers(queries: OutputFolder, corpus: OutputFolder) -> None:
     """Refuse folders of different checkpoints: their vectors have nothing to do with each other.
 
     Raises:
         ForeignFolder: they are.
     """
-    ours, theirs = _run_of(queries)["checkpoint"], _run_of(corpus)["checkpoint"]
+    ours, theirs = queries.run.checkpoint, corpus.run.checkpoint
     for what in ("hashes", "tokenizer_hash"):
-        if ours[what] != theirs[what]:
+        if getattr(ours, what) != getattr(theirs, what):
             raise ForeignFolder(
-                f"{queries.path.name} was encoded with {ours['name']} and {corpus.path.name} with {theirs['name']}, "
+                f"{queries.path.name} was encoded with {ours.name} and {corpus.path.name} with {theirs.name}, "
                 f"and their {'files' if what == 'hashes' else 'tokenizers'} differ: scores between them mean nothing; "
                 "encode the queries with the corpus' checkpoint"
             )

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from m3cli.config import EncodeRequest
 from m3cli.corpus.pairs import Pair, WindowLimits
 from m3cli.encoder import device as machine
+from m3cli.encoder.checkpoint import Checkpoint
 from m3cli.encoder.encode import BatchEncoder, FailedRow
 from m3cli.encoder.join import join_embeddings
 from m3cli.encoder.model import Model, load_model
@@ -63,9 +64,11 @@ class TextScorer:
 
     ids = False
 
-    def __init__(self, request: ScoreRequest, progress: Progress) -> None:
+    def __init__(self, request: ScoreRequest, progress: Progress, *, checkpoint: Checkpoint | None = None) -> None:
         self._request, self._progress = request, progress
-        self._checkpoint = open_checkpoint(EncodeRequest(inputs=(), model=request.model, revision=request.revision))
+        self._checkpoint = checkpoint or open_checkpoint(
+            EncodeRequest(inputs=(), model=request.model, revision=request.revision)
+        )
         limit = self._checkpoint.max_length
         for flag, typed in (("query", request.max_query_length), ("passage", request.max_passage_length)):
             if typed is not None and typed > limit:

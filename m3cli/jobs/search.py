@@ -87,7 +87,7 @@ def search_corpus(
 def open_corpus(request: SearchRequest, progress: Progress) -> OutputFolder:
     """Open the folder; one that holds no rows is refused."""
     folder = open_folder(Path(request.folder))
-    if folder.run is None or not folder.counts.chunks:
+    if not folder.counts.chunks:
         raise UsageError(f"{request.folder}: nothing has been encoded there yet; run m3 encode")
     if folder.manifest is None:
         progress.say(f"{folder.path.name} is not complete: only what is encoded so far is searched")
@@ -163,8 +163,7 @@ def _refuse_flags_of_vectors(request: SearchRequest) -> None:
 
 def outputs_of(folder: OutputFolder) -> tuple[Output, ...]:
     """Return what a folder has, in the order dense, sparse, colbert."""
-    assert folder.run is not None
-    return tuple(folder.run["meaning"]["outputs"])
+    return folder.run.config.outputs
 
 
 def _search(
@@ -190,11 +189,10 @@ def _search(
     )
     from m3cli.retrieval.fusion import settle_weights  # noqa: PLC0415
 
-    assert folder.run is not None
     chunks = request.level == "chunk"
     target = Target(
         folder=folder,
-        vocabulary=folder.run["checkpoint"]["vocabulary"],
+        vocabulary=folder.run.checkpoint.vocabulary,
         device=resolve_device(request.device),
         top_k=request.top_k,
         chunks=chunks,

@@ -188,10 +188,9 @@ def describe_hits(
 
     A run is names and scores; where more is shown (`shown`), spans are read and the beginnings of kept texts.
     """
-    assert folder.run is not None
     ranked = found.ranked
     places, numbers = np.unique(ranked.row, return_inverse=True)
-    length = SNIPPET_LENGTH if shown and folder.run["meaning"]["keep_text"] else 0
+    length = SNIPPET_LENGTH if shown and folder.run.config.keep_text else 0
     words = read_words(folder, places, spans=shown, length=length)
     bounds = np.searchsorted(ranked.query, np.arange(len(ids) + 1))
     hits: list[QueryHits] = []

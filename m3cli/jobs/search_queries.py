@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from m3cli.jobs.search_request import SearchRequest
 from m3cli.progress import Progress
 from m3cli.records import Embeddings, Output, SkippedRow
 from m3cli.store.reader import OutputFolder, iter_parts, open_folder
+
+if TYPE_CHECKING:
+    from m3cli.encoder.checkpoint import Checkpoint
 
 LITERAL_ID = "query"
 "id of a query that was typed"
@@ -114,8 +117,7 @@ def read_vectors(
         CorpusError: two documents have one id.
     """
     refuse_strangers(queries, corpus)
-    assert queries.run is not None
-    there = queries.run["meaning"]["outputs"]
+    there = queries.run.config.outputs
     for output in outputs:
         if output not in there:
             raise UsageError(f"{queries.path.name} has no {output}, only {', '.join(there)}: encode it with --outputs")
@@ -158,21 +160,18 @@ def encode_queries(
     from m3cli.jobs.score import ScoreRequest  # noqa: PLC0415
     from m3cli.jobs.score_texts import DEFAULT_LENGTH, TextScorer  # noqa: PLC0415  torch
 
-    assert corpus.run is not None
-    _tell_prefix(corpus.run["meaning"]["prefix"], request, progress)
-    refuse_other_model(corpus, request)
+    _tell_prefix(corpus.run.config.prefix, request, progress)
+    checkpoint = open_corpus_checkpoint(corpus, request)
     asked = ScoreRequest(
         pairs=request.queries,
-        model=settle_model(corpus, request),
-        revision=request.revision,
         dtype=request.dtype,
         device=request.device,
         max_batch_tokens=request.max_batch_tokens,
         max_query_length=request.max_query_length,
     )
-    scorer = TextScorer(asked, progress)
+    scorer = TextScorer(asked, progress, checkpoint=checkpoint)
     scorer.load(outputs)
-    made: str = corpus.run["checkpoint"]["tokenizer_hash"]
+    made = corpus.run.checkpoint.tokenizer_hash
     if scorer.tokenizer_hash != made:
         raise ForeignFolder(
             f"{corpus.path.name} was made with tokenizer {made[:7]}, this version of transformers builds "
@@ -207,33 +206,34 @@ def settle_model(corpus: OutputFolder, request: SearchRequest) -> str | None:
     """Return the model that was typed, or that $M3_MODEL names, or the hub id of the corpus' own; None: it has none."""
     from m3cli.jobs.run import name_model  # noqa: PLC0415
 
-    assert corpus.run is not None
-    name: str = corpus.run["checkpoint"]["name"]
+    name = corpus.run.checkpoint.name
     typed = name_model(EncodeRequest(inputs=(), model=request.model))
     return typed or (name if name.count("/") == 1 else None)
 
 
-def refuse_other_model(corpus: OutputFolder, request: SearchRequest) -> None:
-    """Refuse a checkpoint whose content is another than the corpus': scores across two mean nothing."""
-    from m3cli.encoder.checkpoint import identify_checkpoint  # noqa: PLC0415
-    from m3cli.jobs.run import open_checkpoint  # noqa: PLC0415
+def open_corpus_checkpoint(corpus: OutputFolder, request: SearchRequest) -> Checkpoint:
+    """Open the checkpoint for queries; one whose content is another than the corpus' makes scores that mean nothing.
 
-    assert corpus.run is not None
-    made: dict[str, Any] = corpus.run["checkpoint"]
+    Raises:
+        ForeignFolder: it is another.
+        UsageError: none was named, and the corpus' own is not to be found by its name.
+    """
+    from m3cli.jobs.run import find_other_file, open_checkpoint  # noqa: PLC0415
+
+    made = corpus.run.checkpoint
     model = settle_model(corpus, request)
     if model is None:
         raise UsageError(
-            f"{corpus.path.name} was encoded with a checkpoint called {made['name']!r}: say where it lies with --model "
+            f"{corpus.path.name} was encoded with a checkpoint called {made.name!r}: say where it lies with --model "
             "(or M3_MODEL), or give --queries an encoded folder"
         )
     checkpoint = open_checkpoint(EncodeRequest(inputs=(), model=model, revision=request.revision))
-    hashes = identify_checkpoint(checkpoint).hashes
-    other = sorted(name for name in {*hashes, *made["hashes"]} if hashes.get(name) != made["hashes"].get(name))
-    if other:
+    if (other := find_other_file(made, checkpoint)) is not None:
         raise ForeignFolder(
-            f"{corpus.path.name} was encoded with {made['name']}, the queries would be with {checkpoint.name}, and "
-            f"their {other[0]} differ: scores between them mean nothing; give --model the corpus' checkpoint"
+            f"{corpus.path.name} was encoded with {made.name}, the queries would be with {checkpoint.name}, and "
+            f"their {other} differ: scores between them mean nothing; give --model the corpus' checkpoint"
         )
+    return checkpoint
 
 
 def _tell_prefix(prefix: str, request: SearchRequest, progress: Progress) -> None:

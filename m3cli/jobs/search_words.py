@@ -8,15 +8,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from m3cli.config import EncodeRequest
 from m3cli.corpus.plan import plan_shards
 from m3cli.corpus.reader import read_shards
 from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import ForeignFolder, UsageError
-from m3cli.jobs.run import open_checkpoint, parse_run
 from m3cli.jobs.search_folder import Found
-from m3cli.jobs.search_queries import Queries, refuse_other_model, settle_model
+from m3cli.jobs.search_queries import Queries, open_corpus_checkpoint
 from m3cli.jobs.search_request import SearchRequest
 from m3cli.progress import Progress
 from m3cli.records import QueryHits
@@ -35,8 +33,7 @@ def open_terms(folder: OutputFolder, request: SearchRequest) -> Terms:
         UsageError: bm25s is not installed, or there is no text to search.
     """
     import_bm25s()
-    assert folder.run is not None
-    if not request.corpus_inputs and not folder.run["meaning"]["keep_text"]:
+    if not request.corpus_inputs and not folder.run.config.keep_text:
         raise UsageError(
             f"--mode bm25: {folder.path.name} has no text; encode it with --keep-text, or name the corpus with --input"
         )
@@ -44,10 +41,7 @@ def open_terms(folder: OutputFolder, request: SearchRequest) -> Terms:
         return plain_terms
     from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415  a second
 
-    refuse_other_model(folder, request)
-    model = settle_model(folder, request)
-    checkpoint = open_checkpoint(EncodeRequest(inputs=(), model=model, revision=request.revision))
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(open_corpus_checkpoint(folder, request))
     return lambda texts: (ids[1:-1].tolist() for ids in tokenizer.encode(list(texts)))
 
 
@@ -132,24 +126,23 @@ def _read_input(
     folder: OutputFolder, request: SearchRequest, stdin: PeekableStream | None
 ) -> Iterator[tuple[list[str], list[str]]]:
     """Yield ids and texts of the corpus, read as the folder says it was read."""
-    assert folder.run is not None
-    meaning = parse_run(folder.run).meaning
-    fields = replace(meaning.fields, kept=())  # what was copied beside the texts is no part of them
+    config = folder.run.config
+    fields = replace(config.fields, kept=())  # what was copied beside the texts is no part of them
     sources = find_sources(request.corpus_inputs, stdin=stdin, format_flag=None)
     plan = plan_shards(
         sources,
         fields=fields,
-        shard_size=meaning.shard_size,
-        limit=meaning.limit,
-        max_row_bytes=meaning.max_row_bytes,
+        shard_size=config.shard_size,
+        limit=config.limit,
+        max_row_bytes=config.max_row_bytes,
     )
     shards = read_shards(
         sources,
         plan=plan,
         fields=fields,
         schema=None,
-        title_sep=meaning.title_sep,
-        max_row_bytes=meaning.max_row_bytes,
+        title_sep=config.title_sep,
+        max_row_bytes=config.max_row_bytes,
         ask=lambda _: "read",
         stdin=stdin,
     )

@@ -1,12 +1,12 @@
 """`--since-run OLD.m3`: an increment takes the vectors of texts that an older folder has over from it.
 
 The older folder may be unfinished, in the other format, and made of other sources, fields and shards; whatever changes
-a text's vectors must be equal. What it held when the new folder was begun is part of the new one's meaning.
+a text's vectors must be equal. What it held when the new folder was begun is part of the new one's config.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import orjson
 import xxhash
+from numpy.typing import NDArray
 
-from m3cli.config import OUTPUT_OF
+from m3cli.config import OUTPUT_OF, RunConfig
 from m3cli.encoder.picking import join_chunks, pick_chunks, pick_rows
-from m3cli.errors import ForeignFolder, UsageError
-from m3cli.jobs.run import Run, parse_run
+from m3cli.errors import ForeignFolder
 from m3cli.records import Chunks, Document, Embeddings, Origins
 from m3cli.store.commit import publish_beside
-from m3cli.store.ids import iter_ids, read_id_hashes
+from m3cli.store.ids import iter_ids
 from m3cli.store.reader import OutputFolder, open_folder
 from m3cli.store.texts import TextIndex
 
@@ -35,36 +35,35 @@ MAY_DIFFER = frozenset(
 MAX_RUNS = 64
 
 
-def settle_since(run: Run, path: str) -> Run:
+def settle_since(run: RunConfig, path: str) -> RunConfig:
     """Make an older folder part of what a new run means.
 
     Raises:
         ForeignFolder: the vectors of its texts are not those that this run would make.
     """
     old = open_folder(Path(path))
-    if old.run is None:
-        raise UsageError(f"--since-run {path} holds nothing yet: leave --since-run out")
-    then = parse_run(old.run)
-    settings = then.meaning.to_json()
-    unwanted = {name for name, output in OUTPUT_OF.items() if output not in run.meaning.outputs}
-    for name, value in run.meaning.to_json().items():
+    then = old.run
+    settings = then.config.to_json()
+    unwanted = {name for name, output in OUTPUT_OF.items() if output not in run.config.outputs}
+    for name, value in run.config.to_json().items():
         if name not in MAY_DIFFER | unwanted and settings[name] != value:
             raise ForeignFolder(
                 f"--since-run {path} was made with --{name.replace('_', '-')} {settings[name]}, this run has {value}; "
                 "use the same, or leave --since-run out"
             )
-    missing = [output for output in run.meaning.outputs if output not in then.meaning.outputs]
+    missing = [output for output in run.config.outputs if output not in then.config.outputs]
     if missing:
         raise ForeignFolder(
-            f"--since-run {path} has no {missing[0]} output; use --outputs {','.join(then.meaning.outputs)}, "
+            f"--since-run {path} has no {missing[0]} output; use --outputs {','.join(then.config.outputs)}, "
             "or leave --since-run out"
         )
-    if (then.hashes, then.tokenizer_hash) != (run.hashes, run.tokenizer_hash):
+    made, mine = then.checkpoint, run.checkpoint
+    if (made.hashes, made.tokenizer_hash) != (mine.hashes, mine.tokenizer_hash):
         raise ForeignFolder(
-            f"--since-run {path} was made with model {then.model}, this run has {run.model}, and they differ; "
+            f"--since-run {path} was made with model {made.name}, this run has {mine.name}, and they differ; "
             "pass the same checkpoint with --model, or leave --since-run out"
         )
-    return replace(run, meaning=replace(run.meaning, since=identify(old)), since_path=str(old.path))
+    return replace(run, config=replace(run.config, since=identify(old)), since_path=str(old.path))
 
 
 def identify(folder: OutputFolder) -> str:
@@ -75,7 +74,7 @@ def identify(folder: OutputFolder) -> str:
     return xxhash.xxh3_128_hexdigest(orjson.dumps(files))
 
 
-def open_since(run: Run, typed: str | None, *, out: str) -> Since | None:
+def open_since(run: RunConfig, typed: str | None, *, out: str) -> Since | None:
     """Open the older folder of a run, where it was or where it is now said to be.
 
     Raises:
@@ -84,12 +83,12 @@ def open_since(run: Run, typed: str | None, *, out: str) -> Since | None:
     path = typed or run.since_path
     if path is None:
         return None
-    if run.meaning.since is None:
+    if run.config.since is None:
         raise ForeignFolder(
             f"{out} was begun without --since-run; drop the flag to go on with the folder, or use another --out"
         )
     old = open_folder(Path(path))
-    if identify(old) != run.meaning.since:
+    if identify(old) != run.config.since:
         raise ForeignFolder(
             f"--since-run {path} does not hold what it held when {out} was begun; put it back as it was, "
             "or use another --out"
@@ -100,9 +99,9 @@ def open_since(run: Run, typed: str | None, *, out: str) -> Since | None:
 class Since:
     """An older folder that vectors are taken over from."""
 
-    def __init__(self, folder: OutputFolder, run: Run) -> None:
+    def __init__(self, folder: OutputFolder, run: RunConfig) -> None:
         self._folder = folder
-        self._texts = TextIndex(folder, outputs=run.meaning.outputs)
+        self._texts = TextIndex(folder, outputs=run.config.outputs)
 
     def cut(self, documents: Sequence[Document], cut: Callable[[Sequence[Document]], Chunks]) -> tuple[Chunks, Origins]:
         """Return the rows of documents: those of a text that the older folder has as it has them, the others cut."""
@@ -125,9 +124,13 @@ class Since:
             for run, mine in zip(np.split(places, cuts), np.split(rows, cuts), strict=True):
                 yield pick_rows(part.embeddings, run, rows=mine)
 
-    def list_gone(self, root: Path, shards: list[int], *, listing: str | None) -> int:
-        """Count the ids of the older folder that are not in a complete new one, and list them as JSON lines."""
-        hashes = read_id_hashes(root, shards)
+    def list_gone(self, hashes: Mapping[int, NDArray[np.int64]], *, listing: str | None) -> int:
+        """Count the ids of the older folder that are not in a complete new one, and list them as JSON lines.
+
+        Args:
+            hashes: of the ids of the new folder, by shard.
+            listing: the file to list them in; None: they are counted only.
+        """
         there = np.unique(np.concatenate([np.empty(0, np.int64), *hashes.values()]))
         gone = 0
         with nullcontext() if listing is None else publish_beside(Path(listing).absolute()) as file:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3cli.ahead import map_lanes
-from m3cli.config import ColbertForm, Meaning
+from m3cli.config import ColbertForm, EncodeConfig
 from m3cli.corpus.rows import ROW_HEAD_BYTES
 from m3cli.encoder.batcher import WINDOW_BYTES, batch_rows, count_with_added, pack_rows, plan_windows
 from m3cli.encoder.chunker import chunk_documents, cutting_of
@@ -74,10 +74,10 @@ def count_seconds(items: Iterator[T], watch: Stopwatch, stage: Stage) -> Iterato
 
 
 def tokenise_shards(
-    texts: Iterator[ShardText], tokenizer: Tokenizer, *, meaning: Meaning, since: Since | None = None
+    texts: Iterator[ShardText], tokenizer: Tokenizer, *, config: EncodeConfig, since: Since | None = None
 ) -> Iterator[TokenisedShard]:
     """Cut the documents of each shard into rows of tokens, and find those that an older folder has."""
-    cut = partial(chunk_documents, tokenizer=tokenizer, cutting=cutting_of(meaning))
+    cut = partial(chunk_documents, tokenizer=tokenizer, cutting=cutting_of(config))
     none = np.empty(0, np.int64)
     for text in texts:
         refuse_hopeless(text)
@@ -114,20 +114,20 @@ def make_encoder(
     model: Model,
     tokenizer: Tokenizer,
     *,
-    meaning: Meaning,
+    config: EncodeConfig,
     load_float32: Callable[[], Model] | None = None,
     lanes: int = 1,
 ) -> BatchEncoder:
     """Make the encoder that a folder's rows go through; what is merged or compressed later leaves it in float32."""
-    form = meaning.colbert_form
+    form = config.colbert_form
     encoder = BatchEncoder(
         model,
-        outputs=meaning.outputs,
+        outputs=config.outputs,
         special_ids=tokenizer.special_ids,
-        dense_dtype="float32" if meaning.merges else meaning.dense_dtype,
+        dense_dtype="float32" if config.merges else config.dense_dtype,
         colbert_dtype="float16" if form.plain else "float32",
         colbert_weights=form.by_weight,
-        mcls=meaning.mcls,
+        mcls=config.mcls,
         load_float32=load_float32,
     )
     if lanes > 1:
@@ -168,23 +168,23 @@ def plan_route(
     encoder: BatchEncoder,
     *,
     since: Since | None,
-    meaning: Meaning,
+    config: EncodeConfig,
     max_batch_tokens: int,
     watch: Stopwatch,
     progress: Progress,
 ) -> Route:
     """Say what every shard goes through."""
     window_tokens = limit = None
-    if "colbert" in meaning.outputs:
+    if "colbert" in config.outputs:
         dim = encoder.model.checkpoint.hidden_size
         window_tokens = WINDOW_BYTES[encoder.model.device.type] // (dim * COLBERT_ITEM_BYTES)
-        if meaning.long_docs == "merge" and meaning.format == "parquet":
-            form = meaning.colbert_form
+        if config.long_docs == "merge" and config.format == "parquet":
+            form = config.colbert_form
             limit = MatrixLimit(form=form, vector_bytes=form.vector_bytes(dim))
     return Route(
         encoder=encoder,
         since=since,
-        dedupe=meaning.dedupe,
+        dedupe=config.dedupe,
         max_batch_tokens=max_batch_tokens,
         window_tokens=window_tokens,
         matrix_limit=limit,

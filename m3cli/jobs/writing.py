@@ -9,7 +9,7 @@ from itertools import groupby
 
 import numpy as np
 
-from m3cli.config import Meaning
+from m3cli.config import EncodeConfig
 from m3cli.encoder.compression import compress_rows
 from m3cli.encoder.merge import Merger, plan_rows
 from m3cli.encoder.window import order_rows
@@ -30,17 +30,17 @@ def write_shard(
     batches: Iterator[EncodedBatch],
     *,
     form: RowForm,
-    meaning: Meaning,
+    config: EncodeConfig,
     source: str,
     watch: Stopwatch,
 ) -> DoneEntry | None:
     """Write a shard's windows as they come, and commit it; None if it was given up on the way."""
-    rows = plan_rows(shard.chunks, long_docs=meaning.long_docs, taken=shard.origins.rows)
+    rows = plan_rows(shard.chunks, long_docs=config.long_docs, taken=shard.origins.rows)
     with (
         folder.open_shard(form=form, text=shard.text, chunks=rows, source=source) as writer,
         suppress(_GivenUp),
     ):
-        for window in finish_windows(shard, _go_on(batches), meaning=meaning):
+        for window in finish_windows(shard, _go_on(batches), config=config):
             with watch.count("writing"):
                 writer.append(window)
         with watch.count("writing"):
@@ -50,16 +50,18 @@ def write_shard(
     return None
 
 
-def finish_windows(shard: TokenisedShard, batches: Iterator[EncodedBatch], *, meaning: Meaning) -> Iterator[Embeddings]:
+def finish_windows(
+    shard: TokenisedShard, batches: Iterator[EncodedBatch], *, config: EncodeConfig
+) -> Iterator[Embeddings]:
     """Yield the rows to be written, ascending, a window at a time."""
     merger = None
-    if meaning.merges:
+    if config.merges:
         merger = Merger(
             shard.chunks,
             taken=shard.origins.rows,
-            long_docs=meaning.long_docs,
-            dense_dtype=meaning.dense_dtype,
-            colbert_form=meaning.colbert_form,
+            long_docs=config.long_docs,
+            dense_dtype=config.dense_dtype,
+            colbert_form=config.colbert_form,
         )
     first = 0
     for (start, stop), window in groupby(batches, key=lambda batch: (batch.start, batch.stop)):
@@ -67,9 +69,9 @@ def finish_windows(shard: TokenisedShard, batches: Iterator[EncodedBatch], *, me
         if start == stop:
             continue
         if merger is None:
-            yield order_rows((compress_rows(part, meaning.colbert_form) for part in parts), start=start, stop=stop)
+            yield order_rows((compress_rows(part, config.colbert_form) for part in parts), start=start, stop=stop)
             continue
-        merged = [compress_rows(part, meaning.colbert_form) for part in merge_window(parts, merger, shard)]
+        merged = [compress_rows(part, config.colbert_form) for part in merge_window(parts, merger, shard)]
         last = first + sum(len(part.rows) for part in merged)
         if first < last:
             yield order_rows(merged, start=first, stop=last)

@@ -12,14 +12,16 @@ import pyarrow.parquet as pq
 
 from m3cli.records import DoneEntry, ShardCounts
 from m3cli.store.layout import SCALES_COLUMN, VECTOR_COLUMNS, rows_name
-from m3cli.store.reader import OutputFolder
+from m3cli.store.reader import OutputFolder, check_lengths
+from m3cli.store.reading import reading
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderDescription:
     """What `m3 info` shows."""
 
-    run: dict[str, Any] | None
+    run: dict[str, Any]
+    "members of run.json"
     complete: bool
     num_shards: int
     "done so far"
@@ -36,9 +38,11 @@ def describe(folder: OutputFolder) -> FolderDescription:
     lengths: Counter[int] = Counter()
     for index, entry in folder.entries.items():
         sizes.update(_file_bytes(entry))
-        _read_rows(folder.path / rows_name(index), sizes=sizes, lengths=lengths)
+        check_lengths(folder, index)
+        with reading(folder.path, index):
+            _read_rows(folder.path / rows_name(index), sizes=sizes, lengths=lengths)
     return FolderDescription(
-        run=folder.run,
+        run=folder.run.to_json(),
         complete=folder.manifest is not None,
         num_shards=len(folder.entries),
         counts=folder.counts,

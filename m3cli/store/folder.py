@@ -8,19 +8,27 @@ by this run if it can, by the next one otherwise.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from m3cli.config import RunConfig
 from m3cli.errors import DamageFound, ForeignFolder, OutputError
-from m3cli.records import Chunks, DoneEntry, ShardText
+from m3cli.records import Chunks, DoneEntry, Manifest, ShardText
 from m3cli.store.commit import commit_shard, make_folder, output_errors, publish_bytes, publish_json
-from m3cli.store.entries import is_ours, manifest_document, read_entries, read_manifest, read_run
+from m3cli.store.entries import (
+    is_ours,
+    list_wrong_lengths,
+    manifest_document,
+    read_entries,
+    read_manifest,
+    read_run,
+    run_document,
+)
 from m3cli.store.layout import (
-    FORMAT_VERSION,
     MANIFEST_NAME,
     META,
     METRICS_NAME,
@@ -31,6 +39,7 @@ from m3cli.store.layout import (
     worker_name,
 )
 from m3cli.store.lock import RunLock, hold_lock
+from m3cli.store.reading import name_check, name_repair
 from m3cli.store.sealed import hash_file
 from m3cli.store.shard import ShardWriter
 
@@ -44,25 +53,31 @@ class RunFolder:
         self._staging = staging
         self._durable_folders: set[Path] = set()
 
-    def run(self) -> dict[str, Any] | None:
-        """Read run.json as it was given to `write_run`; None before that."""
-        with _damage_stops(self.path):
-            return read_run(self.path)
+    def run(self) -> RunConfig | None:
+        """Read run.json; None if it has not been written."""
+        return read_run_to_resume(self.path)
 
-    def write_run(self, document: dict[str, Any]) -> None:
+    def write_run(self, run: RunConfig) -> None:
         """Publish run.json. Workers do so inside `lock.initialising()`, if `run()` is still None there."""
-        publish_json({"format_version": FORMAT_VERSION, **document}, self.path / RUN_NAME, staging=self._staging)
+        publish_json(run_document(run), self.path / RUN_NAME, staging=self._staging)
 
     def done(self) -> dict[int, DoneEntry]:
         """Read all done entries, by shard number."""
-        entries, faults = read_entries(self.path)
-        if faults:
-            raise OutputError(f"{faults[0]}; 'm3 check {self.path}' lists all damage")
-        return entries
+        return read_done_to_resume(self.path)
 
-    def manifest(self) -> dict[str, Any] | None:
+    def check_lengths(self, entries: Iterable[DoneEntry]) -> None:
+        """Check that the files of finished shards are there and of their length.
+
+        Raises:
+            OutputError: one is not.
+        """
+        with damage_stops(self.path):
+            for wrong in list_wrong_lengths(self.path, entries):
+                raise DamageFound(f"{wrong}; {name_repair(self.path)}")
+
+    def manifest(self) -> Manifest | None:
         """Read the manifest; None if work is left."""
-        with _damage_stops(self.path):
+        with damage_stops(self.path):
             return read_manifest(self.path)
 
     def open_shard(self, *, form: RowForm, text: ShardText, chunks: Chunks, source: str) -> ShardWriter:
@@ -83,6 +98,7 @@ class RunFolder:
         entries = self.done()
         if any(index not in entries for index in range(num_shards)):
             return False
+        self.check_lengths(entries.values())
         hashes = [hash_file(self.path / done_name(index))[1] for index in range(num_shards)]
         document = manifest_document(
             [entries[index] for index in range(num_shards)],
@@ -140,9 +156,34 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+def read_run_to_resume(root: Path) -> RunConfig | None:
+    """Read run.json for a run that writes; None if there is none.
+
+    Raises:
+        OutputError: it is damaged.
+    """
+    with damage_stops(root):
+        return read_run(root)
+
+
+def read_done_to_resume(root: Path) -> dict[int, DoneEntry]:
+    """Read all done entries for a run that writes.
+
+    Raises:
+        OutputError: one is damaged.
+    """
+    with damage_stops(root):
+        entries, faults = read_entries(root)
+        for fault in faults:
+            raise DamageFound(fault)
+        return entries
+
+
 @contextmanager
-def _damage_stops(root: Path) -> Iterator[None]:
+def damage_stops(root: Path) -> Iterator[None]:
+    """Turn damage into the OutputError of a run that would write there."""
     try:
         yield
     except DamageFound as damage:
-        raise OutputError(f"{damage}; 'm3 check {root}' lists all damage") from damage
+        remedy = "" if name_check(root) in str(damage) else f"; {name_check(root)}"
+        raise OutputError(f"{damage}{remedy}") from damage

@@ -87,7 +87,7 @@ def _place_rows(folder: OutputFolder, part: ShardArrays, *, chunks: bool) -> Pla
     places = (part.shard << _ROW_BITS) + part.embeddings.rows
     chunk_index = part.rows.column("chunk_index").to_numpy().astype(np.int64)
     first = int(places[0])
-    if folder.run is not None and folder.run["meaning"]["long_docs"] == "both":
+    if folder.run.config.long_docs == "both":
         places = np.where(chunk_index < 0, -1, places)
     return PlacedPart(
         embeddings=part.embeddings,

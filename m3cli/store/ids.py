@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from m3cli.store.layout import rows_name
+from m3cli.store.reading import reading
 from m3cli.store.verify.rows import hash_ids
 
 
@@ -25,8 +26,12 @@ def read_id_hashes(root: Path, shards: Iterable[int]) -> dict[int, NDArray[np.in
 def iter_ids(root: Path, shards: Iterable[int]) -> Iterator[tuple[Any, NDArray[np.int64]]]:
     """Yield the ids of documents, an Arrow column at a time, with their hashes, which hold for this process."""
     for index in shards:
-        with pq.ParquetFile(root / rows_name(index)) as file:
+        with reading(root, index):
+            file = pq.ParquetFile(root / rows_name(index))
+        with file:
             for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=["id", "chunk_index"], use_threads=False)
-                ids = table.column("id").take(np.flatnonzero(table.column("chunk_index").to_numpy() == 0))
-                yield ids, hash_ids(ids)
+                with reading(root, index):
+                    table = file.read_row_group(group, columns=["id", "chunk_index"], use_threads=False)
+                    ids = table.column("id").take(np.flatnonzero(table.column("chunk_index").to_numpy() == 0))
+                    hashes = hash_ids(ids)
+                yield ids, hashes

@@ -13,6 +13,7 @@ that a column of that name means the chunk's text in every folder.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +147,13 @@ def skipped_name(index: int) -> str:
 def hashes_name(index: int) -> str:
     """Name the shard's content hashes."""
     return f"_m3/hashes/{shard_stem(index)}.npy"
+
+
+DATA_NAMES: tuple[Callable[[int], str], ...] = (
+    *(rows_name, dense_name, lexical_name, colbert_name, indptr_name, scales_name),
+    *(skipped_name, hashes_name),
+)
+"every file that a shard can have beside its done entry"
 
 
 def worker_name(worker: int, num_workers: int) -> str:

@@ -50,7 +50,7 @@ def iter_passages(folder: OutputFolder, wanted: Collection[str]) -> Iterator[tup
     Raises:
         UsageError: the folder has kept no texts.
     """
-    if folder.run is None or not folder.run["meaning"]["keep_text"]:
+    if not folder.run.config.keep_text:
         raise UsageError(
             f"{folder.path.name} has kept no texts; give the corpus itself, or encode it again with --keep-text"
         )

@@ -7,33 +7,41 @@ parquet format is read a row group (64 MiB of vectors) at a time by `iter_parts`
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from m3cli.config import ALL_OUTPUTS
+from m3cli.config import ALL_OUTPUTS, RunConfig
 from m3cli.errors import DamageFound, UsageError, refuse_unreachable
-from m3cli.records import DoneEntry, Embeddings, LexicalWeights, Output, ShardCounts, TokenMatrices
+from m3cli.records import DoneEntry, Embeddings, LexicalWeights, Manifest, Output, ShardCounts, TokenMatrices
 from m3cli.store.blobs import read_blobs
-from m3cli.store.entries import is_ours, read_entries, read_manifest, read_run
+from m3cli.store.entries import (
+    find_misplaced,
+    is_ours,
+    list_wrong_lengths,
+    read_entries,
+    read_manifest,
+    read_run,
+)
 from m3cli.store.layout import (
+    RUN_NAME,
     SCALES_COLUMN,
     VECTOR_COLUMNS,
     colbert_name,
     dense_name,
+    done_name,
     indptr_name,
     lexical_name,
     rows_name,
     scales_name,
 )
 from m3cli.store.pages import DensePages
+from m3cli.store.reading import name_check, name_repair, reading
 
 _DENSE = VECTOR_COLUMNS["dense"]
 
@@ -43,11 +51,10 @@ class OutputFolder:
     """An output folder as it was when it was opened."""
 
     path: Path
-    run: dict[str, Any] | None
-    "run.json as the job wrote it; None if the run died before"
+    run: RunConfig
     entries: dict[int, DoneEntry]
     "by shard number, ascending"
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
     "None: work is left"
 
     @property
@@ -68,19 +75,40 @@ class ShardArrays:
 
 
 def open_folder(path: Path) -> OutputFolder:
-    """Read what the folder says of itself; no such folder raises UsageError, damage DamageFound."""
+    """Read the documents of a folder.
+
+    Raises:
+        UsageError: there is no such folder, or nothing in it yet.
+        DamageFound: one of the documents is damaged.
+    """
     root = path.absolute()
     refuse_unreachable(root / "_m3", UsageError)
     if not root.is_dir():
         raise UsageError(f"{path}: no such folder")
     if not is_ours(root):
         raise UsageError(f"{path} is not an m3 folder: it has no _m3/run.json")
+    try:
+        return _read_documents(root)
+    except DamageFound as damage:
+        raise DamageFound(f"{damage}; {name_check(path)}") from damage
+
+
+def _read_documents(root: Path) -> OutputFolder:
     # The manifest first: if a run finishes in between, entries that are older than it would pass for all there are.
     manifest = read_manifest(root)
     entries, faults = read_entries(root)
-    if faults:
-        raise DamageFound(f"{faults[0]}; 'm3 check {path}' lists all damage")
-    return OutputFolder(path=root, run=read_run(root), entries=entries, manifest=manifest)
+    run = read_run(root)
+    if run is None and not entries and not faults:
+        raise UsageError(f"{root}: nothing has been encoded there yet; run m3 encode")
+    if run is None:
+        raise DamageFound(f"{root / RUN_NAME} is missing")
+    faults += [
+        f"{root / done_name(index)} counts to a source that {RUN_NAME} does not have"
+        for index in find_misplaced(entries, run)
+    ]
+    for fault in faults:
+        raise DamageFound(fault)
+    return OutputFolder(path=root, run=run, entries=entries, manifest=manifest)
 
 
 def iter_parts(
@@ -110,35 +138,21 @@ def read_shard(
     """Read one done shard whole; `columns` names the columns wanted beside the vectors, None for all of them."""
     if index not in folder.entries:
         raise UsageError(f"{folder.path}: shard {index} is not done")
-    _refuse_damaged(folder, index)
-    with _reading(folder, index), _open_rows(folder.path, index) as file:
+    check_lengths(folder, index)
+    with reading(folder.path, index), _open_rows(folder.path, index) as file:
         names = _choose_columns(file.schema_arrow, outputs=outputs, columns=columns)
         table = file.read(columns=names, use_threads=False)
         return _to_arrays(folder.path, index, table, outputs=outputs, first_row=0)
 
 
-def _refuse_damaged(folder: OutputFolder, index: int) -> None:
-    """Refuse a shard with a file that is gone or not as long as it was; what else may be wrong, `m3 check` finds."""
-    for record in folder.entries[index].files:
-        path = folder.path / record.name
-        length = path.stat().st_size if path.exists() else None
-        if length != record.length:
-            found = "is gone" if length is None else f"has {length:,} bytes where {record.length:,} were written"
-            raise DamageFound(f"{path} {found}; {_remedy(folder)}")
+def check_lengths(folder: OutputFolder, index: int) -> None:
+    """Check that a shard's files are there and of their length; what else may be wrong, `m3 check` finds.
 
-
-@contextmanager
-def _reading(folder: OutputFolder, index: int) -> Iterator[None]:
-    """Say of a shard that does not read as it was written that it is damaged."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError, KeyError, BadZipFile) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise DamageFound(f"{folder.path}: shard {index} cannot be read: {reason}; {_remedy(folder)}") from error
-
-
-def _remedy(folder: OutputFolder) -> str:
-    return f"'m3 check {folder.path}' lists all damage, with --repair the next m3 encode makes it again"
+    Raises:
+        DamageFound: one is not.
+    """
+    for wrong in list_wrong_lengths(folder.path, [folder.entries[index]]):
+        raise DamageFound(f"{wrong}; {name_repair(folder.path)}")
 
 
 def _iter_shard(
@@ -150,8 +164,8 @@ def _iter_shard(
     wanted: NDArray[np.int64] | None = None,
 ) -> Iterator[ShardArrays]:
     first_row = 0
-    _refuse_damaged(folder, index)
-    with _reading(folder, index):
+    check_lengths(folder, index)
+    with reading(folder.path, index):
         file = _open_rows(folder.path, index)
         names = _choose_columns(file.schema_arrow, outputs=outputs, columns=columns)
         pages = DensePages(file, folder.path / rows_name(index)) if _DENSE in names else None
@@ -159,7 +173,7 @@ def _iter_shard(
         for group in range(file.num_row_groups):
             num_rows = file.metadata.row_group(group).num_rows
             if wanted is None or np.diff(np.searchsorted(wanted, [first_row, first_row + num_rows]))[0]:
-                with _reading(folder, index):
+                with reading(folder.path, index):
                     dense = None if pages is None else pages.read(group)
                     left = names if dense is None else [name for name in names if name != _DENSE]
                     table = file.read_row_group(group, columns=left, use_threads=False)

@@ -6,18 +6,34 @@ are equal bytes, and a checksum is tested on the bytes as they lie there.
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import orjson
 import xxhash
 
-from m3cli.errors import DamageFound
+from m3cli.errors import DamageFound, OutputError
 
 _OPENING = b',\n  "checksum": "'
 _CLOSING = b'"\n}\n'
 _SEAL_LENGTH = len(_OPENING) + 32 + len(_CLOSING)
 _END = b"\n}\n"
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Tell a disk that lost the bytes (damage) from a reader who may not have them (an OutputError)."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise OutputError(f"cannot read {path}: {error.strerror}; check it as who may read it") from error
+        raise DamageFound(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def seal_json(document: dict[str, Any]) -> bytes:
@@ -28,11 +44,17 @@ def seal_json(document: dict[str, Any]) -> bytes:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a document and take its checksum off; a file that does not match it raises DamageFound."""
-    raw = path.read_bytes()
+    with read_errors(path):
+        raw = path.read_bytes()
     body = raw[:-_SEAL_LENGTH] + _END
     if raw[-_SEAL_LENGTH:] != _seal(body):
         raise DamageFound(f"{path} does not match its checksum")
-    document: dict[str, Any] = orjson.loads(body)
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        document = None
+    if not isinstance(document, dict):
+        raise DamageFound(f"{path} is not a JSON object")
     return document
 
 
@@ -43,7 +65,7 @@ def _seal(body: bytes) -> bytes:
 def hash_file(path: Path) -> tuple[int, str]:
     """Read a file through: its length and xxh3_128."""
     length, digest = 0, xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
+    with read_errors(path), path.open("rb", buffering=0) as file:
         while piece := file.read(4 << 20):
             digest.update(piece)
             length += len(piece)

@@ -1,6 +1,7 @@
 """Which texts a folder has vectors of, by their hashes, and those vectors: what an increment takes over from it.
 
-24 bytes a document are held, and of the vectors one part of a shard at a time, in either format.
+24 bytes a document are held, and of the vectors one part of a shard at a time, in either format. Nothing is taken from
+a file whose hash is not that of its done entry: each is hashed once, before it is first used.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3cli.errors import DamageFound
-from m3cli.records import Chunks, Document, Origins, Output
+from m3cli.records import Chunks, Document, DoneEntry, Origins, Output
 from m3cli.store.layout import hashes_name
 from m3cli.store.reader import OutputFolder, ShardArrays, iter_parts, read_shard
+from m3cli.store.reading import name_repair, reading
+from m3cli.store.verify.files import check_files
 
 SHARDS_KEPT = 4
 "old shards whose rows are remembered, without their vectors"
@@ -30,7 +33,8 @@ class TextIndex:
         self._folder = folder
         self._outputs = outputs
         self._read_rows = lru_cache(maxsize=SHARDS_KEPT)(self._read_shard)
-        hashes = [np.load(folder.path / hashes_name(index)).reshape(-1, 2) for index in folder.entries]
+        self._checked: set[int] = set()
+        hashes = [_read_hashes(folder, index) for index in folder.entries]
         together = np.concatenate([np.empty((0, 2), np.uint64), *hashes])
         numbers = [np.arange(len(part), dtype=np.int32) for part in hashes]
         order = np.lexsort((together[:, 1], together[:, 0]))
@@ -80,6 +84,9 @@ class TextIndex:
 
     def _read_shard(self, shard: int) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
         """Return the first row of each document of a shard and the end, and the columns that tell of its rows."""
+        if shard not in self._checked:
+            _check_hashes(self._folder, self._folder.entries[shard])
+            self._checked.add(shard)
         table = read_shard(self._folder, shard, outputs=(), columns=_COLUMNS).rows
         columns = [table.column(name).to_numpy(zero_copy_only=False).astype(np.int64) for name in _COLUMNS]
         index = columns[0]
@@ -100,3 +107,19 @@ class TextIndex:
                 here = (wanted >= first) & (wanted <= last)
                 if here.any():
                     yield part, wanted[here] - first, rows[here]
+
+
+def _check_hashes(folder: OutputFolder, entry: DoneEntry) -> None:
+    for fault in check_files(folder.path, entry):
+        raise DamageFound(f"{folder.path / fault.file} {fault.what}; {name_repair(folder.path)}")
+
+
+def _read_hashes(folder: OutputFolder, index: int) -> NDArray[np.uint64]:
+    entry = folder.entries[index]
+    documents = entry.counts.documents
+    _check_hashes(folder, replace(entry, files=tuple(each for each in entry.files if each.name == hashes_name(index))))
+    with reading(folder.path, index):
+        hashes: NDArray[np.uint64] = np.load(folder.path / hashes_name(index), allow_pickle=False)
+        if hashes.shape != (documents, 2) or hashes.dtype != np.uint64:
+            raise ValueError(f"{hashes_name(index)} holds {hashes.dtype}{list(hashes.shape)}")
+        return hashes

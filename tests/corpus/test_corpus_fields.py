@@ -49,7 +49,7 @@ def triple(fields: Fields) -> tuple[str | None, str | None, str]:
 def test_fields_of_known_corpora_are_found(row: dict[str, Any], expected: tuple[str | None, str | None, str]) -> None:
     fields = resolve_text(orjson.dumps(row))
     assert triple(fields) == expected
-    assert (fields.kept, fields.tsv_columns, fields.tsv_header) == ((), (), False)
+    assert (fields.kept, fields.columns, fields.header) == ((), (), False)
 
 
 def test_messages_name_the_flags_of_the_command() -> None:
@@ -163,7 +163,7 @@ def test_tsv_first_line_is_a_header_only_if_it_names_the_fields(
 ) -> None:
     fields = resolve_text(body)
     assert triple(fields) == expected
-    assert (fields.tsv_columns, fields.tsv_header) == (columns, header)
+    assert (fields.columns, fields.header) == (columns, header)
 
 
 def test_tsv_columns_can_be_named_or_counted() -> None:
@@ -174,7 +174,7 @@ def test_tsv_columns_can_be_named_or_counted() -> None:
     assert triple(resolve_text(wide, text_field="4", id_field="2", title_field="3")) == ("2", "3", "4")
     assert triple(resolve_text("a\tb\n", text_field="1")) == (None, None, "1")
     named = resolve_text("nr\tsatz\n1\tone\n", text_field="satz", id_field="nr")
-    assert (triple(named), named.tsv_header) == (("nr", None, "satz"), True)
+    assert (triple(named), named.header) == (("nr", None, "satz"), True)
     with pytest.raises(CorpusError, match=r"no row has the field 'satz'; the first rows have 1, 2"):
         resolve_text("1\tone\n", text_field="satz")
 

@@ -218,3 +218,26 @@ def test_equal_texts_are_encoded_once(
     assert_equal(tmp_path / "c.m3", tmp_path / "all.m3")
     assert m3_here("encode", "c.jsonl", "--dedupe").returncode == 0
     assert m3_here("encode", "c.jsonl", "--dedupe", "--out", "all.m3").returncode == 10
+
+
+@pytest.mark.parametrize("form", ["parquet", "npy"])
+@pytest.mark.parametrize("damage", ["rows", "vectors", "hashes", "truncated hashes"])
+def test_nothing_is_reused_from_a_damaged_folder(
+    m3_here: M3, tmp_path: Path, tiny_m3: Path, damage: str, form: str
+) -> None:
+    """Files of the right length whose bytes changed are found by their hash, before a row of theirs is reused."""
+    write(tmp_path / "a.jsonl", make_rows(30))
+    command = ("encode", "a.jsonl", "--model", tiny_m3, "--format", form, *FLAGS, "--progress", "none")
+    assert m3_here(*command, "--out", "old.m3").returncode == 0
+    folder = {"rows": "rows", "vectors": "rows" if form == "parquet" else "dense_vecs"}.get(damage, "_m3/hashes")
+    path = min((tmp_path / "old.m3" / folder).iterdir())
+    raw = path.read_bytes()
+    middle = len(raw) // 2
+    flipped = raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :]
+    path.write_bytes(raw[:middle] if damage.startswith("truncated") else flipped)
+    done = m3_here(*command, "--out", "new.m3", "--since-run", "old.m3")
+    assert done.returncode == 12, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert f"{path} has" in done.stderr
+    assert f"'m3 check {tmp_path / 'old.m3'}' lists all damage" in done.stderr
+    assert not (tmp_path / "new.m3/_m3/manifest.json").exists()

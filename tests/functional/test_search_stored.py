@@ -71,7 +71,6 @@ def decode(matrices: TokenMatrices) -> np.ndarray:
 def read_all(path: Path, *, chunks: bool = False) -> tuple[Written, list[str]]:
     """What the folder's rows are called, and their vectors as float64; and their texts. Own rows are left out."""
     folder = open_folder(path)
-    assert folder.run is not None
     ids, index, texts = list[str](), list[int](), list[str]()
     dense, sparse, colbert = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
     for part in iter_parts(folder):
@@ -88,7 +87,7 @@ def read_all(path: Path, *, chunks: bool = False) -> tuple[Written, list[str]]:
             texts.append(words.get("text") or "")
             dense.append(np.asarray(made.dense_vecs[row], float))
             run = slice(weights.indptr[row], weights.indptr[row + 1])
-            sparse.append(np.zeros(folder.run["checkpoint"]["vocabulary"]))
+            sparse.append(np.zeros(folder.run.checkpoint.vocabulary))
             sparse[-1][weights.indices[run]] = weights.values[run]
             colbert.append(vectors[made.colbert_vecs.indptr[row] : made.colbert_vecs.indptr[row + 1]])
     return Written(ids=ids, chunk_index=index, dense=np.stack(dense), sparse=np.stack(sparse), colbert=colbert), texts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,3 +137,55 @@ def test_info_finds_a_text_in_one_file_of_several(encode: M3, m3_here: M3) -> No
     Path("one.jsonl").write_text(changed)
     refused = m3_here("info", "o.m3", "--id", "b1", "--text", "--input", "one.jsonl")
     assert "1.jsonl has changed since o.m3 was made from it" in refused.stderr
+
+
+def test_a_folder_that_an_inherited_option_left_incomplete_names_the_command_for_the_rest(
+    encode: M3, m3_here: M3, tmp_path: Path
+) -> None:
+    """The command is typed as it is printed, and the trial's vectors are reused."""
+    write("my data.jsonl", *"abcde")
+    flags = ("--max-length", 24, "--dtype", "float32", "--prefix", "p: ", "--out", "old.m3")
+    assert encode("my data.jsonl", *flags, "--limit", 2).returncode == 0
+    assert "for the rest" not in encode("my data.jsonl", "--out", "old.m3", "--limit", 2).stderr
+    done = encode("my data.jsonl", "--out", "old.m3")
+    assert done.returncode == 0
+    line = next(line for line in done.stderr.splitlines() if "for the rest" in line)
+    said, command = line.split("; for the rest: ")
+    assert said.endswith("old.m3 was begun with --limit 2 and has no more than that")
+    words = shlex.split(command)
+    assert words[:2] == ["m3", "encode"]
+    rest = m3_here(*words[1:], "--progress", "log")
+    assert rest.returncode == 0, rest.stderr
+    assert re.search(r"taken over +2 documents", rest.stderr), rest.stderr
+    assert json.loads(m3_here("info", "NEW.m3", "--json").stdout)["counts"]["documents"] == 5
+
+    more = encode("my data.jsonl", "--out", "old.m3", "--limit", 3)
+    assert more.returncode == 10
+    assert "--since-run old.m3" in more.stderr
+    assert more.stderr.rstrip().endswith("--limit 3")
+
+
+def test_a_limit_that_left_nothing_out_is_not_spoken_of(encode: M3) -> None:
+    write("a.jsonl", *"ab")
+    assert encode("a.jsonl", "--limit", 5).returncode == 0
+    assert "for the rest" not in encode("a.jsonl").stderr
+
+
+def test_outputs_that_were_not_typed_again_are_named(encode: M3) -> None:
+    write("a.jsonl", *"ab")
+    assert encode("a.jsonl", "--outputs", "dense").returncode == 0
+    done = encode("a.jsonl")
+    assert done.returncode == 0
+    assert "a.m3 was begun with --outputs dense" in done.stderr
+    assert "for the rest: m3 encode a.jsonl --out NEW.m3" in done.stderr
+    assert "--since-run" not in done.stderr
+
+
+def test_a_run_that_goes_on_says_what_its_limit_leaves_out(encode: M3, tmp_path: Path) -> None:
+    write("a.jsonl", *"abcde")
+    assert encode("a.jsonl", "--limit", 4, "--shard-size", 600).returncode == 0
+    (tmp_path / "a.m3/_m3/manifest.json").unlink()
+    (tmp_path / "a.m3/_m3/done/shard-0000000.json").unlink()
+    done = encode("a.jsonl", "--progress", "log")
+    assert done.returncode == 0
+    assert "a.m3 was begun with --limit 4" in done.stderr

@@ -329,10 +329,9 @@ def test_a_trec_run_is_pairs(folders: Path, tmp_path: Path) -> None:
 def test_folders_of_other_checkpoints_are_refused(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def other(path: Path) -> Any:
         opened = open_folder(path)
-        assert opened.run is not None
         if path.name == "Q.m3":
-            checkpoint = {**opened.run["checkpoint"], "hashes": {"config.json": "0"}}
-            opened = replace(opened, run={**opened.run, "checkpoint": checkpoint})
+            checkpoint = replace(opened.run.checkpoint, hashes={"config.json": "0"})
+            opened = replace(opened, run=replace(opened.run, checkpoint=checkpoint))
         return opened
 
     monkeypatch.setattr(score_folders, "open_folder", other)

@@ -29,7 +29,6 @@ from m3cli.store.hits import iter_placed
 from m3cli.store.reader import iter_parts, open_folder
 from tests.store import samples
 
-CHECKPOINT = {"name": "tiny", "hashes": {"a": "1"}, "tokenizer_hash": "t", "vocabulary": samples.VOCABULARY, "dim": 8}
 Parts = dict[str, np.ndarray]
 
 
@@ -52,15 +51,16 @@ def write_folder(
     format: Any = "parquet",  # noqa: A002
     outputs: tuple[Output, ...] = ALL_OUTPUTS,
     finish: bool = True,
+    model: str = "1",
 ) -> Written:
     """Write shards of documents, each an id and its number of chunks."""
     ids: list[str] = []
     index: list[int] = []
     made: list[Embeddings] = []
     random = np.random.default_rng(seed)
-    meaning = {"outputs": list(outputs), "keep_text": True, "long_docs": "chunk", "prefix": ""}
+    run = samples.make_run(outputs=outputs, keep_text=True)
     with open_run_folder(root) as folder:
-        folder.write_run({"meaning": meaning, "checkpoint": CHECKPOINT})
+        folder.write_run(replace(run, checkpoint=replace(run.checkpoint, hashes={"config.json": model})))
         for number, documents in enumerate(shards):
             text = samples.make_text(number, documents=len(documents))
             named = tuple(replace(each, id=name) for each, (name, _) in zip(text.documents, documents, strict=True))
@@ -425,8 +425,7 @@ def test_flags_that_would_change_nothing_are_refused(
 
 def test_queries_of_another_checkpoint_are_refused(folders: Callable[..., Path]) -> None:
     root = folders()
-    with mock.patch.dict(CHECKPOINT, {"hashes": {"a": "2"}}):
-        write_folder(root / "other.m3", [[("q", 1)]], seed=1)
+    write_folder(root / "other.m3", [[("q", 1)]], seed=1, model="2")
     with pytest.raises(ForeignFolder, match="mean nothing"):
         run_search(root / "c.m3", root / "other.m3", mode="dense")
 

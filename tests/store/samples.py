@@ -9,16 +9,26 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from m3cli.config import ALL_OUTPUTS, Format, VectorDtype
+from m3cli.config import (
+    ALL_OUTPUTS,
+    CheckpointConfig,
+    EncodeConfig,
+    Format,
+    RunConfig,
+    Runtime,
+    VectorDtype,
+)
 from m3cli.records import (
     Chunks,
     Document,
     Embeddings,
+    Fields,
     LexicalWeights,
     Output,
     Shard,
     ShardText,
     SkippedRow,
+    Source,
     TokenMatrices,
 )
 from m3cli.store.layout import RowForm
@@ -44,6 +54,40 @@ def make_form(
         dense_dtype=dense_dtype,
         keep_text=keep_text,
         kept=kept,
+    )
+
+
+def make_run(
+    *,
+    outputs: tuple[Output, ...] = ALL_OUTPUTS,
+    keep_text: bool = False,
+    prefix: str = "",
+    dim: int = DIM,
+    vocabulary: int = VOCABULARY,
+) -> RunConfig:
+    return RunConfig(
+        config=EncodeConfig(
+            fields=Fields(text="text", id="id", title=None, kept=(), columns=(), header=False),
+            outputs=outputs,
+            max_length=64,
+            dtype="float32",
+            shard_size=1000,
+            keep_text=keep_text,
+            prefix=prefix,
+        ),
+        checkpoint=CheckpointConfig(
+            name="tiny",
+            path="/models/tiny",
+            revision=None,
+            dim=dim,
+            vocabulary=vocabulary,
+            hashes={"config.json": "1" * 32},
+            tokenizer_hash="2" * 32,
+        ),
+        sources=(
+            Source(name="corpus.jsonl", path="corpus.jsonl", format="jsonl", compression="none", size=9, mtime_ns=0),
+        ),
+        runtime=Runtime(max_batch_tokens=64, threads=1),
     )
 
 

@@ -26,7 +26,7 @@ def encode(root: Path, *, format: Format = "npy", skipped: int = 1) -> None:  # 
     """What a job does with a folder: write run.json, the missing shards, the manifest."""
     with open_run_folder(root) as folder:
         if folder.run() is None:
-            folder.write_run({"config": {"max_length": 12}})
+            folder.write_run(samples.make_run())
         done = folder.done()
         for index in range(NUM_SHARDS):
             if index not in done:
@@ -55,7 +55,7 @@ def test_crash_at_any_durable_step_then_again_gives_the_same_bytes(tmp_path: Pat
         with crash_at(step) as crashed:
             encode(root, format=format)
         assert crashed.dead
-        if (root / "_m3/lock").exists():
+        if (root / "_m3/run.json").exists():
             assert_nothing_false_is_believed(root, whole)
         with crash_at(None):  # no fsync is waited for, but their order is still asserted
             encode(root, format=format)
@@ -146,7 +146,7 @@ def test_any_failing_step_is_an_output_error_with_its_remedy(
 
     with open_run_folder(tmp_path / "out") as folder:
         with mock.patch.object(commit, step, fail), pytest.raises(OutputError, match=remedy) as caught:
-            folder.write_run({"config": {}})
+            folder.write_run(samples.make_run())
         assert "run.json" in str(caught.value)
         assert os.strerror(number) in str(caught.value)
 

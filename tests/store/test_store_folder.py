@@ -15,24 +15,31 @@ from m3cli.records import DoneEntry, FileRecord, Shard, ShardCounts
 from m3cli.store.commit import publish_json
 from m3cli.store.entries import entry_document
 from m3cli.store.folder import open_run_folder
-from m3cli.store.layout import done_name
+from m3cli.store.layout import done_name, rows_name
 from m3cli.store.sealed import read_json, seal_json
 from tests.crash import folder_bytes
+from tests.store import samples
 
 ENTRY = DoneEntry(
     shard=Shard(index=0, source=0, start=0, stop=10),
     source="corpus.jsonl",
     input_hash="0" * 32,
     counts=ShardCounts(documents=2, chunks=3, tokens=40, skipped=1, truncated=1, missing_ids=2),
-    files=(FileRecord(name="rows/shard-0000000.parquet", length=7, xxh3_128="1" * 32),),
+    files=(FileRecord(name=rows_name(0), length=7, xxh3_128="1" * 32),),
 )
+
+
+def number_entry(index: int) -> DoneEntry:
+    files = (replace(ENTRY.files[0], name=rows_name(index)),)
+    return replace(ENTRY, shard=replace(ENTRY.shard, index=index), files=files)
 
 
 def write_entry(root: Path, index: int) -> Path:
     path = root / done_name(index)
-    path.parent.mkdir(exist_ok=True)
-    entry = replace(ENTRY, shard=replace(ENTRY.shard, index=index))
-    publish_json(entry_document(entry), path, staging=root)
+    for name in (path, root / rows_name(index)):
+        name.parent.mkdir(exist_ok=True)
+    (root / rows_name(index)).write_bytes(b"7 bytes")
+    publish_json(entry_document(number_entry(index)), path, staging=root)
     return path
 
 
@@ -67,14 +74,17 @@ def test_file_in_the_way_is_an_output_error(tmp_path: Path) -> None:
 
 
 def test_run_document_comes_back_as_it_was_given(tmp_path: Path) -> None:
-    document = {"m3cli": "0.1.0", "config": {"title_sep": "\n", "limit": None}, "sources": [{"name": "é"}]}
+    document = samples.make_run(prefix="é\n")
     with open_run_folder(tmp_path / "out") as folder:
         folder.write_run(document)
         assert folder.run() == document
     with open_run_folder(tmp_path / "out") as folder:
         assert folder.run() == document
     on_disk = orjson.loads((tmp_path / "out/_m3/run.json").read_bytes())
-    assert list(on_disk) == ["format_version", "m3cli", "config", "sources", "checksum"]
+    assert list(on_disk) == [
+        *("format_version", "m3cli_version", "fingerprint", "config", "checkpoint", "sources", "since_path", "runtime"),
+        "checksum",
+    ]
 
 
 def test_entries_come_back_as_they_were_committed(tmp_path: Path) -> None:
@@ -87,7 +97,7 @@ def test_entries_come_back_as_they_were_committed(tmp_path: Path) -> None:
 
 def test_manifest_only_when_every_shard_is_done(tmp_path: Path) -> None:
     with open_run_folder(tmp_path / "out") as folder:
-        folder.write_run({})
+        folder.write_run(samples.make_run())
         write_entry(tmp_path / "out", 0)
         write_entry(tmp_path / "out", 2)
         assert not folder.write_manifest(3)
@@ -96,15 +106,15 @@ def test_manifest_only_when_every_shard_is_done(tmp_path: Path) -> None:
         assert folder.write_manifest(3)
         manifest = folder.manifest()
     assert manifest is not None
-    assert manifest["num_shards"] == len(manifest["done"]) == 3
-    assert manifest["length"] == 21
-    counts = {"documents": 6, "chunks": 9, "tokens": 120, "skipped": 3, "truncated": 3, "missing_ids": 6}
-    assert manifest["counts"] == counts
+    assert manifest.num_shards == len(manifest.done) == 3
+    assert manifest.length == 21
+    counts = ShardCounts(documents=6, chunks=9, tokens=120, skipped=3, truncated=3, missing_ids=6)
+    assert manifest.counts == counts
 
 
 def test_folder_without_a_shard_is_complete(tmp_path: Path) -> None:
     with open_run_folder(tmp_path / "out") as folder:
-        folder.write_run({})
+        folder.write_run(samples.make_run())
         assert folder.write_manifest(0)
     assert list(folder_bytes(tmp_path / "out")) == ["_m3/manifest.json", "_m3/run.json"]
 
@@ -130,9 +140,9 @@ def test_entry_of_another_shard_is_not_believed(tmp_path: Path) -> None:
 def test_damaged_run_and_manifest_are_output_errors(tmp_path: Path) -> None:
     root = tmp_path / "out"
     with open_run_folder(root) as folder:
-        folder.write_run({"a": 1})
+        folder.write_run(samples.make_run())
         folder.write_manifest(0)
-        folder.write_run({"a": 2})
+        folder.write_run(samples.make_run(prefix="other"))
         with pytest.raises(OutputError, match=r"run\.json is not the one"):
             folder.manifest()
         (root / "_m3/run.json").write_bytes(b"")
@@ -153,7 +163,7 @@ def test_ten_thousand_entries_are_read_in_well_under_two_seconds(tmp_path: Path)
         raw = path.read_bytes()
         # Each must carry its own number and checksum; no fsync, to be quick.
         for index in range(1, 10_000):
-            document = entry_document(replace(ENTRY, shard=replace(ENTRY.shard, index=index)))
+            document = entry_document(number_entry(index))
             path.with_name(Path(done_name(index)).name).write_bytes(seal_json(document))
         assert path.read_bytes() == raw
         start = time.process_time()  # what a busy disk does is not the point

@@ -14,11 +14,13 @@ import pytest
 
 from m3cli.errors import FolderLocked
 from m3cli.store.folder import open_run_folder
+from tests.store import samples
 
 HOLD = """
 import sys
 from pathlib import Path
 from m3cli.store.folder import open_run_folder
+from tests.store import samples
 
 with open_run_folder(Path(sys.argv[1]), worker=int(sys.argv[2]), num_workers=int(sys.argv[3])) as folder:
     if sys.argv[4:] == ["init"]:
@@ -104,6 +106,6 @@ def test_only_one_worker_initialises_and_the_other_finds_it_done(tmp_path: Path)
             first.send_signal(signal.SIGKILL)
             with folder.lock.initialising():
                 assert folder.run() is None
-                folder.write_run({"config": {}})
+                folder.write_run(samples.make_run())
         with open_run_folder(tmp_path / "out", worker=0, num_workers=2) as again, again.lock.initialising():
-            assert again.run() == {"config": {}}
+            assert again.run() == samples.make_run()

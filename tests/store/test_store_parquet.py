@@ -44,7 +44,7 @@ def test_more_than_two_gib_of_vectors_in_a_shard(tmp_path: Path, format: str, ex
     chunks = samples.make_chunks(text, lengths=[[TOKENS]] * ROWS)
     out = tmp_path / "out"
     with open_run_folder(out) as folder:
-        folder.write_run({})
+        folder.write_run(samples.make_run())
         with folder.open_shard(form=form, text=text, chunks=chunks, source="corpus.jsonl") as writer:
             for window in make_windows():
                 writer.append(window)
@@ -80,7 +80,7 @@ def test_the_longest_matrix_that_parquet_holds(tmp_path: Path) -> None:
     text = samples.make_text(documents=2)
     chunks = samples.make_chunks(text, lengths=[[num_vectors + 1], [4]])
     with open_run_folder(tmp_path / "out") as folder:
-        folder.write_run({})
+        folder.write_run(samples.make_run())
         with folder.open_shard(form=form, text=text, chunks=chunks, source="corpus.jsonl") as writer:
             for row, matrix in enumerate((vectors, vectors[:3])):
                 matrices = TokenMatrices(indptr=np.array([0, len(matrix)]), vectors=matrix)

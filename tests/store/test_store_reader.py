@@ -25,7 +25,7 @@ FORMATS: list[Format] = ["parquet", "npy"]
 def write_shards(root: Path, *, format: Format, shards: int = 3, finish: bool = True) -> list[Embeddings]:  # noqa: A002
     made = []
     with open_run_folder(root) as folder:
-        folder.write_run({"model": "tiny"})
+        folder.write_run(samples.make_run())
         for index in range(shards):
             documents = 0 if index == 1 else 4
             text = samples.make_text(index, documents=documents, skipped=index)
@@ -93,7 +93,7 @@ def test_npy_vectors_are_memory_mapped(tmp_path: Path) -> None:
 def test_unfinished_folder_reads_as_far_as_it_is_done(tmp_path: Path) -> None:
     write_shards(tmp_path / "out", format="parquet", shards=2, finish=False)
     folder = open_folder(tmp_path / "out")
-    assert folder.run == {"model": "tiny"}
+    assert folder.run == samples.make_run()
     assert folder.manifest is None
     assert list(folder.entries) == [0, 1]
     assert folder.counts.chunks == 5
@@ -127,7 +127,7 @@ def test_description_adds_up(tmp_path: Path, format: Format) -> None:  # noqa: A
     assert (seen.counts.documents, seen.counts.chunks, seen.counts.tokens, seen.counts.skipped) == (8, 10, 40, 3)
     assert list(seen.bytes) == ["rows", "dense", "sparse", "colbert", "_m3"]
     assert folder.manifest is not None
-    assert sum(seen.bytes.values()) == folder.manifest["length"]
+    assert sum(seen.bytes.values()) == folder.manifest.length
     assert seen.bytes["dense"] >= 10 * samples.DIM * 2
     assert seen.bytes["colbert"] >= 30 * samples.DIM * 2
     assert seen.token_histogram == {2: 2, 4: 4, 8: 4}

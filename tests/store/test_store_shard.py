@@ -46,7 +46,7 @@ def write_folder(
     chunks = samples.make_chunks(text, lengths=lengths)
     embeddings = samples.make_embeddings(chunks, outputs=form.outputs)
     with open_run_folder(root) as folder:
-        folder.write_run({"config": {}})
+        folder.write_run(samples.make_run())
         with folder.open_shard(form=form, text=text, chunks=chunks, source="corpus.jsonl") as writer:
             for window in samples.cut_windows(embeddings, cuts):
                 writer.append(window)
@@ -163,7 +163,7 @@ def test_a_row_group_of_long_texts_is_bounded(tmp_path: Path) -> None:
     chunks = samples.make_chunks(text, lengths=[[3]] * 9)
     # A chunk's text is 667 of the 1,000 characters.
     with mock.patch.object(parquet, "ROW_GROUP_BYTES", 3000), open_run_folder(tmp_path / "out") as folder:
-        folder.write_run({})
+        folder.write_run(samples.make_run())
         with folder.open_shard(form=form, text=text, chunks=chunks, source="s") as writer:
             writer.append(samples.make_embeddings(chunks, outputs=("dense",)))
             folder.commit(writer.finish())

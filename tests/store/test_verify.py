@@ -20,9 +20,9 @@ from m3cli.store.commit import publish_json
 from m3cli.store.entries import entry_document
 from m3cli.store.folder import open_run_folder
 from m3cli.store.layout import MANIFEST_NAME, RUN_NAME, VECTOR_COLUMNS, done_name, rows_name
-from m3cli.store.sealed import hash_file
+from m3cli.store.sealed import hash_file, read_errors
 from m3cli.store.verify.faults import Fault
-from m3cli.store.verify.files import check_files, read_errors
+from m3cli.store.verify.files import check_files
 from m3cli.store.verify.ids import find_duplicate_ids
 from m3cli.store.verify.ledger import read_ledger
 from m3cli.store.verify.listing import find_strays
@@ -69,7 +69,7 @@ def write_folder(
     """A finished folder; `change` changes what shard 0 is made of."""
     with open_run_folder(root) as folder:
         if folder.run() is None:
-            folder.write_run({"settings": 1})
+            folder.write_run(samples.make_run())
         done = folder.done()
         for index in range(num_shards):
             if index not in done:
@@ -291,7 +291,7 @@ def test_manifest_of_other_entries_and_another_run_are_found(tmp_path: Path) -> 
     shutil.copyfile(other / done_name(0), root / done_name(0))
     shutil.copyfile(other / "dense_vecs/shard-0000000.npy", root / "dense_vecs/shard-0000000.npy")
     with open_run_folder(tmp_path / "third") as folder:
-        folder.write_run({"settings": 2})
+        folder.write_run(samples.make_run(prefix="other"))
     shutil.copyfile(tmp_path / "third" / RUN_NAME, root / RUN_NAME)
     faults = read_ledger(root).faults
     assert [(fault.file, fault.cure) for fault in faults] == [(RUN_NAME, "none"), (done_name(0), "redo")]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
+
+from m3cli.store.reading import UNREADABLE
 
 Cure = Literal["redo", "remove", "manifest", "none"]
 
@@ -46,5 +46,5 @@ class ShardCheck:
         """Note a file that cannot be read as what it is meant to be."""
         try:
             yield
-        except (pa.ArrowException, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             self.say(name, f"cannot be read: {' '.join(str(error).split())}")

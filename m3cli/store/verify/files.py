@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from m3cli.errors import DamageFound, OutputError
+from m3cli.errors import DamageFound
 from m3cli.records import DoneEntry, FileRecord
-from m3cli.store.sealed import hash_file
+from m3cli.store.sealed import hash_file, read_errors
 from m3cli.store.verify.faults import Fault
-
-
-@contextmanager
-def read_errors(path: Path) -> Iterator[None]:
-    """Tell a disk that lost the bytes (damage) from a reader who may not have them (an OutputError)."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise OutputError(f"cannot read {path}: {error.strerror}; check it as who may read it") from error
-        raise DamageFound(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def check_files(root: Path, entry: DoneEntry) -> list[Fault]:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from m3cli.store.layout import rows_name
+from m3cli.store.reading import reading
 from m3cli.store.verify.rows import hash_ids
 
 NUM_EXAMPLES = 3
@@ -37,7 +38,7 @@ def find_duplicate_ids(root: Path, hashes: Mapping[int, NDArray[np.int64]]) -> D
 
 
 def _look_up(root: Path, shard: int, wanted: np.int64) -> list[str]:
-    with pq.ParquetFile(root / rows_name(shard)) as file:
+    with reading(root, shard), pq.ParquetFile(root / rows_name(shard)) as file:
         for group in range(file.num_row_groups):
             ids = file.read_row_group(group, columns=["id"], use_threads=False).column("id")
             places = np.flatnonzero(hash_ids(ids) == wanted)

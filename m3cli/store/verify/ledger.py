@@ -7,18 +7,17 @@ adds, so whatever it adds is never taken for damage.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from m3cli.config import RunConfig
 from m3cli.errors import DamageFound
-from m3cli.records import DoneEntry, ShardCounts
-from m3cli.store.entries import check_version, parse_entry, read_run
+from m3cli.records import DoneEntry, Manifest, ShardCounts
+from m3cli.store.entries import find_misplaced, parse_manifest, read_entry, read_run
 from m3cli.store.layout import DONE_FOLDER, MANIFEST_NAME, RUN_NAME, done_name
-from m3cli.store.sealed import hash_file, read_json
+from m3cli.store.sealed import hash_file
 from m3cli.store.verify.faults import Fault
-from m3cli.store.verify.files import read_errors
 
 _STEM = re.compile(r"shard-(\d{7,})\.json")
 
@@ -27,11 +26,11 @@ _STEM = re.compile(r"shard-(\d{7,})\.json")
 class Ledger:
     """What a folder says of itself, as far as it can be believed."""
 
-    run: dict[str, Any] | None
+    run: RunConfig | None
     "None: not there, or damaged"
     entries: dict[int, DoneEntry]
     "those that can be believed, by shard number"
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
     "None: not there, or damaged"
     complete: bool
     "whether the folder claims to be complete: there is a manifest, damaged or not"
@@ -48,8 +47,11 @@ def read_ledger(root: Path) -> Ledger:
     complete, manifest, manifest_faults = _read_manifest(root)
     entries, entry_faults = _read_entries(root)
     if manifest is not None:
-        entry_faults = _drop_strangers(entries, entry_faults, num_shards=manifest["num_shards"])
+        entry_faults = _drop_strangers(entries, entry_faults, num_shards=manifest.num_shards)
     run, run_faults = _read_run(root, expected=complete or bool(entries))
+    if run is not None:
+        what = "counts to a source that run.json does not have"
+        entry_faults += [_entry_fault(index, what) for index in find_misplaced(entries, run)]
     crossed = list(_compare(root, manifest, entries, entry_faults, run=run)) if manifest else []
     return Ledger(
         run=run,
@@ -60,10 +62,9 @@ def read_ledger(root: Path) -> Ledger:
     )
 
 
-def _read_run(root: Path, *, expected: bool) -> tuple[dict[str, Any] | None, list[Fault]]:
+def _read_run(root: Path, *, expected: bool) -> tuple[RunConfig | None, list[Fault]]:
     try:
-        with read_errors(root / RUN_NAME):
-            run = read_run(root)
+        run = read_run(root)
     except DamageFound as damage:
         return None, [_run_fault(_reason(damage, root / RUN_NAME))]
     return run, [_run_fault("is missing")] if run is None and expected else []
@@ -73,25 +74,15 @@ def _run_fault(what: str) -> Fault:
     return Fault(file=RUN_NAME, shard=None, what=what, cure="none")
 
 
-def _read_manifest(root: Path) -> tuple[bool, dict[str, Any] | None, list[Fault]]:
+def _read_manifest(root: Path) -> tuple[bool, Manifest | None, list[Fault]]:
     path = root / MANIFEST_NAME
     try:
-        with read_errors(path):
-            document = read_json(path)
-        check_version(document, name=MANIFEST_NAME)
-        _check_members(document, path)
+        manifest = parse_manifest(path)
     except FileNotFoundError:
         return False, None, []
     except DamageFound as damage:
         return True, None, [_manifest_fault(_reason(damage, path))]
-    return True, document, []
-
-
-def _check_members(document: Mapping[str, Any], path: Path) -> None:
-    if not {"num_shards", "counts", "length", "run", "done"} <= document.keys():
-        raise DamageFound(f"{path} is not a manifest")
-    if len(document["done"]) != document["num_shards"]:
-        raise DamageFound(f"{path} counts {document['num_shards']} shards and lists {len(document['done'])}")
+    return True, manifest, []
 
 
 def _manifest_fault(what: str) -> Fault:
@@ -104,8 +95,7 @@ def _read_entries(root: Path) -> tuple[dict[int, DoneEntry], list[Fault]]:
     for index in _list_entries(root):
         path = root / done_name(index)
         try:
-            with read_errors(path):
-                entry = parse_entry(read_json(path), name=done_name(index))
+            entry = read_entry(path)
         except DamageFound as damage:
             faults.append(_entry_fault(index, _reason(damage, path)))
             continue
@@ -141,27 +131,27 @@ def _entry_fault(index: int, what: str) -> Fault:
 
 def _compare(
     root: Path,
-    manifest: dict[str, Any],
+    manifest: Manifest,
     entries: dict[int, DoneEntry],
     known: list[Fault],
     *,
-    run: dict[str, Any] | None,
+    run: RunConfig | None,
 ) -> Iterator[Fault]:
     """Hold the manifest against what it was written for."""
-    if run is not None and hash_file(root / RUN_NAME)[1] != manifest["run"]:
+    if run is not None and hash_file(root / RUN_NAME)[1] != manifest.run:
         yield _run_fault(f"is not the one that {MANIFEST_NAME} was written for")
-    num_shards = manifest["num_shards"]
+    num_shards = manifest.num_shards
     damaged = {fault.shard for fault in known}
     for index in range(num_shards):
         if index in entries:
-            if hash_file(root / done_name(index))[1] != manifest["done"][index]:
+            if hash_file(root / done_name(index))[1] != manifest.done[index]:
                 yield _entry_fault(index, f"is not the one that {MANIFEST_NAME} was written for")
         elif index not in damaged:
             yield _entry_fault(index, "is missing")
     if set(entries) == set(range(num_shards)):
-        counts = asdict(sum((entry.counts for entry in entries.values()), ShardCounts()))
+        counts = sum((entry.counts for entry in entries.values()), ShardCounts())
         length = sum(record.length for entry in entries.values() for record in entry.files)
-        if (manifest["counts"], manifest["length"]) != (counts, length):
+        if (manifest.counts, manifest.length) != (counts, length):
             yield _manifest_fault("does not sum up the done entries")
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from m3cli.store.layout import (
+    DATA_NAMES,
     DONE_FOLDER,
     LOCK_NAME,
     MANIFEST_NAME,
@@ -20,24 +21,11 @@ from m3cli.store.layout import (
     RUN_NAME,
     TMP_FOLDER,
     VECTOR_COLUMNS,
-    colbert_name,
-    dense_name,
     done_name,
-    hashes_name,
-    indptr_name,
-    lexical_name,
-    rows_name,
-    scales_name,
-    skipped_name,
 )
 from m3cli.store.verify.faults import Fault
 from m3cli.store.verify.ledger import Ledger
 
-DATA_NAMES: tuple[Callable[[int], str], ...] = (
-    *(rows_name, dense_name, lexical_name, colbert_name, indptr_name, scales_name),
-    *(skipped_name, hashes_name),
-)
-"every file that a shard can have beside its done entry"
 SHARD_FOLDERS = ("rows", *VECTOR_COLUMNS.values(), DONE_FOLDER, f"{META}/skipped", f"{META}/hashes")
 _META_FOLDERS = {Path(name).name for name in (*SHARD_FOLDERS, TMP_FOLDER) if name.startswith(f"{META}/")} | {"logs"}
 _META_FILES = {Path(name).name for name in (RUN_NAME, MANIFEST_NAME, METRICS_NAME, LOCK_NAME)}
@@ -76,8 +64,8 @@ def _judge(name: str, index: int, ledger: Ledger) -> str | None:
         return None if named else f"is not named by the entry of shard {index}"
     if name == done_name(index):  # not believed, which has been said already
         return None
-    if ledger.manifest is not None and index >= ledger.manifest["num_shards"]:
-        return f"is of no shard: there are {ledger.manifest['num_shards']}"
+    if ledger.manifest is not None and index >= ledger.manifest.num_shards:
+        return f"is of no shard: there are {ledger.manifest.num_shards}"
     return None
 
 

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from m3cli.store.commit import withdraw_files
-from m3cli.store.layout import MANIFEST_NAME, done_name
+from m3cli.store.layout import DATA_NAMES, MANIFEST_NAME, done_name
 from m3cli.store.verify.faults import Fault
-from m3cli.store.verify.listing import DATA_NAMES
 
 
 def shards_to_redo(faults: Sequence[Fault]) -> list[int]:
