@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from m3cli.corpus.field_flags import ENCODE_FLAGS, FieldFlags
-from m3cli.corpus.parquet import check_columns, is_text, read_parquet_schema
+from m3cli.corpus.parquet import can_be_kept, check_columns, is_text, read_parquet_schema, without_views
 from m3cli.corpus.peek import Peek, TsvLayout, find_tsv_layout, peek_source, read_first_line
 from m3cli.corpus.rows import Fault
 from m3cli.corpus.streams import PeekableStream
@@ -75,7 +75,7 @@ def kept_schema(sources: Sequence[Source], fields: Fields) -> Any:
     for source in sources:
         schema = read_parquet_schema(source) if source.format == "parquet" and fields.kept else None
         for name in fields.kept:
-            kind = _kept_type(schema, name)
+            kind = _kept_type(source, schema, name)
             if kind is None:
                 continue
             known, first = columns.setdefault(name, (kind, source))
@@ -90,10 +90,18 @@ def kept_schema(sources: Sequence[Source], fields: Fields) -> Any:
     return pa.schema([pa.field(name, columns[name][0]) for name in fields.kept])
 
 
-def _kept_type(schema: Any, name: str) -> Any:
+def _kept_type(source: Source, schema: Any, name: str) -> Any:
     if schema is None:
         return pa.string()
-    return schema.field(name).type if name in schema.names else None
+    if name not in schema.names:
+        return None
+    kind = schema.field(name).type
+    if not can_be_kept(kind):
+        raise CorpusError(
+            f"kept field {name!r} is {kind} in {source.name}, which cannot be copied: "
+            "convert it to a plain list, struct or string, or leave the field out of --keep-fields"
+        )
+    return without_views(kind)
 
 
 def _check_names(

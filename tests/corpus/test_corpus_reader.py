@@ -384,7 +384,7 @@ def test_parquet_text_may_be_any_string_type(tmp_path: Path, kind: pa.DataType) 
     ]
     assert list_skipped(shards) == [(1, "text is not a string"), (2, "empty text")]
     assert [shard.kept.column("k").to_pylist() for shard in shards] == [["a"], ["b", "a"]]
-    assert shards[0].kept.schema == pa.schema([("k", kind)])
+    assert shards[0].kept.schema == pa.schema([("k", pa.large_string() if kind == pa.string_view() else kind)])
     assert shards[0].skipped[0].row == b'{"docid":2,"text":null}'
     assert shards[0].skipped[0].byte_offset is None
     assert shards[0].skipped[0].id == "2"
