@@ -53,16 +53,25 @@ BAD = {
     "nested 10,000 deep": Bad(
         line=b'{"id": "x", "text": "a", "meta": ' + b"[" * DEEP + b"]" * DEEP + b"}", reason="invalid JSON"
     ),
-    "nested 500 deep": Bad(
-        line=b'{"id": "deep", "text": "deep enough", "meta": ' + b"[" * 500 + b"]" * 500 + b"}",
-        reason="kept field nested too deep",
-        id="deep",
-    ),
-    "nested 200 deep": Bad(
-        line=b'{"id": "flat", "text": "flat enough", "meta": ' + b"[" * 200 + b"]" * 200 + b"}",
+    "nested 1,000 deep": Bad(
+        line=b'{"id": "deep", "text": "deep enough", "meta": ' + b"[" * 1000 + b"]" * 1000 + b"}",
         reason=None,
-        id="flat",
-        text="flat enough",
+        id="deep",
+        text="deep enough",
+    ),
+    "nested 1,022 deep with a large id": Bad(
+        line=b'{"id": 99999999999999999999, "text": "x", "x": ' + b"[" * 1022 + b"]" * 1022 + b"}",
+        reason=None,
+        id="99999999999999999999",
+    ),
+    "nested too deep with a large id": Bad(
+        line=b'{"id": 99999999999999999999, "text": "x", "x": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+        reason="invalid JSON",
+    ),
+    "id of 300 digits": Bad(line=b'{"id": ' + b"9" * 300 + b', "text": "x"}', reason=None, id="9" * 300),
+    "large number as text": Bad(
+        line=b'{"id": "x", "text": ' + b"9" * 5000 + b', "meta": ' + b"9" * 5000 + b"}",
+        reason="invalid JSON",
     ),
     "NUL in the text": Bad(line=_row(id="nul", text="a\0b"), reason=None, id="nul", text="a\0b"),
     "NUL in the line": Bad(line=b'{"id": "x", "text": "a\0b"}', reason="invalid JSON"),
