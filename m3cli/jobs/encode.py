@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from m3cli.ahead import run_ahead
 from m3cli.config import EncodeRequest
-from m3cli.corpus.sources import find_sources
+from m3cli.corpus.sources import count_unread, find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED
 from m3cli.jobs.metrics import MetricsFile, keep_metrics
@@ -192,6 +192,7 @@ def encode(
         checkpoint, tokenizer = ready.checkpoint, ready.tokenizer
         device = machine.resolve_device(request.device)
         since = open_since(run, request.since_run, out=opened.name)
+    unread = count_unread(request.inputs)
     progress.show_plan(
         describe_run(
             run,
@@ -201,6 +202,7 @@ def encode(
             num_shards=opened.num_shards,
             done=opened.done,
             resumed=opened.resumed,
+            unread=unread,
         )
     )
     with watch.count("loading"):
@@ -239,7 +241,8 @@ def encode(
         progress.stop()
     encoded = time.perf_counter() - began
     complete = opened.folder.write_manifest(opened.share.num_shards)
-    summary = summarise(opened, work, seconds=encoded, device_bytes=machine.peak_device_bytes(device))
+    device_bytes = machine.peak_device_bytes(device)
+    summary = summarise(opened, work, seconds=encoded, device_bytes=device_bytes, unread=unread)
     if complete:
         summary = look_at_ids(summary, opened, request, since)
     opened.folder.write_metrics(metrics_document(summary))
@@ -330,7 +333,7 @@ def look_at_ids(summary: RunSummary, opened: Opened, request: EncodeRequest, sin
     )
 
 
-def summarise(opened: Opened, work: Work, *, seconds: float, device_bytes: int) -> RunSummary:
+def summarise(opened: Opened, work: Work, *, seconds: float, device_bytes: int, unread: dict[str, int]) -> RunSummary:
     """Sum up what this run did."""
     tally, watch, counts = work.tally, work.watch, work.tally.counts
     count_metrics(opened, work)
@@ -357,6 +360,7 @@ def summarise(opened: Opened, work: Work, *, seconds: float, device_bytes: int) 
         taken=tally.num_taken,
         gone=None,
         duplicate_ids=None,
+        unread=unread,
     )
 
 
@@ -368,7 +372,7 @@ def peak_memory() -> int:
 
 def metrics_document(summary: RunSummary) -> dict[str, object]:
     """Build the content of metrics.json."""
-    left_out = {"out", "skipped_reasons", "duplicate_ids", "taken", "gone", "shards_done", "num_shards"}
+    left_out = {"out", "skipped_reasons", "duplicate_ids", "taken", "gone", "shards_done", "num_shards", "unread"}
     return {name: getattr(summary, name) for name in RunSummary.__slots__ if name not in left_out}
 
 

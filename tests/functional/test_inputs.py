@@ -1,4 +1,4 @@
-"""`--limit` that is reached before the last input."""
+"""Several inputs: a limit that is reached before the last one, files of a folder that are not read."""
 
 from __future__ import annotations
 
@@ -42,3 +42,22 @@ def test_a_limit_inside_the_first_file(m3_here: M3, tmp_path: Path, tiny_m3: Pat
     ids = read_ids(tmp_path / "o.m3")
     assert len(ids) == 5
     assert {name.partition(":")[0] for name in ids} == {f"a.{first}"}
+
+
+def test_files_that_are_not_read_are_told(m3_here: M3, tmp_path: Path, tiny_m3: Path) -> None:
+    names = ("a.jsonl", "b.md", "c.md", "d.csv.gz", ".e.md", "f.m3/rows/g.md")
+    for name in names:
+        (tmp_path / "corpus" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "corpus" / name).write_text('{"text": "one"}\n', encoding="utf-8")
+    flags = ("corpus", "--model", tiny_m3, "--outputs", "dense")
+    planned = m3_here("plan", *flags)
+    assert "3 files: 2 .md, 1 .csv.gz" in planned.stdout
+    assert json.loads(m3_here("plan", *flags, "--json").stdout)["unread"] == {".md": 2, ".csv.gz": 1}
+    done = m3_here("encode", *flags, "--out", "o.m3")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("3 files: 2 .md, 1 .csv.gz") == 2
+    events = m3_here("encode", *flags, "--out", "p.m3", "--progress", "json").stderr.splitlines()
+    told = [event["unread"] for event in map(json.loads, events) if event["event"] in ("plan", "summary")]
+    assert told == [{".md": 2, ".csv.gz": 1}] * 2
+    alone = m3_here("encode", "corpus/a.jsonl", "--out", "q.m3", *flags[1:])
+    assert "not read" not in alone.stderr
