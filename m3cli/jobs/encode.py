@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from m3cli.ahead import run_ahead
 from m3cli.config import EncodeRequest
 from m3cli.corpus.sources import count_unread, find_sources
-from m3cli.corpus.streams import PeekableStream
+from m3cli.corpus.streams import PeekableStream, check_unchanged
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED
 from m3cli.jobs.metrics import MetricsFile, keep_metrics
 from m3cli.jobs.opening import Opened, Settled, choose_out, open_run, settle
@@ -240,6 +240,8 @@ def encode(
         machine.set_threads(run.threads)  # for who goes on in this process
         progress.stop()
     encoded = time.perf_counter() - began
+    for source in run.sources:
+        check_unchanged(source)
     complete = opened.folder.write_manifest(opened.share.num_shards)
     device_bytes = machine.peak_device_bytes(device)
     summary = summarise(opened, work, seconds=encoded, device_bytes=device_bytes, unread=unread)

@@ -376,6 +376,14 @@ def test_skipped_shards_of_a_plain_file_open_nothing(tmp_path: Path, monkeypatch
     assert list(read_shards(sources, plan=plan, fields=fields, schema=None, ask=lambda shard: "skip")) == []
 
 
+def replace_file(path: Path) -> None:
+    """Put another file of equal size and date in its place."""
+    status, other = path.stat(), path.with_name("other")
+    other.write_bytes(b"5678\n5678\n")
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.rename(path)
+
+
 def prepare(path: Path, *, shard_size: int) -> tuple[Any, Plan]:
     sources = find_sources([str(path)])
     return sources, plan_shards(sources, fields=resolve_fields(sources), shard_size=shard_size)
@@ -387,6 +395,8 @@ def prepare(path: Path, *, shard_size: int) -> tuple[Any, Plan]:
         (lambda path: path.unlink(), "a.txt is gone: put it back"),
         (lambda path: path.write_bytes(b"1234\n"), "a.txt changed while it was read: it had 10 bytes and has 5 now"),
         (lambda path: path.write_bytes(b"1234\n" * 3), "a.txt changed while it was read"),
+        (lambda path: path.write_bytes(b"5678\n5678\n"), "a.txt changed while it was read: it was written to or rep"),
+        (lambda path: replace_file(path), "a.txt changed while it was read: it was written to or replaced"),
     ],
 )
 def test_file_that_changes_in_mid_run_is_named(tmp_path: Path, change: Any, message: str) -> None:

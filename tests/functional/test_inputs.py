@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from m3cli.records import DoneEntry
+from m3cli.store.folder import RunFolder
 from tests.conftest import Completed
 from tests.functional.test_bad_rows import read_ids
 
@@ -61,3 +63,28 @@ def test_files_that_are_not_read_are_told(m3_here: M3, tmp_path: Path, tiny_m3: 
     assert told == [{".md": 2, ".csv.gz": 1}] * 2
     alone = m3_here("encode", "corpus/a.jsonl", "--out", "q.m3", *flags[1:])
     assert "not read" not in alone.stderr
+
+
+def test_a_file_written_to_before_the_run_ends_is_exit_4(
+    m3_here: M3, tmp_path: Path, tiny_m3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.txt", "b.txt"):
+        _write_input(tmp_path / name)
+    first = tmp_path / "a.txt"
+    commit = RunFolder.commit
+
+    def write_to_the_first(folder: RunFolder, entry: DoneEntry) -> None:
+        commit(folder, entry)
+        if entry.source == "b.txt":
+            first.write_bytes(first.read_bytes().upper())
+
+    monkeypatch.setattr(RunFolder, "commit", write_to_the_first)
+    flags = ("a.txt", "b.txt", "--out", "o.m3", "--model", tiny_m3, "--outputs", "dense")
+    done = m3_here("encode", *flags)
+    assert done.returncode == 4, done.stderr
+    assert "a.txt changed while it was read: it was written to or replaced" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "o.m3/_m3/manifest.json").exists()
+    assert len(read_ids(tmp_path / "o.m3")) == 2 * ROWS
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert m3_here("encode", *flags).returncode == 10
