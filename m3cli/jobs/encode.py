@@ -162,7 +162,7 @@ def finish(opened: Opened, request: EncodeRequest, *, progress: Progress, stdin:
         since = open_since(opened.run, request.since_run, out=opened.name)
         if since is not None and opened.folder.manifest() is not None:
             since.list_gone(opened.folder.path, list(opened.done), listing=request.gone)
-    counts = sum((entry.counts for entry in opened.done.values()), start=ShardCounts())
+    counts = opened.counts
     progress.say(
         f"nothing to do: {opened.name} holds {', '.join(opened.run.meaning.outputs)} of {counts.documents:,} documents "
         f"({counts.chunks:,} rows, {counts.skipped:,} skipped) in {len(opened.done):,} shards"
@@ -231,7 +231,9 @@ def encode(
         watch=watch,
         progress=progress,
     )
-    batches = run_ahead(stages.encode_batches(shards, route, sources=run.sources), depth=BATCHES_AHEAD, name="encoding")
+    first_rows = stages.FirstRows(opened.counts, worker=request.worker, num_workers=request.num_workers)
+    encoded_batches = stages.encode_batches(shards, route, sources=run.sources, first_rows=first_rows)
+    batches = run_ahead(encoded_batches, depth=BATCHES_AHEAD, name="encoding")
     try:
         with leave_garbage():
             write_shards(opened, batches, request, todo=todo, work=work)
@@ -257,7 +259,7 @@ def write_shards(
     """Write and commit each shard as its batches come."""
     from m3cli.jobs.writing import write_shard  # noqa: PLC0415  it speaks to torch
 
-    before = sum((entry.counts for entry in opened.done.values()), start=ShardCounts())
+    before = opened.counts
     committed = 0
     for shard, parts in groupby(attend(batches, opened, work), key=lambda batch: batch.shard):
         source = opened.run.sources[shard.text.shard.source].name

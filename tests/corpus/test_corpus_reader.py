@@ -367,6 +367,14 @@ def test_shard_numbers_follow_on_after_a_source_that_is_streamed(tmp_path: Path)
     assert [shard.shard.index for shard in shards] == [2, 3], "a stream is hashed where a file is sought past"
 
 
+def replace_file(path: Path) -> None:
+    """Put another file of equal size and date in its place."""
+    status, other = path.stat(), path.with_name("other")
+    other.write_bytes(b"5678\n5678\n")
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.rename(path)
+
+
 def test_skipped_shards_of_a_plain_file_open_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"1234\n1234\n")
@@ -374,14 +382,6 @@ def test_skipped_shards_of_a_plain_file_open_nothing(tmp_path: Path, monkeypatch
     monkeypatch.setattr("m3cli.corpus.reader.ByteStream", None)
     fields = resolve_fields(sources)
     assert list(read_shards(sources, plan=plan, fields=fields, schema=None, ask=lambda shard: "skip")) == []
-
-
-def replace_file(path: Path) -> None:
-    """Put another file of equal size and date in its place."""
-    status, other = path.stat(), path.with_name("other")
-    other.write_bytes(b"5678\n5678\n")
-    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
-    other.rename(path)
 
 
 def prepare(path: Path, *, shard_size: int) -> tuple[Any, Plan]:
@@ -396,7 +396,7 @@ def prepare(path: Path, *, shard_size: int) -> tuple[Any, Plan]:
         (lambda path: path.write_bytes(b"1234\n"), "a.txt changed while it was read: it had 10 bytes and has 5 now"),
         (lambda path: path.write_bytes(b"1234\n" * 3), "a.txt changed while it was read"),
         (lambda path: path.write_bytes(b"5678\n5678\n"), "a.txt changed while it was read: it was written to or rep"),
-        (lambda path: replace_file(path), "a.txt changed while it was read: it was written to or replaced"),
+        (replace_file, "a.txt changed while it was read: it was written to or replaced"),
     ],
 )
 def test_file_that_changes_in_mid_run_is_named(tmp_path: Path, change: Any, message: str) -> None:
