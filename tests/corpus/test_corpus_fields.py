@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from m3cli.corpus.field_flags import FieldFlags
 from m3cli.corpus.fields import kept_schema, resolve_fields
@@ -129,6 +131,43 @@ def test_only_malformed_rows_keep_what_is_named_and_refuse_what_is_not() -> None
 def test_a_first_row_that_is_a_book_is_looked_at(end: bytes) -> None:
     body = b'{"docid":"1","contents":"' + b"x" * (1 << 21) + b'"}' + end
     assert triple(resolve_text(body)) == ("docid", None, "contents")
+
+
+@pytest.mark.parametrize("ending", ["stdin", ".jsonl", ".jsonl.gz", ".jsonl.zst"])
+@pytest.mark.parametrize(
+    "before",
+    [
+        pytest.param(b"{\n" * 98 + b'{"x": "' + b"x" * (1 << 21) + b"\n", id="99 that cannot be read, one is long"),
+        pytest.param(b" \n" * (1 << 20), id="blank lines"),
+        pytest.param(b'{"text": "' + b"x" * (3 << 20) + b'"}\n', id="a row that is too long"),
+        pytest.param(b'{"contents":"' + b"x" * (1 << 20) + b'"}\n', id="a long row"),
+    ],
+)
+def test_the_look_goes_on_until_a_row_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, before: bytes
+) -> None:
+    monkeypatch.setattr("m3cli.corpus.peek.MAX_ROW_BYTES", 3 << 20)
+    body = before + b'{"docid":"1","contents":"one"}\n' * 3
+    wanted = (None if before.startswith(b'{"contents') else "docid", None, "contents")
+    if ending == "stdin":
+        if b'"text"' in before:
+            return  # no more of standard input is held than the longest row
+        stdin = PeekableStream(io.BytesIO(body))
+        sources = find_sources(["-"], input_format="jsonl", stdin=stdin)
+        assert triple(resolve_fields(sources, stdin=stdin)) == wanted
+        assert stdin.read(1 << 24) == body
+        return
+    pack = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}[ending]
+    (tmp_path / f"a{ending}").write_bytes(pack(body))
+    assert triple(resolve(tmp_path)) == wanted
+
+
+def test_no_more_of_a_pipe_is_read_than_is_needed() -> None:
+    body = b'{"docid":"1","contents":"' + b"x" * 200_000 + b'"}\n'
+    raw = io.BytesIO(body * 20)
+    stdin = PeekableStream(raw)
+    assert triple(resolve_fields(find_sources(["-"], stdin=stdin), stdin=stdin)) == ("docid", None, "contents")
+    assert raw.tell() == 1 << 20
 
 
 def test_a_first_row_that_is_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

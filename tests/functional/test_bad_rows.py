@@ -359,3 +359,16 @@ def test_documents_that_fail_one_shard_at_a_time_are_judged_together(
     assert codes == [3, 4]
     assert read_ids(tmp_path / "a.m3") == ["good"]
     assert not list((tmp_path / "b.m3/_m3/done").glob("*"))
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_a_first_row_longer_than_the_limit_is_skipped(m3_here: M3, tmp_path: Path, tiny_m3: Path, ending: str) -> None:
+    first = b'{"text": "' + b"x" * (65 << 20) + b'"}\n'
+    rows = first + b"".join(_row(docid=str(n), contents=f"row {n}") + b"\n" for n in range(3))
+    pack = {"": bytes, ".gz": lambda raw: gzip.compress(raw, 1), ".zst": zstandard.compress}[ending]
+    (tmp_path / f"c.jsonl{ending}").write_bytes(pack(rows))
+    done = m3_here("encode", f"c.jsonl{ending}", "--model", tiny_m3, "--outputs", "dense")
+    assert done.returncode == 3, done.stderr
+    assert read_ids(tmp_path / "c.m3") == ["0", "1", "2"]
+    (skipped,) = read_skipped(tmp_path / "c.m3")
+    assert skipped["reason"] == "row longer than --max-row-bytes"
