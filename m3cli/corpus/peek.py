@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 
 from m3cli.config import MAX_ROW_BYTES
+from m3cli.corpus.formats import split_endings
 from m3cli.corpus.jsonl import parse_json_line
 from m3cli.corpus.lines import BOM, LineStream, split_rows
 from m3cli.corpus.parquet import is_text, read_parquet_schema
 from m3cli.corpus.rows import Fault
 from m3cli.corpus.streams import ByteStream, PeekableStream, Readable, read_head
 from m3cli.corpus.tsv import split_cells
+from m3cli.errors import CorpusError
 from m3cli.records import Source
 
 PEEK_ROWS = 100
@@ -69,16 +71,29 @@ def find_tsv_layout(
     required: str | None,
     texts: Collection[str],
     others: Collection[str],
+    flag: str | None,
     stdin: PeekableStream | None = None,
 ) -> TsvLayout | None:
     """Tell whether the first line names the fields, and the columns; None if there are no rows.
 
     It does if `required` is among its cells, or if all its cells look like names, one of `texts` and one of `others`
     among them.
+
+    Raises:
+        CorpusError: no row has a tab, and the file is not called TSV; `flag` is what forces a format, if anything does.
     """
-    row = next(_read_rows(source, stdin), None)
-    if row is None:
+    rows: list[bytes | Fault] = []
+    rows.extend(islice(_read_rows(source, stdin, enough=lambda: bool(rows)), PEEK_ROWS))
+    if not rows:
         return None
+    row = rows[0]
+    if split_endings(source.path)[0] != ".tsv" and not any(isinstance(each, Fault) or b"\t" in each for each in rows):
+        assert not isinstance(row, Fault)
+        forcing = f", or name another format with {flag}" if flag else ""
+        raise CorpusError(
+            f"{source.name} has no tab in its first rows, the first is {row[:60].decode(errors='replace')!r}: "
+            f"convert it to TSV or JSONL{forcing}"
+        )
     first = read_first_line(source, stdin=stdin)
     named = all(_NAME.fullmatch(cell) for cell in first)
     if required in first or (named and not set(texts).isdisjoint(first) and not set(others).isdisjoint(first)):

@@ -46,6 +46,11 @@ def triple(fields: Fields) -> tuple[str | None, str | None, str]:
         ({"text": {"no": "string"}, "body": "x"}, (None, None, "body")),
         ({"text": None}, (None, None, "text")),
         ({"id": 1, "_id": "a", "content": "x", "text": "y"}, ("_id", None, "text")),
+        ({"key": "k", "uuid": "u", "doc_no": "n", "docno": "1", "body": "x"}, ("docno", None, "body")),
+        ({"key": "k", "uuid": "u", "doc_no": "n", "body": "x"}, ("doc_no", None, "body")),
+        ({"key": "k", "uuid": "u", "body": "x"}, ("uuid", None, "body")),
+        ({"key": "k", "body": "x"}, ("key", None, "body")),
+        ({"docno": "1", "pid": "2", "body": "x"}, ("pid", None, "body")),
     ],
 )
 def test_fields_of_known_corpora_are_found(row: dict[str, Any], expected: tuple[str | None, str | None, str]) -> None:
@@ -186,8 +191,6 @@ def test_no_rows_at_all_are_refused() -> None:
 @pytest.mark.parametrize(
     ("body", "expected", "columns", "header"),
     [
-        ("one\n", (None, None, "1"), ("1",), False),
-        ("text\n", (None, None, "1"), ("1",), False),
         ("1\tone\n", ("1", None, "2"), ("1", "2"), False),
         ("1\tt\tone\r\n", ("1", "2", "3"), ("1", "2", "3"), False),
         ("qid\tquery\n1\tone\n", ("qid", None, "query"), ("qid", "query"), True),
@@ -203,6 +206,21 @@ def test_tsv_first_line_is_a_header_only_if_it_names_the_fields(
     fields = resolve_text(body)
     assert triple(fields) == expected
     assert (fields.tsv_columns, fields.tsv_header) == (columns, header)
+
+
+def test_a_file_without_tabs_is_not_taken_for_tsv(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"id,text\n1,one\n2,two\n")
+    sources = find_sources([str(tmp_path / "a.csv")], input_format="tsv")
+    with pytest.raises(
+        CorpusError, match=r"a\.csv has no tab in its first rows, the first is 'id,text'.*--input-format"
+    ):
+        resolve_fields(sources)
+    (tmp_path / "a.csv").write_bytes(b"one\n2\ttwo\n")
+    assert resolve_fields(sources).text == "1"
+    for line in (b"one\n", b"text\n"):
+        (tmp_path / "one.tsv").write_bytes(line)
+        found = resolve(tmp_path / "one.tsv")
+        assert (triple(found), found.tsv_columns, found.tsv_header) == ((None, None, "1"), ("1",), False)
 
 
 def test_tsv_columns_can_be_named_or_counted() -> None:
