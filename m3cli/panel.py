@@ -75,6 +75,8 @@ def plan_panel(plan: RunPlan, *, title: str | None = None) -> Panel:
         rows.add_row("settings", _plain(_chosen_words(plan.settings)))
     size = "" if plan.input_bytes is None else f" in {format_bytes(plan.input_bytes)}"
     rows.add_row("documents", f"{_about(plan.documents)}{size}")
+    if plan.unread:
+        rows.add_row("not read", _plain(_unread_words(plan.unread)))
     if plan.tokens is not None:
         rows.add_row("tokens", _about(plan.tokens))
     if plan.num_shards is None:
@@ -94,6 +96,12 @@ def plan_panel(plan: RunPlan, *, title: str | None = None) -> Panel:
             rows.add_row("" if place else "colbert as", f"{format_bytes(needed):>10}  {flags}")
     title = title or ("m3 encode, going on" if plan.resumed else "m3 encode")
     return Panel(rows, title=title, subtitle=f"fingerprint {plan.fingerprint[:7]}", box=box.ROUNDED, expand=False)
+
+
+def _unread_words(unread: Mapping[str, int]) -> str:
+    count = sum(unread.values())
+    endings = _name_some([f"{count:,} {ending}" for ending, count in unread.items()])
+    return f"{count:,} file{'s' * (count != 1)}: {endings}; name a file itself to read it"
 
 
 def _free_words(plan: RunPlan) -> str:
@@ -116,6 +124,8 @@ def summary_panel(summary: RunSummary) -> Panel:
     rows.add_row("skipped", _skipped_words(summary))
     listed = f", listed by m3 info {summary.out} --truncated" if summary.truncated else ""
     rows.add_row("truncated", f"{summary.truncated:,}{listed}")
+    if summary.unread:
+        rows.add_row("not read", _plain(_unread_words(summary.unread)))
     if summary.taken or summary.gone is not None:
         gone = "" if summary.gone is None else f"; {summary.gone:,} ids of the older folder are gone"
         rows.add_row("taken over", f"{summary.taken:,} documents{gone}")

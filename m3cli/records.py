@@ -346,6 +346,8 @@ class RunPlan:
     colbert_choices: dict[str, int] | None
     "estimated bytes of the ColBERT vectors by the flags that say how they are stored; None: not known, or none"
     resumed: bool
+    unread: dict[str, int]
+    "files of folders and globs that are not read, by their ending"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -377,3 +379,5 @@ class RunSummary:
     "ids of the older folder that are not in this one; None: there is none, or this one is not complete"
     duplicate_ids: int | None
     "documents of the whole folder whose id an earlier one has; None: not known before it is complete"
+    unread: dict[str, int]
+    "files of folders and globs that are not read, by their ending"

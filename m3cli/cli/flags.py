@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from m3cli.corpus.field_flags import ID_NAMES, TEXT_NAMES, TITLE_NAMES
+
 _CORPUS, _MODEL, _OUTPUT, _MEANING, _SPEED = "Corpus", "Model", "Output", "Long documents", "Speed"
 
 Inputs = Annotated[
@@ -36,15 +38,19 @@ InputFormat = Annotated[
 ]
 IdField = Annotated[
     str | None,
-    typer.Option(help="Field of the id; found by itself (_id, docid, id); '' for none.", rich_help_panel=_CORPUS),
+    typer.Option(
+        help=f"Field of the id; by default the first of {', '.join(ID_NAMES)}; '' for none.", rich_help_panel=_CORPUS
+    ),
 ]
 TextField = Annotated[
     str | None,
-    typer.Option(help="Field of the text; found by itself (text, contents).", rich_help_panel=_CORPUS),
+    typer.Option(help=f"Field of the text; by default the first of {', '.join(TEXT_NAMES)}.", rich_help_panel=_CORPUS),
 ]
 TitleField = Annotated[
     str | None,
-    typer.Option(help="Field of the title; found by itself (title); '' for none.", rich_help_panel=_CORPUS),
+    typer.Option(
+        help=f"Field of the title; by default {', '.join(TITLE_NAMES)}; '' for none.", rich_help_panel=_CORPUS
+    ),
 ]
 TitleSep = Annotated[
     str | None,

@@ -1,8 +1,12 @@
-"""What the flags that name fields are called: each command spells its own, and messages name what its user can type."""
+"""Names of fields: those that are found by themselves, and the flags of each command that name others."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+TEXT_NAMES = ("text", "contents", "content", "body", "passage", "document", "query")
+ID_NAMES = ("_id", "docid", "id", "doc_id", "query_id", "qid", "pid", "docno", "doc_no", "uuid", "key")
+TITLE_NAMES = ("title",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

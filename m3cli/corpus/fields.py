@@ -13,17 +13,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from m3cli.corpus.field_flags import ENCODE_FLAGS, FieldFlags
-from m3cli.corpus.parquet import check_columns, is_text, read_parquet_schema
+from m3cli.corpus.field_flags import ENCODE_FLAGS, ID_NAMES, TEXT_NAMES, TITLE_NAMES, FieldFlags
+from m3cli.corpus.parquet import can_be_kept, check_columns, is_text, read_parquet_schema, without_views
 from m3cli.corpus.peek import Peek, TsvLayout, find_tsv_layout, peek_source, read_first_line
 from m3cli.corpus.rows import Fault
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import CorpusError, UsageError
 from m3cli.records import Fields, Source, SourceFormat
 
-TEXT_NAMES = ("text", "contents", "content", "body", "passage", "document", "query")
-ID_NAMES = ("_id", "docid", "id", "doc_id", "query_id", "qid", "pid")
-TITLE_NAMES = ("title",)
 NAMES_SHOWN = 20
 
 
@@ -46,7 +43,7 @@ def resolve_fields(
     """
     _check_names(text_field, keep_fields, reserved, flags)
     ids = ID_NAMES if id_field is None else (id_field,)
-    layout = _find_layout(sources, text_field, (*ids, *TITLE_NAMES), stdin)
+    layout = _find_layout(sources, text_field, (*ids, *TITLE_NAMES), flags, stdin)
     peeks = _peek_formats(sources, layout, stdin)
     counted = len(layout.columns) if peeks[0].source.format == "tsv" and not layout.header else 0
     text = text_field or (_count_text(peeks[0], flags) if counted else _find_text(peeks[0], flags))
@@ -75,7 +72,7 @@ def kept_schema(sources: Sequence[Source], fields: Fields) -> Any:
     for source in sources:
         schema = read_parquet_schema(source) if source.format == "parquet" and fields.kept else None
         for name in fields.kept:
-            kind = _kept_type(schema, name)
+            kind = _kept_type(source, schema, name)
             if kind is None:
                 continue
             known, first = columns.setdefault(name, (kind, source))
@@ -90,10 +87,18 @@ def kept_schema(sources: Sequence[Source], fields: Fields) -> Any:
     return pa.schema([pa.field(name, columns[name][0]) for name in fields.kept])
 
 
-def _kept_type(schema: Any, name: str) -> Any:
+def _kept_type(source: Source, schema: Any, name: str) -> Any:
     if schema is None:
         return pa.string()
-    return schema.field(name).type if name in schema.names else None
+    if name not in schema.names:
+        return None
+    kind = schema.field(name).type
+    if not can_be_kept(kind):
+        raise CorpusError(
+            f"kept field {name!r} is {kind} in {source.name}, which cannot be copied: "
+            "convert it to a plain list, struct or string, or leave the field out of --keep-fields"
+        )
+    return without_views(kind)
 
 
 def _check_names(
@@ -111,12 +116,18 @@ def _check_names(
 
 
 def _find_layout(
-    sources: Sequence[Source], text_field: str | None, others: tuple[str, ...], stdin: PeekableStream | None
+    sources: Sequence[Source],
+    text_field: str | None,
+    others: tuple[str, ...],
+    flags: FieldFlags,
+    stdin: PeekableStream | None,
 ) -> TsvLayout:
     for source in sources:
         if source.format == "tsv":
             texts = TEXT_NAMES if text_field is None else (text_field,)
-            layout = find_tsv_layout(source, required=text_field, texts=texts, others=others, stdin=stdin)
+            layout = find_tsv_layout(
+                source, required=text_field, texts=texts, others=others, flag=flags.format, stdin=stdin
+            )
             if layout is not None:
                 return layout
     return TsvLayout()

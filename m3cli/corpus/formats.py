@@ -31,11 +31,13 @@ REMEDIES = {
     ".zip": "unpack it first",
 }
 HEAD_BYTES = 4096
+_MANY_NULS = 16
+"more than that at even places only, or at odd ones, are no accident"
 _PARQUET_MAGIC = b"PAR1"
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 "a frame, or a skippable one as pzstd writes first"
-_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_BOMS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _JSON_ARRAY = re.compile(rb"\s*\[\s*\{")
 
 
@@ -54,6 +56,12 @@ def split_endings(name: str) -> tuple[str, Compression]:
     path = PurePath(name.lower())
     compression = COMPRESSIONS.get(path.suffix, "none")
     return (path.suffix if compression == "none" else PurePath(path.stem).suffix), compression
+
+
+def name_endings(name: str) -> str:
+    """Return the ending as it is shown, with that of the compression: '.md', '.csv.gz', '' for none."""
+    ending, compression = split_endings(name)
+    return ending if compression == "none" else ending + PurePath(name.lower()).suffix
 
 
 def has_known_ending(name: str) -> bool:
@@ -86,8 +94,10 @@ def identify(
         _refuse_ending(source, promised, compression)
     source = replace(source, compression=compression if magic else promised)
     head = read_head(source, HEAD_BYTES, stdin=stdin)
-    if head.startswith(_UTF16_BOMS):
-        raise CorpusError(f"{source.name} is UTF-16: convert it with iconv -f UTF-16 -t UTF-8")
+    encoding = find_wide_encoding(head)
+    if encoding is not None:
+        marked = "" if encoding in _BOMS.values() else " without a byte order mark"
+        raise CorpusError(f"{source.name} is {encoding}{marked}: convert it with iconv -f {encoding} -t UTF-8")
     found = wanted or _sniff(source, head, flag)
     head = head.removeprefix(BOM)
     if found == "jsonl" and (_JSON_ARRAY.match(head) or (ending == ".json" and head.lstrip().startswith(b"["))):
@@ -95,6 +105,28 @@ def identify(
             f"{source.name} is one JSON array, not a JSON object a line: convert it with jq -c '.[]' IN > OUT.jsonl"
         )
     return replace(source, format=found)
+
+
+def find_wide_encoding(head: bytes) -> str | None:
+    """Return the name of UTF-16 or UTF-32, by the byte order mark or by where NULs are; None for anything else.
+
+    UTF-8 has a NUL only for a NUL, the others have one or more for each letter of Latin script, blank and line break.
+    """
+    for mark, name in _BOMS.items():
+        if head.startswith(mark):
+            return name
+    num_units = len(head) // 4
+    zeros = [head[place : num_units * 4 : 4].count(0) for place in range(4)]
+    if min(zeros[2:]) == num_units > zeros[0]:
+        return "UTF-32LE"
+    if min(zeros[:2]) == num_units > zeros[3]:
+        return "UTF-32BE"
+    for name, many, none in (("UTF-16LE", head[1::2], head[::2]), ("UTF-16BE", head[::2], head[1::2])):
+        found = many.count(0)
+        enough = found * 2 > len(many) if found < _MANY_NULS else found * 20 > len(many)
+        if found >= 2 and enough and 0 not in none:
+            return name
+    return None
 
 
 def _read_magic(source: Source, stdin: PeekableStream | None) -> bytes:

@@ -17,7 +17,7 @@ from m3cli.corpus.rows import INVALID_UTF8, TOO_LONG, WRONG_COLUMNS, Fault
 from m3cli.corpus.streams import ByteStream, PeekableStream
 from m3cli.corpus.trec import RUN_COLUMNS, split_run_line
 from m3cli.corpus.tsv import split_cells
-from m3cli.errors import CorpusError
+from m3cli.errors import CorpusError, is_utf8
 
 NO_FIELDS: dict[str, Any] = {}
 _PARQUET_ROWS = 1024
@@ -100,7 +100,7 @@ def _name_cells(cells: tuple[str, ...], names: tuple[str, ...], fault: str) -> R
     # Cells beyond the columns stay with the last one, so that nothing of the row is lost.
     kept = cells if len(cells) <= len(names) else (*cells[: len(names) - 1], " ".join(cells[len(names) - 1 :]))
     row = dict(zip(names, (*kept, *[""] * (len(names) - len(kept))), strict=True))
-    if any("\udc80" <= char <= "\udcff" for cell in cells for char in cell if char > "\ud7ff"):
+    if not all(map(is_utf8, cells)):
         fault = INVALID_UTF8
         row = {name: cell.encode(errors="surrogateescape").decode(errors="replace") for name, cell in row.items()}
     return ReadRow(row=row, fault=fault)

@@ -17,7 +17,7 @@ from m3cli.corpus.formats import split_endings
 from m3cli.corpus.jsonl import parse_json_line
 from m3cli.corpus.lines import BOM
 from m3cli.corpus.parquet import read_parquet_schema
-from m3cli.corpus.sources import find_sources
+from m3cli.corpus.sources import check_local, find_sources
 from m3cli.corpus.streams import PeekableStream, read_head
 from m3cli.corpus.trec import RUN_COLUMNS, split_run_line
 from m3cli.corpus.tsv import split_cells
@@ -72,11 +72,12 @@ def find_pairs(given: str, *, input_format: str = "auto", stdin: PeekableStream 
     """Find the file and its format; standard input is only peeked at.
 
     Raises:
-        UsageError: a folder, or a format that is not known.
+        UsageError: a folder, an address, or a format that is not known.
         CorpusError: no such file, an empty one, or one whose format cannot be told.
     """
     if input_format not in ("auto", *get_args(PairsFormat)):
         raise UsageError(f"--input-format {input_format}: it is one of auto, {', '.join(get_args(PairsFormat))}")
+    check_local(given)
     if given != "-":
         path = Path(given)
         refuse_unreachable(path, CorpusError)

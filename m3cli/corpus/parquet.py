@@ -1,12 +1,13 @@
 """Rows of a Parquet file: top-level columns only, one row group decoded at a time, in order, a few MiB at once.
 
 Text, title and id may be any of Arrow's string types (string, large_string, string_view, dictionaries of them); an
-id may be an integer. A null is a row's business, another type the file's. Kept columns stay Arrow values.
+id may be an integer. A null is a row's business, another type the file's. Kept columns stay Arrow values; views, which
+pyarrow cannot take rows of, become large strings and large binaries with the same values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +26,7 @@ from m3cli.records import Fields, Source
 BATCH_BYTES = 4 << 20
 "of text, decoded at once"
 MAX_BATCH_ROWS = 1 << 16
+_BYTES_OF = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 
 
 @contextmanager
@@ -64,6 +66,57 @@ def is_text(kind: Any) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
+def replace_leaves(kind: Any, replace: Callable[[Any], Any]) -> Any:
+    """Return an Arrow type with `replace` applied to it or, where it is nested, to all types in it."""
+
+    def inside(field: Any) -> Any:
+        return field.with_type(replace_leaves(field.type, replace))
+
+    makers: dict[Any, Callable[[], Any]] = {
+        pa.types.is_struct: lambda: pa.struct([inside(field) for field in kind]),
+        pa.types.is_map: lambda: pa.map_(
+            replace_leaves(kind.key_type, replace), inside(kind.item_field), kind.keys_sorted
+        ),
+        pa.types.is_list: lambda: pa.list_(inside(kind.value_field)),
+        pa.types.is_large_list: lambda: pa.large_list(inside(kind.value_field)),
+        pa.types.is_fixed_size_list: lambda: pa.list_(inside(kind.value_field), kind.list_size),
+        pa.types.is_dictionary: lambda: pa.dictionary(
+            kind.index_type, replace_leaves(kind.value_type, replace), kind.ordered
+        ),
+    }
+    for is_kind, make in makers.items():
+        if is_kind(kind):
+            return make()
+    if isinstance(kind, pa.BaseExtensionType):
+        storage = replace_leaves(kind.storage_type, replace)
+        return kind if storage == kind.storage_type else storage
+    return replace(kind)
+
+
+def can_be_kept(kind: Any, *, inside: bool = False) -> bool:
+    """Whether pyarrow can take rows of an Arrow type, write and read them; `inside`: it is part of a nested type.
+
+    It takes the values of list views and of extensions of views for others, writes no extension inside another type,
+    and reads a struct with two fields of one name as an error.
+    """
+    if isinstance(kind, pa.BaseExtensionType):
+        return not inside and without_views(kind.storage_type) == kind.storage_type
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return False
+    if pa.types.is_dictionary(kind):
+        return can_be_kept(kind.value_type, inside=True)
+    fields = [kind.field(i) for i in range(kind.num_fields)]
+    return len({field.name for field in fields}) == len(fields) and all(
+        can_be_kept(field.type, inside=True) for field in fields
+    )
+
+
+def without_views(kind: Any) -> Any:
+    """Return an Arrow type whose values pyarrow can take by their row: the same but for views."""
+    views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    return replace_leaves(kind, lambda leaf: views.get(leaf, leaf))
+
+
 def check_columns(source: Source, schema: Any, fields: Fields, flags: FieldFlags = ENCODE_FLAGS) -> None:
     """Refuse a file without the text column, or with text, title or id of a type that cannot be meant."""
     if fields.text not in schema.names:
@@ -71,7 +124,14 @@ def check_columns(source: Source, schema: Any, fields: Fields, flags: FieldFlags
             f"{source.name} has no text column {fields.text!r}; it has {', '.join(schema.names[:20])}: "
             f"leave the file out, or name the column with {flags.text}"
         )
-    for name, flag in ((fields.text, flags.text), (fields.title, flags.title), (fields.id, flags.id)):
+    named = [(fields.text, flags.text), (fields.title, flags.title), (fields.id, flags.id)]
+    for name, flag in (*named, *((name, flags.kept) for name in fields.kept)):
+        if schema.names.count(name) > 1:
+            raise CorpusError(
+                f"{source.name} has {schema.names.count(name)} columns named {name!r}: rename all but one of them, "
+                f"or name another column with {flag}"
+            )
+    for name, flag in named:
         if name is None or name not in schema.names:
             continue
         kind = schema.field(name).type
@@ -122,11 +182,8 @@ class GroupCursor:
         self._pass_rows(stop - self.at, pieces)
         with name_parquet_faults(self._source):
             table = pa.Table.from_batches(pieces)
-            for i, field in enumerate(table.schema):
-                # Arrow has no `take` for views yet.
-                if pa.types.is_string_view(field.type):
-                    table = table.set_column(i, field.name, table.column(i).cast(pa.large_string()))
-            return table.unify_dictionaries().combine_chunks()
+            schema = pa.schema([field.with_type(without_views(field.type)) for field in table.schema])
+            return table.cast(schema).unify_dictionaries().combine_chunks()
 
     def _pass_rows(self, count: int, pieces: list[Any]) -> None:
         while count > 0:
@@ -155,15 +212,48 @@ def split_table(table: Any, *, first_position: int, fields: Fields, max_row_byte
     names = [name for name in wanted if name is not None and name in table.column_names]
     columns = [_list_values(table.column(name)) for name in names]
     lengths = sum(_count_bytes(table.column(name)) for name in names if name != fields.id)
+    invalid = _find_invalid_kept(table, fields.kept)
     for place, values in enumerate(zip(*columns, strict=True)):
         position = first_position + place
         raw = b"\t".join(value if type(value) is bytes else str(value).encode() for value in values[-2:])
         if bytes in map(type, values):
             yield position, raw, Fault(reason=INVALID_UTF8)
+        elif place in invalid:
+            yield position, raw, Fault(reason=INVALID_UTF8, detail=f"in kept field {invalid[place]!r}")
         elif lengths[place] > max_row_bytes:
             yield position, raw, Fault(reason=TOO_LONG, detail=f"{lengths[place]:,} bytes")
         else:
             yield position, b"", dict(zip(names, values, strict=True))
+
+
+def _find_invalid_kept(table: Any, kept: Sequence[str]) -> dict[int, str]:
+    """Return the rows with a string that is not UTF-8 in a kept column, at any depth, and the column's name."""
+    invalid: dict[int, str] = {}
+    for name in kept:
+        if name in table.column_names and not _is_utf8(table.column(name)):
+            column = table.column(name)
+            column = column.cast(replace_leaves(column.type, _make_number))
+            invalid |= {row: name for row in range(len(column)) if not _is_decoded(column[row])}
+    return invalid
+
+
+def _is_utf8(column: Any) -> bool:
+    """Whether all strings of a column are UTF-8; Arrow looks at them only where it makes strings of bytes."""
+    raw = replace_leaves(column.type, lambda leaf: _BYTES_OF.get(leaf, leaf))
+    try:
+        if raw != column.type:
+            column.cast(raw).cast(column.type)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _is_decoded(value: Any) -> bool:
+    try:
+        value.as_py()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _list_values(column: Any) -> list[Any]:
@@ -217,5 +307,28 @@ def _canonical_bytes(column: Any) -> Any:
     if pa.types.is_null(column.type) or pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
         return column.cast(pa.string()).cast(pa.large_binary())
     # repr tells every value apart, nested ones and floats too, and is the same whatever the layout in memory.
-    texts: Sequence[str | None] = [None if value is None else repr(value) for value in column.to_pylist()]
+    texts = [None if value is None else repr(value) for value in _list_any(column)]
     return pa.chunked_array([pa.array(texts, pa.string()).cast(pa.large_binary())])
+
+
+def _list_any(column: Any) -> list[Any]:
+    """Return a column's values as Python's, or with numbers and bytes for those that Python cannot hold.
+
+    Those are nanoseconds (of which pandas would make values of its own, if it is installed), dates after the year 9999,
+    unknown time zones and strings that are not UTF-8.
+    """
+    kind = column.type
+    if replace_leaves(kind, lambda leaf: pa.null() if getattr(leaf, "unit", "") == "ns" else leaf) == kind:
+        try:
+            return column.to_pylist()  # type: ignore[no-any-return]
+        except (ValueError, OverflowError):
+            pass
+    plain = replace_leaves(kind, lambda leaf: _make_number(_BYTES_OF.get(leaf, leaf)))
+    return column.cast(plain).to_pylist()  # type: ignore[no-any-return]
+
+
+def _make_number(leaf: Any) -> Any:
+    """Return the integer type that a date or time is stored as; any other type as it is."""
+    if not pa.types.is_temporal(leaf):
+        return leaf
+    return pa.int32() if leaf.bit_width == 32 else pa.int64()

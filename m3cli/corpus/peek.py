@@ -1,26 +1,32 @@
 """The first rows of a source, looked at without being consumed: which fields they have, and which hold text.
 
-At most 100 rows of at most 1 MiB together, or a first one that is longer by itself; of Parquet the schema. Malformed
-rows are passed over, the first is told.
+At most 100 rows: those in the first MiB, and more while none of them can be read; of Parquet the schema. Malformed rows
+are passed over, the first is told.
 """
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import islice, takewhile
 
 from m3cli.config import MAX_ROW_BYTES
+from m3cli.corpus.formats import split_endings
 from m3cli.corpus.jsonl import parse_json_line
-from m3cli.corpus.lines import BOM
+from m3cli.corpus.lines import BOM, LineStream, split_rows
 from m3cli.corpus.parquet import is_text, read_parquet_schema
 from m3cli.corpus.rows import Fault
-from m3cli.corpus.streams import PeekableStream, read_head
+from m3cli.corpus.streams import ByteStream, PeekableStream, Readable, read_head
 from m3cli.corpus.tsv import split_cells
+from m3cli.errors import CorpusError
 from m3cli.records import Source
 
 PEEK_ROWS = 100
 PEEK_BYTES = 1 << 20
+LOOK_BYTES = 1 << 30
+"of a file, decompressed, that are looked through for a row that can be read"
 _NAME = re.compile(r"[^\W\d][\w .-]{0,63}")
 
 
@@ -51,12 +57,12 @@ def peek_source(source: Source, layout: TsvLayout, *, stdin: PeekableStream | No
         schema = read_parquet_schema(source)
         texts = frozenset(field.name for field in schema if is_text(field.type))
         return Peek(source=source, names=tuple(schema.names), texts=texts, fault=None)
-    lines, cut = _read_lines(source, stdin)
     if source.format == "jsonl":
-        fault = Fault(reason=f"its first row is longer than {MAX_ROW_BYTES:,} bytes") if cut and not lines else None
-        return _peek_json(source, lines, fault) if lines or fault else None
+        return _peek_json(source, stdin)
+    if next(_read_rows(source, stdin), None) is None:
+        return None
     names = layout.columns if source.format == "tsv" else ("text",)
-    return Peek(source=source, names=names, texts=frozenset(names), fault=None) if lines or cut else None
+    return Peek(source=source, names=names, texts=frozenset(names), fault=None)
 
 
 def find_tsv_layout(
@@ -65,21 +71,34 @@ def find_tsv_layout(
     required: str | None,
     texts: Collection[str],
     others: Collection[str],
+    flag: str | None,
     stdin: PeekableStream | None = None,
 ) -> TsvLayout | None:
     """Tell whether the first line names the fields, and the columns; None if there are no rows.
 
     It does if `required` is among its cells, or if all its cells look like names, one of `texts` and one of `others`
     among them.
+
+    Raises:
+        CorpusError: no row has a tab, and the file is not called TSV; `flag` is what forces a format, if anything does.
     """
-    lines, cut = _read_lines(source, stdin)
-    if not lines and not cut:
+    rows: list[bytes | Fault] = []
+    rows.extend(islice(_read_rows(source, stdin, enough=lambda: bool(rows)), PEEK_ROWS))
+    if not rows:
         return None
+    row = rows[0]
+    if split_endings(source.path)[0] != ".tsv" and not any(isinstance(each, Fault) or b"\t" in each for each in rows):
+        assert not isinstance(row, Fault)
+        forcing = f", or name another format with {flag}" if flag else ""
+        raise CorpusError(
+            f"{source.name} has no tab in its first rows, the first is {row[:60].decode(errors='replace')!r}: "
+            f"convert it to TSV or JSONL{forcing}"
+        )
     first = read_first_line(source, stdin=stdin)
     named = all(_NAME.fullmatch(cell) for cell in first)
     if required in first or (named and not set(texts).isdisjoint(first) and not set(others).isdisjoint(first)):
         return TsvLayout(columns=first, header=True)
-    cells = split_cells(lines[0].decode(errors="replace")) if lines else first
+    cells = first if isinstance(row, Fault) else split_cells(row.decode(errors="replace"))
     return TsvLayout(columns=tuple(str(i + 1) for i in range(len(cells))))
 
 
@@ -89,29 +108,51 @@ def read_first_line(source: Source, *, stdin: PeekableStream | None = None) -> t
     return split_cells(line.decode(errors="replace"))
 
 
-def _read_lines(source: Source, stdin: PeekableStream | None) -> tuple[list[bytes], bool]:
-    """Return the first whole rows, and whether the look was cut off in the middle of one."""
+def _read_rows(
+    source: Source, stdin: PeekableStream | None, *, enough: Callable[[], bool] = lambda: False
+) -> Iterator[bytes | Fault]:
+    """Yield rows, a fault for one that is too long; those after the first MiB only until there are enough."""
+    if source.path != "-":
+        with ByteStream(source) as stream:
+            yield from _split_rows(stream, enough)
+        return
     head = read_head(source, PEEK_BYTES, stdin=stdin)
-    cut = len(head) == PEEK_BYTES
-    if cut and b"\n" not in head:
-        head = read_head(source, MAX_ROW_BYTES, stdin=stdin)
-        cut = len(head) == MAX_ROW_BYTES
-        head = head[: head.find(b"\n") + 1] or head
-    lines = head.removeprefix(BOM).split(b"\n")
-    if cut:
-        lines.pop()
-    return [line for line in lines if line.strip()][:PEEK_ROWS], cut
+    known = len(head) if len(head) < PEEK_BYTES else head.rfind(b"\n") + 1
+    yield from _split_rows(io.BytesIO(head[:known]), enough)
+    if known == len(head) < PEEK_BYTES or enough():
+        return
+    rest = read_head(source, MAX_ROW_BYTES + 1, stdin=stdin)[known:]
+    if known + len(rest) > MAX_ROW_BYTES and b"\n" in rest:
+        rest = rest[: rest.rfind(b"\n") + 1]
+    yield from _split_rows(io.BytesIO(rest), enough)
 
 
-def _peek_json(source: Source, lines: Sequence[bytes], fault: Fault | None) -> Peek:
+def _split_rows(stream: Readable, enough: Callable[[], bool]) -> Iterator[bytes | Fault]:
+    lines = LineStream(stream, offset=0, max_row_bytes=MAX_ROW_BYTES)
+    blocks = takewhile(lambda block: block.offset < LOOK_BYTES, lines.take(LOOK_BYTES))
+    rows = split_rows(blocks, lambda row: {"": row}, max_row_bytes=MAX_ROW_BYTES)
+    for offset, row, parsed in rows:
+        if offset + len(row) > PEEK_BYTES and enough():
+            return
+        if isinstance(parsed, Fault):
+            yield Fault(reason=f"its first row is longer than {MAX_ROW_BYTES:,} bytes")
+        else:
+            yield row
+
+
+def _peek_json(source: Source, stdin: PeekableStream | None) -> Peek | None:
     texts: dict[str, bool] = {}
-    for line in lines:
-        row = parse_json_line(line)
+    fault: Fault | None = None
+    raw: bytes | Fault | None = None
+    for raw in islice(_read_rows(source, stdin, enough=lambda: bool(texts)), PEEK_ROWS):
+        row = raw if isinstance(raw, Fault) else parse_json_line(raw)
         if isinstance(row, Fault):
             fault = fault or row
             continue
         for name, value in row.items():
             texts[name] = texts.get(name, False) or isinstance(value, str)
+    if raw is None:
+        return None
     return Peek(
         source=source,
         names=tuple(texts),

@@ -31,7 +31,7 @@ from m3cli.corpus.parquet import (
 )
 from m3cli.corpus.plan import Plan, plan_source
 from m3cli.corpus.rows import Fault, Gathered, Row, gather_documents
-from m3cli.corpus.streams import ByteStream, PeekableStream, check_unchanged
+from m3cli.corpus.streams import ByteStream, PeekableStream, check_unchanged, find_inode
 from m3cli.corpus.text import parse_text_line
 from m3cli.corpus.tsv import parse_tsv_line
 from m3cli.records import Fields, Shard, ShardText, Source
@@ -88,13 +88,14 @@ def read_shards(
 def _read_planned(
     source: Source, shards: Iterable[Shard], *, settings: _Settings, ask: Callable[[Shard], Action]
 ) -> Iterator[ShardText]:
+    inode = find_inode(source)
     opened = (_ParquetFile if source.format == "parquet" else _PlainFile)(source, settings=settings)
     with closing(opened):
         for shard in shards:
             action = ask(shard)
             if action != "skip":
                 read = opened.read(shard, parse=action == "read")
-                check_unchanged(source)
+                check_unchanged(source, inode=inode)
                 yield read
 
 
@@ -102,12 +103,12 @@ def _read_stream(
     stream: _Stream, number: int, index: int, *, shard_size: int, ask: Callable[[Shard], Action]
 ) -> Generator[ShardText, None, int]:
     """Read a source that can only be streamed; return the index after its last shard."""
-    start = 0
+    start, inode = 0, find_inode(stream.source)
     with closing(stream):
         while stream.lines.offset > start or stream.lines.has_more():
             shard = Shard(index=index, source=number, start=start, stop=start + shard_size)
             read = stream.read(shard, parse=ask(shard) == "read")
-            check_unchanged(stream.source)
+            check_unchanged(stream.source, inode=inode)
             yield read
             start += shard_size
             index += 1

@@ -6,8 +6,8 @@ kept with one of the fixed phrases below, never raised.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,12 +27,12 @@ TITLE_NOT_A_STRING = "title is not a string"
 EMPTY_TEXT = "empty text"
 BAD_ID = "id is not a string or integer"
 TOO_LONG = "row longer than --max-row-bytes"
-TOO_DEEP = "kept field nested too deep"
 
 ROW_HEAD_BYTES = 64 << 10
 "how much of a skipped row is kept"
 _LOW_HALF = (1 << 64) - 1
-_EXACT_UP_TO = float(1 << 63)
+_STRUCTURE = re.compile(rb'["{}\[\],:]')
+_INTEGER = re.compile(r"-?[0-9]+")
 
 Row = dict[str, Any]
 "a row's fields by name"
@@ -69,28 +69,60 @@ def gather_documents(
     gathered = Gathered(kept=[[] for _ in kept])
     for place, (position, raw, row) in enumerate(rows):
         made = row if isinstance(row, Fault) else _make_document(row, raw, position, source.name, fields, title_sep)
-        values = _spell_kept(row, raw, kept) if kept and not isinstance(row, Fault) else []
-        if isinstance(made, Fault) or isinstance(values, Fault):
-            fault = made if isinstance(made, Fault) else values
+        if isinstance(row, Fault) or isinstance(made, Fault):
+            fault = made if isinstance(made, Fault) else row
             assert isinstance(fault, Fault)
             gathered.skipped.append(_skip_row(row, raw, position, fault, source=source, fields=fields))
             continue
         gathered.documents.append(made)
         gathered.places.append(place)
-        for column, value in zip(gathered.kept, values, strict=True):
+        for column, value in zip(gathered.kept, format_kept(row, raw, kept), strict=True):
             column.append(value)
     return gathered
 
 
-def _spell_kept(row: Row, raw: bytes, kept: tuple[str, ...]) -> list[str | None] | Fault:
-    values: list[str | None] = []
-    for name in kept:
-        value = row.get(name)
-        try:
-            values.append(value if value is None or type(value) is str else _as_json(value, raw, name))
-        except TypeError:  # orjson reads 1,024 levels and writes 254
-            return Fault(reason=TOO_DEEP, detail=f"{name!r} has more than 254 levels: leave it out of --keep-fields")
-    return values
+def format_kept(row: Row, raw: bytes, kept: Collection[str]) -> list[str | None]:
+    """Return kept fields as text: a string as it is, anything else as the row has it, blanks and digits included."""
+    values = {name: row.get(name) for name in kept}
+    texts = {name: value if type(value) is str else _format_plain(value, raw) for name, value in values.items()}
+    missing = {name for name, value in values.items() if value is not None and texts[name] is None}
+    if missing:
+        texts |= {name: text for name, text in find_members(raw) if name in missing}
+    return [texts[name] for name in kept]
+
+
+def _format_plain(value: Any, raw: bytes) -> str | None:
+    """Return the only text that JSON has for a value; None if it may have several, or if the value is null."""
+    if type(value) is bool:
+        return "true" if value else "false"
+    return str(value) if type(value) is int and (value or b"-0" not in raw) else None
+
+
+def find_members(line: bytes) -> Iterator[tuple[str, str]]:
+    """Yield the names and the values of a valid JSON object as they are written; the last one of a name counts."""
+    depth, at, start, name = 0, 0, 0, ""
+    while found := _STRUCTURE.search(line, at):
+        char, at = found.group(), found.end()
+        if char == b'"':
+            at = _find_string_end(line, at)
+            continue
+        depth += (char in b"{[") - (char in b"}]")
+        if depth == 1 and char == b":":
+            name = orjson.loads(line[start : at - 1])
+        elif name and (depth == 0 or (depth == 1 and char == b",")):
+            yield name, line[start : at - 1].strip().decode()
+        if depth == 1 and char in b"{:,":
+            start = at
+
+
+def _find_string_end(line: bytes, at: int) -> int:
+    """Return the place after the quote that ends a string; `at` is inside it."""
+    while True:
+        quote = line.index(b'"', at)
+        text = line[at:quote]
+        at = quote + 1
+        if (len(text) - len(text.rstrip(b"\\"))) % 2 == 0:
+            return at
 
 
 def _make_document(
@@ -140,19 +172,11 @@ def name_type(value: Any) -> str:
 
 
 def _id_text(value: Any, raw: bytes, name: str) -> str | None:
-    exact = _exact_number(value, raw, name)
-    return str(exact) if type(exact) is int else None
-
-
-def _as_json(value: Any, raw: bytes, name: str) -> str:
-    return orjson.dumps(value).decode() if type(value) is not float else json.dumps(_exact_number(value, raw, name))
-
-
-def _exact_number(value: Any, raw: bytes, name: str) -> Any:
-    """Return a number as it is written: orjson makes a float of an integer of more than 64 bits."""
-    if type(value) is float and abs(value) >= _EXACT_UP_TO:
-        return json.loads(raw)[name]
-    return value
+    """Return an integer in decimal, None for anything else; orjson makes a float of one of more than 64 bits."""
+    if type(value) is float and raw:
+        text = dict(find_members(raw)).get(name, "")
+        return text if _INTEGER.fullmatch(text) else None
+    return str(value) if type(value) is int else None
 
 
 def _skip_row(

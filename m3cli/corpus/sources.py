@@ -1,23 +1,41 @@
 """Finds the input: files, folders, globs or standard input, in an order that depends on their names alone.
 
-Folders and globs give files of known endings; hidden files and `*.m3` folders are passed over. A file that is named
-itself may end as it likes. A source's name is its path below the folder that all inputs share.
+Folders and globs give files of known endings; others are counted, hidden files and `*.m3` folders are not. Linked
+folders are followed, each folder once. A file that is named itself may end as it likes. A source's name is its path
+below the folder that all inputs share.
 """
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 import stat
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from m3cli.corpus.formats import REMEDIES, check_input_format, has_known_ending, identify, split_endings
+from m3cli.corpus.formats import (
+    REMEDIES,
+    check_input_format,
+    has_known_ending,
+    identify,
+    name_endings,
+    split_endings,
+)
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import CorpusError, UsageError, is_utf8, refuse_unreachable
 from m3cli.records import Source, SourceFormat
 
 ENDINGS_HINT = "files ending in .jsonl .ndjson .json .tsv .txt .text (also + .gz .zst) .parquet .pq are read"
+_COPYING = {
+    "s3": "aws s3 sync",
+    "gs": "gcloud storage cp -r",
+    "hf": "hf download",
+    "http": "curl -LO",
+    "https": "curl -LO",
+}
+"by the scheme of an address, what copies what is there"
 
 
 def find_sources(
@@ -36,12 +54,14 @@ def find_sources(
         format_flag: for messages: what forces a format, None where nothing does.
 
     Raises:
-        UsageError: nothing, or one thing twice.
+        UsageError: nothing, one thing twice, or something that is not on this machine.
         CorpusError: something that cannot be read.
     """
     forced = check_input_format(input_format)
     if not inputs:
         raise UsageError("no input: give files, folders or globs, or '-' for standard input")
+    for each in inputs:
+        check_local(each)
     if "-" in inputs:
         return (_find_stdin(inputs, forced, stdin, format_flag),)
     found = [(path, root) for each in inputs for path, root in _find_files(each)]
@@ -51,6 +71,30 @@ def find_sources(
     if not any(source.size for source in sources):
         raise CorpusError(f"{' '.join(inputs)}: nothing to encode, only empty files")
     return sources
+
+
+def check_local(given: str) -> None:
+    """Check that an input is not the address of something on another machine.
+
+    Raises:
+        UsageError: it is; the message says what copies it.
+    """
+    if address := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", given):
+        copying = _COPYING.get(address[1].lower())
+        example = f", for example with {copying}" if copying else ""
+        raise UsageError(f"{given}: m3 reads local files; copy it here first{example}")
+
+
+def count_unread(inputs: Sequence[str]) -> dict[str, int]:
+    """Count the files that folders and globs name and that are not read, by their ending, most frequent first."""
+    paths: set[str] = set()
+    for given in inputs:
+        if Path(given).is_dir():
+            paths.update(os.path.realpath(path) for path in _walk(Path(given)))
+        elif glob.has_magic(given) and not Path(given).exists():
+            paths.update(os.path.realpath(path) for path in _match(given)[0])
+    endings = Counter(name_endings(path) or "without ending" for path in paths if not has_known_ending(path))
+    return dict(sorted(endings.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _find_stdin(
@@ -73,7 +117,8 @@ def _find_files(given: str) -> list[tuple[Path, Path]]:
     if path.is_dir():
         if path.suffix == ".m3":
             raise CorpusError(f"{given} is a folder that m3 writes: give the corpus itself")
-        found = sorted(_walk(path), key=lambda file: file.relative_to(path).as_posix())
+        files = (file for file in _walk(path) if has_known_ending(file.name))
+        found = sorted(files, key=lambda file: file.relative_to(path).as_posix())
         if not found:
             raise CorpusError(f"{given}: nothing to read in this folder; {_hint(path)}")
         return [(file, path) for file in found]
@@ -85,30 +130,46 @@ def _find_files(given: str) -> list[tuple[Path, Path]]:
 
 
 def _expand(pattern: str) -> list[tuple[Path, Path]]:
-    fixed = Path(os.path.abspath(pattern))  # noqa: PTH100 -- as above
-    while glob.has_magic(str(fixed)):
-        fixed = fixed.parent
-    matches = [Path(os.path.abspath(match)) for match in glob.glob(pattern, recursive=True)]  # noqa: PTH100, PTH207
-    found = [
-        match
-        for match in matches
-        if match.is_file()
-        and has_known_ending(match.name)
-        and not any(part.endswith(".m3") for part in match.relative_to(fixed).parts[:-1])
-    ]
+    matches, fixed = _match(pattern)
+    found = [match for match in matches if has_known_ending(match.name)]
     if not found:
-        what = "no file matches" if not matches else "no match can be read"
+        what = "no match can be read" if matches or glob.glob(pattern, recursive=True) else "no file matches"  # noqa: PTH207
         raise CorpusError(f"{pattern}: {what}; {ENDINGS_HINT}")
     return [(match, fixed) for match in sorted(found, key=lambda match: match.relative_to(fixed).as_posix())]
 
 
+def _match(pattern: str) -> tuple[list[Path], Path]:
+    """Return the files that a glob matches, and the folder that it begins in."""
+    fixed = Path(os.path.abspath(pattern))  # noqa: PTH100 -- as above
+    while glob.has_magic(str(fixed)):
+        fixed = fixed.parent
+    matches = [Path(os.path.abspath(match)) for match in glob.glob(pattern, recursive=True)]  # noqa: PTH100, PTH207
+    ours = [any(part.endswith(".m3") for part in match.relative_to(fixed).parts[:-1]) for match in matches]
+    return [match for match, is_ours in zip(matches, ours, strict=True) if match.is_file() and not is_ours], fixed
+
+
 def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder, of all in it and of all that links lead to; none is hidden, none is ours.
+
+    Each folder is walked once, by its own name if it has one here, not by a link's.
+    """
+
     def refuse(error: OSError) -> None:
         raise CorpusError(f"{error.filename} cannot be read: {error.strerror}") from error
 
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and not name.endswith(".m3")]
-        yield from (Path(parent, name) for name in files if not name.startswith(".") and has_known_ending(name))
+    seen: set[tuple[int, int]] = set()
+    waiting = deque([folder])
+    while waiting:
+        for parent, folders, files in os.walk(waiting.popleft(), onerror=refuse):
+            status = Path(parent).stat()
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and not name.endswith(".m3"))
+            links = (Path(parent, name) for name in folders if os.path.islink(os.path.join(parent, name)))  # noqa: PTH114, PTH118
+            waiting.extend(link for link in links if link.resolve().suffix != ".m3")
+            yield from (Path(parent, name) for name in files if not name.startswith("."))
 
 
 def _hint(folder: Path) -> str:

@@ -141,16 +141,33 @@ def measure_ratio(source: Source, *, size: int) -> float:
         return length / max(file.tell(), 1)
 
 
-def check_unchanged(source: Source) -> None:
-    """Refuse a file that is gone or has another size than when it was planned."""
+def find_inode(source: Source) -> int | None:
+    """Return what tells a file from one that takes its place; None for standard input."""
+    if source.path == "-":
+        return None
+    with name_faults(source):
+        return Path(source.path).stat().st_ino
+
+
+def check_unchanged(source: Source, *, inode: int | None = None) -> None:
+    """Check that a file is there, not written to since it was planned and, where `inode` is given, not replaced.
+
+    Raises:
+        CorpusError: it is not.
+    """
     if source.path == "-":
         return
     with name_faults(source):
-        size = Path(source.path).stat().st_size
-    if size != source.size:
+        status = Path(source.path).stat()
+    if status.st_size != source.size:
         raise CorpusError(
-            f"{source.name} changed while it was read: it had {source.size:,} bytes and has {size:,} now; "
+            f"{source.name} changed while it was read: it had {source.size:,} bytes and has {status.st_size:,} now; "
             "put it back as it was and run the same command again, or encode it as it is into a new folder"
+        )
+    if status.st_mtime_ns != source.mtime_ns or inode not in (None, status.st_ino):
+        raise CorpusError(
+            f"{source.name} changed while it was read: it was written to or replaced after the run began; "
+            "run the same command again, which compares it with what is done, or encode it into a new folder"
         )
 
 

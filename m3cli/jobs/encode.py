@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 from m3cli.ahead import run_ahead
 from m3cli.config import EncodeRequest
-from m3cli.corpus.sources import find_sources
-from m3cli.corpus.streams import PeekableStream
+from m3cli.corpus.sources import count_unread, find_sources
+from m3cli.corpus.streams import PeekableStream, check_unchanged
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED
 from m3cli.jobs.metrics import MetricsFile, keep_metrics
 from m3cli.jobs.opening import Opened, Settled, choose_out, open_run, settle
@@ -165,7 +165,7 @@ def finish(opened: Opened, request: EncodeRequest, *, progress: Progress, stdin:
             with damage_stops(opened.folder.path):
                 hashes = read_id_hashes(opened.folder.path, opened.done)
             since.list_gone(hashes, listing=request.gone)
-    counts = sum((entry.counts for entry in opened.done.values()), start=ShardCounts())
+    counts = opened.counts
     progress.say(
         f"nothing to do: {opened.name} holds {', '.join(opened.run.config.outputs)} of {counts.documents:,} documents "
         f"({counts.chunks:,} rows, {counts.skipped:,} skipped) in {len(opened.done):,} shards"
@@ -198,6 +198,7 @@ def encode(
         checkpoint, tokenizer = ready.checkpoint, ready.tokenizer
         device = machine.resolve_device(request.device)
         since = open_since(run, request.since_run, out=opened.name)
+    unread = count_unread(request.inputs)
     progress.show_plan(
         describe_run(
             run,
@@ -207,6 +208,7 @@ def encode(
             num_shards=opened.num_shards,
             done=opened.done,
             resumed=opened.resumed,
+            unread=unread,
         )
     )
     if opened.resumed and (rest := describe_rest(run, request, out=opened.shown_path)) is not None:
@@ -237,7 +239,9 @@ def encode(
         watch=watch,
         progress=progress,
     )
-    batches = run_ahead(stages.encode_batches(shards, route, sources=run.sources), depth=BATCHES_AHEAD, name="encoding")
+    first_rows = stages.FirstRows(opened.counts, worker=request.worker, num_workers=request.num_workers)
+    encoded_batches = stages.encode_batches(shards, route, sources=run.sources, first_rows=first_rows)
+    batches = run_ahead(encoded_batches, depth=BATCHES_AHEAD, name="encoding")
     try:
         with leave_garbage():
             write_shards(opened, batches, request, todo=todo, work=work)
@@ -246,8 +250,11 @@ def encode(
         machine.set_threads(run.runtime.threads)  # for who goes on in this process
         progress.stop()
     encoded = time.perf_counter() - began
+    for source in run.sources:
+        check_unchanged(source)
     complete = opened.folder.write_manifest(opened.share.num_shards)
-    summary = summarise(opened, work, seconds=encoded, device_bytes=machine.peak_device_bytes(device))
+    device_bytes = machine.peak_device_bytes(device)
+    summary = summarise(opened, work, seconds=encoded, device_bytes=device_bytes, unread=unread)
     if complete:
         summary = look_at_ids(summary, opened, request, since)
     opened.folder.write_metrics(metrics_document(summary))
@@ -260,7 +267,7 @@ def write_shards(
     """Write and commit each shard as its batches come."""
     from m3cli.jobs.writing import write_shard  # noqa: PLC0415  it speaks to torch
 
-    before = sum((entry.counts for entry in opened.done.values()), start=ShardCounts())
+    before = opened.counts
     committed = 0
     for shard, parts in groupby(attend(batches, opened, work), key=lambda batch: batch.shard):
         source = opened.run.sources[shard.text.shard.source].name
@@ -338,7 +345,7 @@ def look_at_ids(summary: RunSummary, opened: Opened, request: EncodeRequest, sin
     return replace(summary, duplicate_ids=duplicates, gone=gone)
 
 
-def summarise(opened: Opened, work: Work, *, seconds: float, device_bytes: int) -> RunSummary:
+def summarise(opened: Opened, work: Work, *, seconds: float, device_bytes: int, unread: dict[str, int]) -> RunSummary:
     """Sum up what this run did."""
     tally, watch, counts = work.tally, work.watch, work.tally.counts
     count_metrics(opened, work)
@@ -365,6 +372,7 @@ def summarise(opened: Opened, work: Work, *, seconds: float, device_bytes: int) 
         taken=tally.num_taken,
         gone=None,
         duplicate_ids=None,
+        unread=unread,
     )
 
 
@@ -376,7 +384,7 @@ def peak_memory() -> int:
 
 def metrics_document(summary: RunSummary) -> dict[str, object]:
     """Build the content of metrics.json."""
-    left_out = {"out", "skipped_reasons", "duplicate_ids", "taken", "gone", "shards_done", "num_shards"}
+    left_out = {"out", "skipped_reasons", "duplicate_ids", "taken", "gone", "shards_done", "num_shards", "unread"}
     return {name: getattr(summary, name) for name in RunSummary.__slots__ if name not in left_out}
 
 

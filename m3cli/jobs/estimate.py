@@ -142,7 +142,8 @@ class _Sampler:
         plan = self._plan(sources)
         portions = spread_portions(sources, plan, number=SAMPLE_SHARDS, max_row_bytes=self._config.max_row_bytes)
         plan = replace(plan, shards=tuple(portion.shard for portion in portions), rows_left=None)
-        texts = self._read(sources, plan, lambda _: "read")
+        # A limit may end before the last source: the reader would go on with those that the plan leaves out.
+        texts = self._read(sources[: plan.num_sources], plan, lambda _: "read")
         return [self._measure([text], portion.factor) for text, portion in zip(texts, portions, strict=True)]
 
     def read_streams(self, sources: Sequence[Source]) -> list[_Sample]:

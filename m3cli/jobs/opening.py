@@ -23,7 +23,7 @@ from m3cli.jobs.run import (
 )
 from m3cli.jobs.share import Share
 from m3cli.jobs.since import settle_since
-from m3cli.records import DoneEntry, ShardText, Source
+from m3cli.records import DoneEntry, ShardCounts, ShardText, Source
 from m3cli.store.folder import RunFolder
 from m3cli.store.layout import RowForm
 
@@ -67,6 +67,11 @@ class Opened:
         """The folder's path as short as it can be said from here."""
         path, here = self.folder.path, Path.cwd()
         return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+    @property
+    def counts(self) -> ShardCounts:
+        """What the folder held when it was opened."""
+        return sum((entry.counts for entry in self.done.values()), start=ShardCounts())
 
     @property
     def num_shards(self) -> int | None:

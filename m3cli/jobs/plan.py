@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from m3cli.config import EncodeRequest, RunConfig, list_chosen
-from m3cli.corpus.sources import find_sources
+from m3cli.corpus.sources import count_unread, find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder import device as machine
 from m3cli.encoder.tokenizer import load_tokenizer
@@ -41,6 +41,7 @@ def plan_corpus(request: EncodeRequest, *, stdin: PeekableStream | None = None) 
         num_shards=len(plan.shards) if plan.complete else None,
         done=done,
         resumed=before is not None,
+        unread=count_unread(request.inputs),
     )
 
 
@@ -53,6 +54,7 @@ def describe_run(
     num_shards: int | None,
     done: Mapping[int, DoneEntry],
     resumed: bool,
+    unread: dict[str, int],
 ) -> RunPlan:
     """Put together what the panel before a run shows."""
     config = run.config
@@ -78,4 +80,5 @@ def describe_run(
         free_bytes=find_free_bytes(Path(out)),
         colbert_choices=estimate.colbert_choices if estimate else None,
         resumed=resumed,
+        unread=unread,
     )

@@ -24,7 +24,7 @@ from m3cli.encoder.tokenizer import Tokenizer
 from m3cli.errors import CorpusError, ModelError
 from m3cli.jobs.since import Since
 from m3cli.progress import Progress, Stage, Stopwatch
-from m3cli.records import Chunks, Embeddings, Origins, ShardText, SkippedRow, Source
+from m3cli.records import Chunks, Embeddings, Origins, ShardCounts, ShardText, SkippedRow, Source
 from m3cli.store.layout import MAX_MATRIX_BYTES
 
 T = TypeVar("T")
@@ -32,6 +32,8 @@ T = TypeVar("T")
 COLBERT_ITEM_BYTES = 2
 "float16: what a window is measured in, whatever is stored"
 TOO_LARGE = "merged ColBERT matrix too large"
+FIRST_ROWS = 100
+"that fail for one reason before any document is encoded, and the run is aborted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,7 +82,6 @@ def tokenise_shards(
     cut = partial(chunk_documents, tokenizer=tokenizer, cutting=cutting_of(config))
     none = np.empty(0, np.int64)
     for text in texts:
-        refuse_hopeless(text)
         if since is None:
             chunks, origins = cut(text.documents), Origins(rows=none, shard=none, row=none)
         else:
@@ -88,25 +89,56 @@ def tokenise_shards(
         yield TokenisedShard(text=text, chunks=chunks, origins=origins)
 
 
-def refuse_hopeless(text: ShardText) -> None:
-    """Stop a run whose first shard is skipped whole for one reason: the corpus is not what it was taken for.
+class FirstRows:
+    """The rows before the first document that is encoded: if all fail for one reason, the run is aborted.
 
-    Raises:
-        CorpusError: naming the reason; ModelError where the device's memory is the reason.
+    One bad row is data; FIRST_ROWS of them, or all rows there are, mean that the corpus is not what it was taken for.
     """
-    reasons = {skipped.reason for skipped in text.skipped}
-    if text.shard.index == 0 and not text.documents and len(reasons) == 1:
-        first = text.skipped[0]
-        detail = f" ({first.detail})" if first.detail else ""
+
+    def __init__(self, before: ShardCounts, *, worker: int = 0, num_workers: int = 1) -> None:
+        self.decided = before.documents > 0 or worker > 0
+        "whether the run goes on, whatever comes"
+        self._alone = num_workers == 1
+        self._count = before.skipped
+        self._first: SkippedRow | None = None
+
+    def add(self, skipped: Sequence[SkippedRow]) -> None:
+        """Count the rows of a shard without documents.
+
+        Raises:
+            CorpusError: they are enough, and all fail for one reason; ModelError where that is the device's memory.
+        """
+        self._count += len(skipped)
+        self._first = self._first or next(iter(skipped), None)
+        if self._first is not None and any(row.reason != self._first.reason for row in skipped):
+            self.decided = True
+        elif self._count >= FIRST_ROWS:
+            self._abort()
+        # Of several workers none sees the rows that come next.
+        self.decided = self.decided or not self._alone
+
+    def end(self) -> None:
+        """Note that there are no more rows.
+
+        Raises:
+            CorpusError: as `add`.
+        """
+        if not self.decided and self._first is not None:
+            self._abort()
+
+    def _abort(self) -> None:
+        if self._first is None:
+            return
+        reason, detail = self._first.reason, self._first.detail
         remedies = {
             OUT_OF_MEMORY: "free memory on the device",
             NOT_A_NUMBER: "use another checkpoint, or --dtype float32",
             TOO_LARGE: "",  # it is in the detail
         }
-        remedy = remedies.get(first.reason, "check the format and the fields (--text-field, --input-format)")
-        raise (ModelError if first.reason == OUT_OF_MEMORY else CorpusError)(
-            f"all {len(text.skipped):,} rows of the first shard, from {first.source}, would be skipped: "
-            f"{first.reason}{detail}{'; ' if remedy else ''}{remedy}"
+        remedy = remedies.get(reason, "check the format and the fields (--text-field, --input-format)")
+        raise (ModelError if reason == OUT_OF_MEMORY else CorpusError)(
+            f"all of the first {self._count:,} rows, from {self._first.source} on, would be skipped: "
+            f"{reason}{f' ({detail})' if detail else ''}{'; ' if remedy else ''}{remedy}"
         )
 
 
@@ -194,18 +226,32 @@ def plan_route(
 
 
 def encode_batches(
-    shards: Iterator[TokenisedShard], route: Route, *, sources: Sequence[Source]
+    shards: Iterator[TokenisedShard], route: Route, *, sources: Sequence[Source], first_rows: FirstRows
 ) -> Iterator[EncodedBatch]:
-    """Run each shard's rows through the model; one with documents that fail there comes again without them."""
+    """Run each shard's rows through the model; one with documents that fail there comes again without them.
+
+    Shards without documents are held back until it is clear that the run goes on.
+    """
+    held: list[EncodedBatch] = []
     for shard in shards:
         failed = list(find_oversized(shard.chunks, route.matrix_limit))
         done = False
         while failed or not done:
             if failed:
                 shard = drop_documents(shard, failed, source=sources[shard.text.shard.source].name)  # noqa: PLW2901
-                refuse_hopeless(shard.text)
+            if not shard.text.documents and not first_rows.decided:
+                first_rows.add(shard.text.skipped)
+                held += encode_shard(shard, route)
+                break
             failed = yield from encode_shard(shard, route)
             done = True
+        else:
+            first_rows.decided = True
+        if first_rows.decided:
+            yield from held
+            held.clear()
+    first_rows.end()
+    yield from held
 
 
 def find_oversized(chunks: Chunks, limit: MatrixLimit | None) -> Iterator[FailedRow]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from m3cli.corpus.field_flags import FieldFlags
 from m3cli.corpus.fields import kept_schema, resolve_fields
@@ -44,6 +46,11 @@ def triple(fields: Fields) -> tuple[str | None, str | None, str]:
         ({"text": {"no": "string"}, "body": "x"}, (None, None, "body")),
         ({"text": None}, (None, None, "text")),
         ({"id": 1, "_id": "a", "content": "x", "text": "y"}, ("_id", None, "text")),
+        ({"key": "k", "uuid": "u", "doc_no": "n", "docno": "1", "body": "x"}, ("docno", None, "body")),
+        ({"key": "k", "uuid": "u", "doc_no": "n", "body": "x"}, ("doc_no", None, "body")),
+        ({"key": "k", "uuid": "u", "body": "x"}, ("uuid", None, "body")),
+        ({"key": "k", "body": "x"}, ("key", None, "body")),
+        ({"docno": "1", "pid": "2", "body": "x"}, ("pid", None, "body")),
     ],
 )
 def test_fields_of_known_corpora_are_found(row: dict[str, Any], expected: tuple[str | None, str | None, str]) -> None:
@@ -131,6 +138,43 @@ def test_a_first_row_that_is_a_book_is_looked_at(end: bytes) -> None:
     assert triple(resolve_text(body)) == ("docid", None, "contents")
 
 
+@pytest.mark.parametrize("ending", ["stdin", ".jsonl", ".jsonl.gz", ".jsonl.zst"])
+@pytest.mark.parametrize(
+    "before",
+    [
+        pytest.param(b"{\n" * 98 + b'{"x": "' + b"x" * (1 << 21) + b"\n", id="99 that cannot be read, one is long"),
+        pytest.param(b" \n" * (1 << 20), id="blank lines"),
+        pytest.param(b'{"text": "' + b"x" * (3 << 20) + b'"}\n', id="a row that is too long"),
+        pytest.param(b'{"contents":"' + b"x" * (1 << 20) + b'"}\n', id="a long row"),
+    ],
+)
+def test_the_look_goes_on_until_a_row_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, before: bytes
+) -> None:
+    monkeypatch.setattr("m3cli.corpus.peek.MAX_ROW_BYTES", 3 << 20)
+    body = before + b'{"docid":"1","contents":"one"}\n' * 3
+    wanted = (None if before.startswith(b'{"contents') else "docid", None, "contents")
+    if ending == "stdin":
+        if b'"text"' in before:
+            return  # no more of standard input is held than the longest row
+        stdin = PeekableStream(io.BytesIO(body))
+        sources = find_sources(["-"], input_format="jsonl", stdin=stdin)
+        assert triple(resolve_fields(sources, stdin=stdin)) == wanted
+        assert stdin.read(1 << 24) == body
+        return
+    pack = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}[ending]
+    (tmp_path / f"a{ending}").write_bytes(pack(body))
+    assert triple(resolve(tmp_path)) == wanted
+
+
+def test_no_more_of_a_pipe_is_read_than_is_needed() -> None:
+    body = b'{"docid":"1","contents":"' + b"x" * 200_000 + b'"}\n'
+    raw = io.BytesIO(body * 20)
+    stdin = PeekableStream(raw)
+    assert triple(resolve_fields(find_sources(["-"], stdin=stdin), stdin=stdin)) == ("docid", None, "contents")
+    assert raw.tell() == 1 << 20
+
+
 def test_a_first_row_that_is_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("m3cli.corpus.peek.MAX_ROW_BYTES", 3 << 20)
     body = b'{"a":"' + b"x" * (3 << 20) + b'","text":"b"}\n'
@@ -147,8 +191,6 @@ def test_no_rows_at_all_are_refused() -> None:
 @pytest.mark.parametrize(
     ("body", "expected", "columns", "header"),
     [
-        ("one\n", (None, None, "1"), ("1",), False),
-        ("text\n", (None, None, "1"), ("1",), False),
         ("1\tone\n", ("1", None, "2"), ("1", "2"), False),
         ("1\tt\tone\r\n", ("1", "2", "3"), ("1", "2", "3"), False),
         ("qid\tquery\n1\tone\n", ("qid", None, "query"), ("qid", "query"), True),
@@ -164,6 +206,21 @@ def test_tsv_first_line_is_a_header_only_if_it_names_the_fields(
     fields = resolve_text(body)
     assert triple(fields) == expected
     assert (fields.columns, fields.header) == (columns, header)
+
+
+def test_a_file_without_tabs_is_not_taken_for_tsv(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"id,text\n1,one\n2,two\n")
+    sources = find_sources([str(tmp_path / "a.csv")], input_format="tsv")
+    with pytest.raises(
+        CorpusError, match=r"a\.csv has no tab in its first rows, the first is 'id,text'.*--input-format"
+    ):
+        resolve_fields(sources)
+    (tmp_path / "a.csv").write_bytes(b"one\n2\ttwo\n")
+    assert resolve_fields(sources).text == "1"
+    for line in (b"one\n", b"text\n"):
+        (tmp_path / "one.tsv").write_bytes(line)
+        found = resolve(tmp_path / "one.tsv")
+        assert (triple(found), found.tsv_columns, found.tsv_header) == ((None, None, "1"), ("1",), False)
 
 
 def test_tsv_columns_can_be_named_or_counted() -> None:

@@ -170,6 +170,8 @@ def test_named_columns_that_are_not_there(tmp_path: Path) -> None:
         read(path, query_field="query", passage_field="query")
     with pytest.raises(CorpusError, match="no such file"):
         read(tmp_path / "none.tsv")
+    with pytest.raises(UsageError, match="m3 reads local files; copy it here first"):
+        find_pairs("s3://bucket/pairs.tsv")
     with pytest.raises(UsageError, match="is a folder"):
         read(tmp_path)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from m3cli.corpus.fields import kept_schema, resolve_fields
 from m3cli.corpus.plan import Plan, plan_shards
 from m3cli.corpus.reader import Action, read_shards
+from m3cli.corpus.rows import find_members
 from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import CorpusError
@@ -188,6 +190,59 @@ def test_kept_fields_of_lines_are_strings(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("123456789012345678901234567890", "0.12345678901234567890123", "1e2", "1.10", "-0", "0", "-0.0", "1E+2"),
+        *(
+            '{"a":123456789012345678901234567890}',
+            '{ "a" : 1.10,\t"a": [1e2, "}\\\\", "\\"]"] }',
+            "[ ]",
+            "true",
+            "false",
+        ),
+        *('[18446744073709551616, "\\u00e9\\n", {"k": -0}]', '{"k": {"k": [null, "k"]}}', "[" * 999 + "]" * 999),
+    ],
+)
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"k":%s,"text":"a"}',
+        '{"text":"a", "k" : %s }',
+        ' {"x":{"k":[1,2]},"k":7,"text":"{\\"k\\":1,}", "": 3, "\\u006b":\t%s\t, "z":["k",{"k":2}]}\r',
+    ],
+)
+def test_kept_value_that_is_not_a_string_is_as_it_is_in_the_row(tmp_path: Path, line: str, value: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes((line % value).encode() + b"\n")
+    (shard,) = read_all([path], keep_fields=["k"])
+    assert shard.kept.to_pylist() == [{"k": value}]
+
+
+_json = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text('a\\"{}[],: é'),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('ab"\\,:{}'), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@quick
+@given(
+    row=st.dictionaries(st.text('ab"\\,:{}', min_size=1), _json, max_size=5),
+    spaced=st.booleans(),
+    escaped=st.booleans(),
+)
+def test_members_are_found_as_they_are_written(row: dict[str, Any], spaced: bool, escaped: bool) -> None:
+    how: dict[str, Any] = {"ensure_ascii": escaped, "separators": (" , ", " : ") if spaced else (",", ":")}
+    line = json.dumps(row, **how).encode()
+    expected = {name: json.dumps(value, **how) for name, value in row.items()}
+    assert dict(find_members(line)) == expected
+
+
 def test_long_row_is_passed_over_and_its_head_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     bomb = b'{"text":"' + b"x" * (5 << 20) + b'"}'
@@ -312,6 +367,14 @@ def test_shard_numbers_follow_on_after_a_source_that_is_streamed(tmp_path: Path)
     assert [shard.shard.index for shard in shards] == [2, 3], "a stream is hashed where a file is sought past"
 
 
+def replace_file(path: Path) -> None:
+    """Put another file of equal size and date in its place."""
+    status, other = path.stat(), path.with_name("other")
+    other.write_bytes(b"5678\n5678\n")
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.rename(path)
+
+
 def test_skipped_shards_of_a_plain_file_open_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"1234\n1234\n")
@@ -332,6 +395,8 @@ def prepare(path: Path, *, shard_size: int) -> tuple[Any, Plan]:
         (lambda path: path.unlink(), "a.txt is gone: put it back"),
         (lambda path: path.write_bytes(b"1234\n"), "a.txt changed while it was read: it had 10 bytes and has 5 now"),
         (lambda path: path.write_bytes(b"1234\n" * 3), "a.txt changed while it was read"),
+        (lambda path: path.write_bytes(b"5678\n5678\n"), "a.txt changed while it was read: it was written to or rep"),
+        (replace_file, "a.txt changed while it was read: it was written to or replaced"),
     ],
 )
 def test_file_that_changes_in_mid_run_is_named(tmp_path: Path, change: Any, message: str) -> None:
@@ -384,7 +449,7 @@ def test_parquet_text_may_be_any_string_type(tmp_path: Path, kind: pa.DataType) 
     ]
     assert list_skipped(shards) == [(1, "text is not a string"), (2, "empty text")]
     assert [shard.kept.column("k").to_pylist() for shard in shards] == [["a"], ["b", "a"]]
-    assert shards[0].kept.schema == pa.schema([("k", kind)])
+    assert shards[0].kept.schema == pa.schema([("k", pa.large_string() if kind == pa.string_view() else kind)])
     assert shards[0].skipped[0].row == b'{"docid":2,"text":null}'
     assert shards[0].skipped[0].byte_offset is None
     assert shards[0].skipped[0].id == "2"

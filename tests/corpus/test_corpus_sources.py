@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from m3cli.corpus.sources import find_sources
+from m3cli.corpus.sources import count_unread, find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import CorpusError, UsageError
 
@@ -193,3 +193,66 @@ def test_stdin_must_be_alone_not_empty_and_no_parquet() -> None:
         find_sources(["-"], input_format="parquet", stdin=PeekableStream(io.BytesIO(b"x")))
     with pytest.raises(UsageError, match="no input"):
         find_sources([])
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ("s3://bucket/corpus.jsonl", "aws s3 sync"),
+        ("gs://bucket/corpus.jsonl", "gcloud storage cp"),
+        ("hf://datasets/owner/name", "hf download"),
+        ("https://example.org/c.jsonl.gz", "curl"),
+        ("abfss://container/c.jsonl", "copy it here first"),
+    ],
+)
+def test_inputs_elsewhere_are_refused_with_the_way_to_copy_them(given: str, remedy: str) -> None:
+    with pytest.raises(UsageError, match=f"{given}: m3 reads local files; copy it here first.*{remedy}|{remedy}"):
+        find_sources([given])
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    fill(corpus, "real/a.jsonl")
+    fill(elsewhere, "b.jsonl", "deep/c.jsonl", "skip.m3/d.jsonl")
+    (corpus / "a-link-to-real").symlink_to(corpus / "real")
+    (corpus / "link").symlink_to(elsewhere)
+    (corpus / "link-again").symlink_to(elsewhere / "deep")
+    (corpus / "hidden").symlink_to(elsewhere / "skip.m3")
+    (corpus / ".dotted").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(corpus)
+    (elsewhere / "self").symlink_to(elsewhere)
+    assert [s.name for s in find_sources([str(corpus)])] == ["link/b.jsonl", "link/deep/c.jsonl", "real/a.jsonl"]
+
+
+def test_files_that_are_not_read_are_counted_by_their_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, "a.jsonl", "b/c.md", "b/d.MD", "e.csv", "f.csv.gz", "g.parquet.zst", "Makefile", "h.tar.gz", "x.md")
+    fill(tmp_path, ".hidden.md", ".git/x.md", "out.m3/rows/x.md", "out.m3/_m3/run.json")
+    monkeypatch.chdir(tmp_path)
+    endings = {".csv": 1, ".csv.gz": 1, ".md": 3, ".parquet.zst": 1, ".tar.gz": 1, "without ending": 1}
+    assert count_unread(["."]) == endings
+    assert count_unread(["."]) == count_unread([str(tmp_path), "a.jsonl"])
+    assert count_unread(["b", "a.jsonl"]) == {".md": 2}
+    assert count_unread(["*.md", "a.jsonl", "b/*"]) == {".md": 3}
+    assert count_unread(["a.jsonl"]) == count_unread(["-"]) == {}
+    assert list(count_unread(["."])) == [".md", ".csv", ".csv.gz", ".parquet.zst", ".tar.gz", "without ending"]
+
+
+ASCII = '{"text":"a plain row"}\n'
+CYRILLIC = "\u0434\u0439\u0437\u0431 \u0434\u0439\u0437\u0431\n" * 3
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a", "a.txt.gz"])
+@pytest.mark.parametrize("text", [ASCII, ASCII * 500, CYRILLIC * 100, "ab"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be", "utf-16", "utf-32"])
+def test_utf16_and_utf32_are_refused_by_name(tmp_path: Path, name: str, text: str, encoding: str) -> None:
+    raw = text.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    called = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    with pytest.raises(CorpusError, match=rf"{name} is {called}.*: convert it with iconv -f {called} -t UTF-8$"):
+        find_sources([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("body", [b"a\0b\n", b"\0", b"one\0two\0three\0\n" * 50, b"a\0" + b"plain text \0\n" * 9])
+def test_text_with_a_nul_here_and_there_is_text(tmp_path: Path, body: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(body)
+    assert find_sources([str(tmp_path / "a.txt")])[0].format == "text"

@@ -53,16 +53,25 @@ BAD = {
     "nested 10,000 deep": Bad(
         line=b'{"id": "x", "text": "a", "meta": ' + b"[" * DEEP + b"]" * DEEP + b"}", reason="invalid JSON"
     ),
-    "nested 500 deep": Bad(
-        line=b'{"id": "deep", "text": "deep enough", "meta": ' + b"[" * 500 + b"]" * 500 + b"}",
-        reason="kept field nested too deep",
-        id="deep",
-    ),
-    "nested 200 deep": Bad(
-        line=b'{"id": "flat", "text": "flat enough", "meta": ' + b"[" * 200 + b"]" * 200 + b"}",
+    "nested 1,000 deep": Bad(
+        line=b'{"id": "deep", "text": "deep enough", "meta": ' + b"[" * 1000 + b"]" * 1000 + b"}",
         reason=None,
-        id="flat",
-        text="flat enough",
+        id="deep",
+        text="deep enough",
+    ),
+    "nested 1,022 deep with a large id": Bad(
+        line=b'{"id": 99999999999999999999, "text": "x", "x": ' + b"[" * 1022 + b"]" * 1022 + b"}",
+        reason=None,
+        id="99999999999999999999",
+    ),
+    "nested too deep with a large id": Bad(
+        line=b'{"id": 99999999999999999999, "text": "x", "x": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+        reason="invalid JSON",
+    ),
+    "id of 300 digits": Bad(line=b'{"id": ' + b"9" * 300 + b', "text": "x"}', reason=None, id="9" * 300),
+    "large number as text": Bad(
+        line=b'{"id": "x", "text": ' + b"9" * 5000 + b', "meta": ' + b"9" * 5000 + b"}",
+        reason="invalid JSON",
     ),
     "NUL in the text": Bad(line=_row(id="nul", text="a\0b"), reason=None, id="nul", text="a\0b"),
     "NUL in the line": Bad(line=b'{"id": "x", "text": "a\0b"}', reason="invalid JSON"),
@@ -282,3 +291,84 @@ def test_a_first_shard_of_one_fault_only_is_exit_4(m3_here: M3, tmp_path: Path, 
     done = _encode_lines(m3_here, tmp_path / "c.jsonl", lines, tiny_m3)
     assert done.returncode == 4
     assert "text is not a string" in done.stderr
+
+
+BAD_LINE, GOOD_LINE, NOT_JSON = _row(id="bad", text=""), _row(id="good", text="a good row"), b"{"
+
+
+@pytest.mark.parametrize(
+    ("lines", "code"),
+    [
+        ([BAD_LINE, *[GOOD_LINE] * 5], 3),
+        ([_row(id="x", body="y" * 2000), *[GOOD_LINE] * 50], 3),
+        ([*[BAD_LINE] * 99, GOOD_LINE], 3),
+        ([*[BAD_LINE] * 100, GOOD_LINE], 4),
+        ([*[BAD_LINE] * 100, NOT_JSON, GOOD_LINE], 4),
+        ([*[BAD_LINE] * 50, NOT_JSON, *[BAD_LINE] * 100], 3),
+        ([BAD_LINE] * 7, 4),
+        ([BAD_LINE] * 6 + [NOT_JSON], 3),
+    ],
+)
+def test_shards_of_a_row_are_judged_together(
+    m3_here: M3, tmp_path: Path, tiny_m3: Path, lines: list[bytes], code: int
+) -> None:
+    done = _encode_lines(m3_here, tmp_path / "c.jsonl", lines, tiny_m3, "--shard-size", 16)
+    assert done.returncode == code, done.stderr
+    entries = len(list((tmp_path / "c.m3/_m3/done").glob("*")))
+    if code == 4:
+        assert entries == 0
+        assert "empty text; check the format and the fields" in done.stderr.splitlines()[-1]
+    else:
+        assert len(read_skipped(tmp_path / "c.m3")) == len(lines) - lines.count(GOOD_LINE)
+    assert m3_here("encode", "c.jsonl", "--model", tiny_m3).returncode == code
+
+
+def test_one_bad_file_does_not_end_a_run(m3_here: M3, tmp_path: Path, tiny_m3: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    for number in range(5):
+        (tmp_path / f"corpus/{number}.jsonl").write_bytes(GOOD_LINE if number else BAD_LINE)
+    table = pa.table({"text": ["", "good", "good"]})
+    pq.write_table(table, tmp_path / "c.parquet", row_group_size=1)
+    for corpus in ("corpus", "c.parquet"):
+        done = m3_here("encode", corpus, "--model", tiny_m3, "--outputs", "dense")
+        assert done.returncode == 3, done.stderr
+        assert len(read_skipped(tmp_path / f"{Path(corpus).stem}.m3")) == 1
+
+
+def test_rows_of_finished_shards_count_as_seen(m3_here: M3, tmp_path: Path, tiny_m3: Path) -> None:
+    """A run that goes on after a good row is not ended by bad ones, however many."""
+    flags = ("--shard-size", 64, "--max-skipped", 3)
+    done = _encode_lines(m3_here, tmp_path / "c.jsonl", [GOOD_LINE, *[BAD_LINE] * 150], tiny_m3, *flags)
+    assert (done.returncode, "more than --max-skipped 3" in done.stderr) == (4, True)
+    assert m3_here("encode", "c.jsonl", "--model", tiny_m3).returncode == 3
+
+
+def test_documents_that_fail_one_shard_at_a_time_are_judged_together(
+    m3_here: M3, tmp_path: Path, tiny_m3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first documents fail late, in shards of one row: skipped if a later one is encoded, else the run ends."""
+    monkeypatch.setattr("m3cli.jobs.stages.MAX_MATRIX_BYTES", 2000)
+    long = _row(id="long", text="many words " * 40)
+    flags = ("--shard-size", 16, "--long-docs", "merge")
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([long, long, GOOD_LINE]))
+    (tmp_path / "b.jsonl").write_bytes(b"\n".join([long, long]))
+    codes = [
+        m3_here("encode", name, "--model", tiny_m3, "--dtype", "float32", *flags).returncode
+        for name in ("a.jsonl", "b.jsonl")
+    ]
+    assert codes == [3, 4]
+    assert read_ids(tmp_path / "a.m3") == ["good"]
+    assert not list((tmp_path / "b.m3/_m3/done").glob("*"))
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_a_first_row_longer_than_the_limit_is_skipped(m3_here: M3, tmp_path: Path, tiny_m3: Path, ending: str) -> None:
+    first = b'{"text": "' + b"x" * (65 << 20) + b'"}\n'
+    rows = first + b"".join(_row(docid=str(n), contents=f"row {n}") + b"\n" for n in range(3))
+    pack = {"": bytes, ".gz": lambda raw: gzip.compress(raw, 1), ".zst": zstandard.compress}[ending]
+    (tmp_path / f"c.jsonl{ending}").write_bytes(pack(rows))
+    done = m3_here("encode", f"c.jsonl{ending}", "--model", tiny_m3, "--outputs", "dense")
+    assert done.returncode == 3, done.stderr
+    assert read_ids(tmp_path / "c.m3") == ["0", "1", "2"]
+    (skipped,) = read_skipped(tmp_path / "c.m3")
+    assert skipped["reason"] == "row longer than --max-row-bytes"

@@ -1,0 +1,90 @@
+"""Several inputs: a limit that is reached before the last one, files of a folder that are not read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from m3cli.records import DoneEntry
+from m3cli.store.folder import RunFolder
+from tests.conftest import Completed
+from tests.functional.test_bad_rows import read_ids
+
+M3 = Callable[..., Completed]
+ROWS = 8
+
+
+def _write_input(path: Path) -> None:
+    texts = [f"{path.name} row {number}" for number in range(ROWS)]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": texts}), path)
+        return
+    lines = texts if path.suffix == ".txt" else [json.dumps({"text": text}) for text in texts]
+    content = "".join(f"{line}\n" for line in lines).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.mark.parametrize("first", ["jsonl", "txt", "parquet", "jsonl.gz"])
+@pytest.mark.parametrize("second", ["jsonl", "txt", "parquet", "jsonl.gz"])
+def test_a_limit_inside_the_first_file(m3_here: M3, tmp_path: Path, tiny_m3: Path, first: str, second: str) -> None:
+    for name in (f"a.{first}", f"b.{second}"):
+        _write_input(tmp_path / name)
+    flags = (f"a.{first}", f"b.{second}", "--limit", 5, "--model", tiny_m3, "--outputs", "dense", "--out", "o.m3")
+    planned = m3_here("plan", *flags, "--json")
+    assert planned.returncode == 0, planned.stderr
+    assert json.loads(planned.stdout)["documents"] == 5
+    done = m3_here("encode", *flags)
+    assert done.returncode == 0, done.stderr
+    ids = read_ids(tmp_path / "o.m3")
+    assert len(ids) == 5
+    assert {name.partition(":")[0] for name in ids} == {f"a.{first}"}
+
+
+def test_files_that_are_not_read_are_told(m3_here: M3, tmp_path: Path, tiny_m3: Path) -> None:
+    names = ("a.jsonl", "b.md", "c.md", "d.csv.gz", ".e.md", "f.m3/rows/g.md")
+    for name in names:
+        (tmp_path / "corpus" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "corpus" / name).write_text('{"text": "one"}\n', encoding="utf-8")
+    flags = ("corpus", "--model", tiny_m3, "--outputs", "dense")
+    planned = m3_here("plan", *flags)
+    assert "3 files: 2 .md, 1 .csv.gz" in planned.stdout
+    assert json.loads(m3_here("plan", *flags, "--json").stdout)["unread"] == {".md": 2, ".csv.gz": 1}
+    done = m3_here("encode", *flags, "--out", "o.m3")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("3 files: 2 .md, 1 .csv.gz") == 2
+    events = m3_here("encode", *flags, "--out", "p.m3", "--progress", "json").stderr.splitlines()
+    told = [event["unread"] for event in map(json.loads, events) if event["event"] in ("plan", "summary")]
+    assert told == [{".md": 2, ".csv.gz": 1}] * 2
+    alone = m3_here("encode", "corpus/a.jsonl", "--out", "q.m3", *flags[1:])
+    assert "not read" not in alone.stderr
+
+
+def test_a_file_written_to_before_the_run_ends_is_exit_4(
+    m3_here: M3, tmp_path: Path, tiny_m3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.txt", "b.txt"):
+        _write_input(tmp_path / name)
+    first = tmp_path / "a.txt"
+    commit = RunFolder.commit
+
+    def write_to_the_first(folder: RunFolder, entry: DoneEntry) -> None:
+        commit(folder, entry)
+        if entry.source == "b.txt":
+            first.write_bytes(first.read_bytes().upper())
+
+    monkeypatch.setattr(RunFolder, "commit", write_to_the_first)
+    flags = ("a.txt", "b.txt", "--out", "o.m3", "--model", tiny_m3, "--outputs", "dense")
+    done = m3_here("encode", *flags)
+    assert done.returncode == 4, done.stderr
+    assert "a.txt changed while it was read: it was written to or replaced" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "o.m3/_m3/manifest.json").exists()
+    assert len(read_ids(tmp_path / "o.m3")) == 2 * ROWS
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert m3_here("encode", *flags).returncode == 10
