@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
-import orjson
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
@@ -13,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from m3cli.config import list_chosen
-from m3cli.errors import spell_printable
+from m3cli.errors import escape_controls, spell_printable
 from m3cli.records import QueryHits, RunPlan, RunSummary
 
 _PLAIN_WIDTH = 100
@@ -55,13 +54,9 @@ def _rows() -> Table:
     return table
 
 
-def print_panel(panel: Panel, stream: TextIO, *, document: dict[str, Any] | None = None) -> None:
-    """Print a panel, or in its place the JSON of what it shows."""
-    if document is None:
-        open_console(stream).print(panel)
-    else:
-        option = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS | orjson.OPT_APPEND_NEWLINE
-        stream.write(orjson.dumps(document, option=option).decode())
+def print_panel(panel: Panel, stream: TextIO) -> None:
+    """Print a panel."""
+    open_console(stream).print(panel)
 
 
 def plan_panel(plan: RunPlan, *, title: str | None = None) -> Panel:
@@ -189,12 +184,12 @@ def _name_some(names: list[str]) -> str:
 
 
 def draw_table(title: str, rows: Iterable[Sequence[str]], *, columns: Sequence[str] = ()) -> Table:
-    """Draw a plain table with a title, of words as they stand; without columns it has no header."""
+    """Draw a plain table with a title, its words without markup or escapes; without columns it has no header."""
     table = Table(title=title, title_justify="left", show_header=bool(columns), box=None, padding=(0, 2, 0, 0))
     for name in columns:
         table.add_column(name)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(escape_controls(cell)) for cell in row))
     return table
 
 

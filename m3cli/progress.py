@@ -9,6 +9,7 @@ one at hand.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -16,8 +17,6 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
-
-import orjson
 
 from m3cli.errors import OutputError, spell_printable
 from m3cli.records import RunPlan, RunSummary
@@ -135,11 +134,15 @@ class Progress:
             self._print(text)
         self._emit("message", {"text": text})
 
-    def fail(self, text: str, exit_code: int) -> bool:
-        """Tell a bad end; say whether it need not be told in plain words any more."""
+    def log_end(self, text: str, exit_code: int) -> None:
+        """Write a bad end into the log file."""
         self._log(f"exit code {exit_code}: {text}")
-        self._emit("error", {"text": text, "exit_code": exit_code})
-        return self.mode == "json"
+
+    def clear_bar(self) -> None:
+        """Take the bar off the terminal, where results are written; it is back with the next batch."""
+        if self._bar is not None:
+            self._bar.clear()
+            self._bar.leave = False
 
     def _print(self, text: str) -> None:
         if self._bar is not None:
@@ -153,7 +156,8 @@ class Progress:
 
     def _emit(self, event: str, members: dict[str, object]) -> None:
         if self.mode == "json":
-            print(orjson.dumps({"event": event, **members}).decode(), file=self._stream, flush=True)
+            # Not orjson: a file's name may not be UTF-8, nor may standard error.
+            print(json.dumps({"event": event, **members}), file=self._stream, flush=True)
 
 
 def _append(path: Path, text: str) -> None:
@@ -240,6 +244,7 @@ class _Bar:
     def __init__(self, stream: TextIO) -> None:
         from tqdm import tqdm  # noqa: PLC0415
 
+        self.leave = self._drawn = True
         self._tqdm = tqdm(
             file=stream,
             unit=" tokens",
@@ -253,12 +258,16 @@ class _Bar:
         share = pulse.share_done()
         self._tqdm.total = int(pulse.tokens / share) if share else None
         self._tqdm.set_postfix_str(pulse.rates(), refresh=False)
+        self._drawn = True
         self._tqdm.update(tokens)
 
     def clear(self) -> None:
-        self._tqdm.clear()
+        if self._drawn:
+            self._tqdm.clear()
+            self._drawn = False
 
     def close(self) -> None:
+        self._tqdm.leave = self.leave
         self._tqdm.close()
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from m3cli.cli import flags
-from m3cli.cli.encode import check_choices, open_stdin
-from m3cli.cli.values import auto, parse_names
+from m3cli.cli.terminal import open_results, open_stdin, show_run
+from m3cli.cli.values import auto, check_choices, parse_names
+from m3cli.config import Dtype
 from m3cli.errors import UsageError
 
 _PAIRS, _SCORES, _FOLDERS, _SPEED = "Pairs", "Scores", "From encoded folders", "Speed"
@@ -84,11 +84,9 @@ def score(
 
     A row that is no pair (an empty side, an unknown id) has empty scores; then the exit code is 3.
     """
-    check_choices({"dtype": auto(dtype), "progress": progress})
-    check_choices({"chunks": chunks}, {"chunks": _CHUNKS})
+    check_choices({"dtype": auto(dtype), "chunks": chunks}, {"dtype": get_args(Dtype), "chunks": _CHUNKS})
     settled_weights, settled_modes = parse_weights(weights), parse_modes(modes)
     from m3cli.jobs.score import ScoreRequest, score_pairs  # noqa: PLC0415  pyarrow, not for --help
-    from m3cli.progress import Progress  # noqa: PLC0415
 
     request = ScoreRequest(
         pairs=pairs,
@@ -109,14 +107,15 @@ def score(
         corpus=corpus,
         chunks=chunks,
     )
-    shown, stdin = Progress(progress), open_stdin([pairs])  # type: ignore[arg-type]
-    if explain:
-        from m3cli.cli.explain import print_explanations  # noqa: PLC0415
-        from m3cli.jobs.explain import explain_pairs  # noqa: PLC0415  torch
+    with show_run(progress) as shown:
+        stdin = open_stdin([pairs])
+        if explain:
+            from m3cli.cli.explain import print_explanations  # noqa: PLC0415
+            from m3cli.jobs.explain import explain_pairs  # noqa: PLC0415  torch
 
-        code = print_explanations(explain_pairs(request, progress=shown, stdin=stdin))
-    else:
-        code = score_pairs(request, progress=shown, stdout=sys.stdout.buffer, stdin=stdin)
+            code = print_explanations(explain_pairs(request, progress=shown, stdin=stdin))
+        else:
+            code = score_pairs(request, progress=shown, stdout=open_results(shown), stdin=stdin)
     raise typer.Exit(code)
 
 
