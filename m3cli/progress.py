@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from m3cli.errors import OutputError, spell_printable
+from m3cli.errors import OutputError, count_noun, spell_printable
 from m3cli.records import RunPlan, RunSummary
 
 Mode = Literal["auto", "bar", "log", "json", "none"]
@@ -69,7 +69,7 @@ class Progress:
             print_panel(plan_panel(plan), self._stream)
         self._log(
             f"{'going on with' if plan.resumed else 'encoding into'} {plan.out}: {plan.model}, {plan.dtype} on "
-            f"{plan.device}, {'unknown' if plan.num_shards is None else f'{plan.num_shards:,}'} shards, "
+            f"{plan.device}, {'unknown shards' if plan.num_shards is None else count_noun(plan.num_shards, 'shard')}, "
             f"{plan.shards_done:,} done"
         )
         self._emit("plan", {name: getattr(plan, name) for name in RunPlan.__slots__})
@@ -102,7 +102,7 @@ class Progress:
         pulse = self._pulse
         self._emit("progress", pulse.to_json())
         text = (
-            f"{pulse.documents:,} documents, {pulse.tokens:,} tokens, {pulse.rates()}, "
+            f"{count_noun(pulse.documents, 'document')}, {count_noun(pulse.tokens, 'token')}, {pulse.rates()}, "
             f"{format_left(pulse.seconds_left())} left"
         )
         self._log(text)
@@ -122,8 +122,9 @@ class Progress:
 
             print_panel(summary_panel(summary), self._stream)
         self._log(
-            f"{summary.documents:,} documents, {summary.tokens:,} tokens, {summary.skipped:,} rows skipped, "
-            f"{summary.shards_done:,} of {summary.num_shards:,} shards done, {summary.seconds['total']:.1f} s"
+            f"{count_noun(summary.documents, 'document')}, {count_noun(summary.tokens, 'token')}, "
+            f"{count_noun(summary.skipped, 'row')} skipped, {summary.shards_done:,} of "
+            f"{count_noun(summary.num_shards, 'shard')} done, {summary.seconds['total']:.1f} s"
         )
         self._emit("summary", {name: getattr(summary, name) for name in RunSummary.__slots__})
 

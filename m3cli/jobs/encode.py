@@ -165,8 +165,9 @@ def finish(opened: Opened, request: EncodeRequest, *, progress: Progress, stdin:
             since.list_gone(opened.folder.path, list(opened.done), listing=request.gone)
     counts = sum((entry.counts for entry in opened.done.values()), start=ShardCounts())
     progress.say(
-        f"nothing to do: {opened.name} holds {', '.join(opened.run.meaning.outputs)} of {counts.documents:,} documents "
-        f"({counts.chunks:,} rows, {counts.skipped:,} skipped) in {len(opened.done):,} shards"
+        f"nothing to do: {opened.name} holds {', '.join(opened.run.meaning.outputs)} of "
+        f"{count_noun(counts.documents, 'document')} ({count_noun(counts.chunks, 'row')}, {counts.skipped:,} skipped) "
+        f"in {count_noun(len(opened.done), 'shard')}"
     )
 
 

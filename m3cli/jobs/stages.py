@@ -105,7 +105,7 @@ def refuse_hopeless(text: ShardText) -> None:
         }
         remedy = remedies.get(first.reason, "check the format and the fields (--text-field, --input-format)")
         raise (ModelError if first.reason == OUT_OF_MEMORY else CorpusError)(
-            f"all {len(text.skipped):,} rows of the first shard, from {first.source}, would be skipped: "
+            f"all rows of the first shard ({len(text.skipped):,}), from {first.source}, would be skipped: "
             f"{first.reason}{detail}{'; ' if remedy else ''}{remedy}"
         )
 

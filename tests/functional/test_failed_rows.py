@@ -230,4 +230,4 @@ def test_a_query_that_cannot_be_encoded_is_counted_and_the_others_are_searched_f
     assert "1 of 2 queries cannot be encoded; the first, 'bad': " in done.stderr
     done = m3_here(*arguments, POISON)
     assert (done.returncode, done.stdout) == (5, "")
-    assert "1 of 1 queries cannot be encoded; the first, 'query': " in done.stderr.splitlines()[-1]
+    assert "1 of 1 query cannot be encoded; the first, 'query': " in done.stderr.splitlines()[-1]
