@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -119,7 +120,7 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, Exception) as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        text, code = _describe_end(error)
+        text, code = _describe_end(error, arguments)
     if text:
         tell_end(text, code, arguments)
     return code
@@ -140,11 +141,12 @@ def _check_surroundings(arguments: Sequence[str]) -> None:
         raise UsageError("the working folder has been removed: cd to one that exists and run again") from error
 
 
-def _describe_end(error: BaseException) -> tuple[str, int]:
+def _describe_end(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
     """Return words and exit code of what ended the command line: no words where the help has been shown."""
     if isinstance(error, _TyperError):
-        context, message = getattr(error, "ctx", None), cast(Any, error).format_message().strip()
+        context = getattr(error, "ctx", None)
         command = context.command_path if context else "m3"
+        message = _describe_value(error, arguments) or cast(Any, error).format_message().strip()
         return message and f"{message.removesuffix('.')}. See '{command} --help'.", UsageError.exit_code
     # Whatever writes files tells their names; what is left is standard output.
     if isinstance(error, OSError) and error.filename is None and error.errno in _FULL:
@@ -152,6 +154,17 @@ def _describe_end(error: BaseException) -> tuple[str, int]:
         words = f"cannot write standard output: {error.strerror}; free some space and run the same command again"
         return words, OutputError.exit_code
     return describe_end(error)
+
+
+def _describe_value(error: Any, arguments: Sequence[str]) -> str | None:
+    """Return words for an option's value that typer does not take; None: it is another error."""
+    names = getattr(getattr(error, "param", None), "opts", [])
+    words = [part for each in arguments for part in each.split("=", 1)]
+    typed = next((value for name, value in pairwise(words) if name in names), None)
+    if typed is None:
+        return None
+    reason = str(error.message)
+    return f"{names[0]} {typed[:80]!r}: {reason[:1].lower()}{reason[1:]}"
 
 
 def _release_stdout() -> None:

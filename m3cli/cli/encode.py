@@ -10,6 +10,7 @@ from m3cli.cli import flags
 from m3cli.cli.signals import limit_runtime, stop
 from m3cli.cli.terminal import open_stdin, show_run
 from m3cli.cli.values import (
+    DTYPES,
     auto,
     check_choices,
     parse_duration,
@@ -19,14 +20,14 @@ from m3cli.cli.values import (
     parse_size,
     parse_worker,
 )
-from m3cli.config import ColbertDtype, Dtype, EncodeRequest, Format, LongDocs, Split, VectorCompression, VectorDtype
+from m3cli.config import ColbertDtype, EncodeRequest, Format, LongDocs, Split, VectorCompression, VectorDtype
 from m3cli.errors import UsageError
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "format": get_args(Format),
     "long_docs": get_args(LongDocs),
     "split": get_args(Split),
-    "dtype": get_args(Dtype),
+    "dtype": DTYPES,
     "dense_dtype": get_args(VectorDtype),
     "colbert_dtype": get_args(ColbertDtype),
     "compression": get_args(VectorCompression),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
 from m3cli.cli import flags
 from m3cli.cli.terminal import open_results, open_stdin, show_run
-from m3cli.cli.values import auto, check_choices
-from m3cli.config import Dtype
+from m3cli.cli.values import DTYPES, auto, check_choices
 
 _TEXTS, _RERANKING = "Texts", "Re-ranking"
 
@@ -82,7 +81,7 @@ def rerank(
 
     Only they are in the new run. A document whose text is not found is left out and counted; then the exit code is 3.
     """
-    check_choices({"dtype": auto(dtype)}, {"dtype": get_args(Dtype)})
+    check_choices({"dtype": dtype}, {"dtype": DTYPES})
     from m3cli.corpus.field_flags import FieldFlags  # noqa: PLC0415
     from m3cli.jobs.rerank import RerankRequest, rerank_run  # noqa: PLC0415  torch, not for --help
     from m3cli.jobs.texts_by_id import TextSource  # noqa: PLC0415

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
 from m3cli.cli import flags
 from m3cli.cli.score import parse_weights
 from m3cli.cli.terminal import open_results, open_stdin, show_run
-from m3cli.cli.values import auto, check_choices, parse_names
-from m3cli.config import Dtype
+from m3cli.cli.values import DTYPES, auto, check_choices, parse_names
 from m3cli.errors import UsageError
 from m3cli.records import Output
 
@@ -23,7 +22,7 @@ _CHOICES = {
     "level": ("document", "chunk"),
     "format": ("trec", "jsonl"),
     "tokenizer": ("m3", "plain"),
-    "dtype": get_args(Dtype),
+    "dtype": DTYPES,
 }
 
 
@@ -144,7 +143,7 @@ def search(
     Texts are encoded with the checkpoint of the folder. Rows that are no queries are counted; then the exit code is 3.
     """
     chosen = {"mode": mode, "fusion": fusion, "level": level, "format": ranking_format, "tokenizer": tokenizer}
-    check_choices({**chosen, "dtype": auto(dtype)}, _CHOICES)
+    check_choices({**chosen, "dtype": dtype}, _CHOICES)
     settled_weights = None if weights is None else parse_weights(weights)
     from m3cli.jobs.search import search_corpus  # noqa: PLC0415  pyarrow, not for --help
     from m3cli.jobs.search_request import SearchRequest  # noqa: PLC0415

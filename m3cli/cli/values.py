@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
-from m3cli.config import ALL_OUTPUTS
+from m3cli.config import ALL_OUTPUTS, Dtype
 from m3cli.errors import UsageError
 from m3cli.records import Output
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+DTYPES = ("auto", *get_args(Dtype))
 _LARGEST = 1 << 53
 "of any number: JSON and float64 hold it exactly, and 64 bits hold what is made of it"
 _LONGEST = 100 * 365 * 86400.0

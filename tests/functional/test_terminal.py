@@ -300,10 +300,19 @@ def test_the_chunks_of_a_document_line_up_on_a_terminal(
 
 
 def test_usage_errors_name_the_command_and_end_their_sentence(m3_here: M3) -> None:
-    done = m3_here("encode", "c.jsonl", "--limit", "x")
-    assert done.returncode == 2
-    assert "--limit" in done.stderr
-    assert done.stderr.endswith(". See 'm3 encode --help'.\n")
+    for typed, said in (
+        ("encode c.jsonl --limit x", "--limit 'x': "),
+        ("encode c.jsonl --limit=0", "--limit '0': "),
+        ("search c.m3 -q x -k 1.5", "--top-k '1.5': "),
+        ("encode c.jsonl --colbert-min-weight x", "--colbert-min-weight 'x': "),
+        ("encode c.jsonl --limt 1", "No such option: --limt (Possible options: --limit, --split). See "),
+        ("score p.tsv --weights 1e308,1e308,1", "--weights '1e308,1e308,1': expected three numbers from 0 to "),
+        ("score p.tsv --dtype fp16", "--dtype 'fp16': expected auto, float32, bfloat16, float16, int8\n"),
+    ):
+        done = m3_here(*typed.split())
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"m3: {said}")
+        assert f". See 'm3 {typed.split()[0]} --help'.\n" in done.stderr or typed.startswith("score")
     done = m3_here("encod")
     assert done.returncode == 2
     assert done.stderr.endswith(". See 'm3 --help'.\n")
