@@ -8,9 +8,10 @@
     |- ForeignFolder  10   the folder belongs to another run
     |- FolderLocked   11   another run is in the folder
     |- DamageFound    12   check found damage
-    '- Stopped        75   stopped with work left; the same command goes on
+    |- Stopped        75   stopped with work left; the same command resumes
+    '- Interrupted   130   Ctrl-C
 
-Codes 0 (done), 3 (done, but rows were skipped) and 130 (Ctrl-C) are no errors. A message names the value and the
+Codes 0 (done) and 3 (done, but rows were skipped) are not errors. A message names the value and the
 remedy in one line; the command line prints it without a traceback. A bad row is data (`records.SkippedRow`), never
 an exception.
 """
@@ -18,11 +19,15 @@ an exception.
 from __future__ import annotations
 
 import os
+import re
 from typing import ClassVar
 
 EXIT_DONE = 0
 EXIT_ROWS_SKIPPED = 3
 EXIT_INTERRUPTED = 130
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"all but tab and line feed; those that turn the direction of writing too"
 
 
 def is_utf8(name: str) -> bool:
@@ -39,6 +44,16 @@ def spell_printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def escape_controls(text: str) -> str:
+    """Return lines of text fit for a terminal: control characters are escaped, tabs and line feeds stay."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def count_noun(count: int, one: str, many: str | None = None) -> str:
+    """Return '1 shard', '2 shards', '1,000 queries'; `many` is `one` with an s unless it is given."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
 class M3Error(Exception):
@@ -97,6 +112,12 @@ class Stopped(M3Error):
     """Stopped with work left: run the same command again."""
 
     exit_code: ClassVar[int] = 75
+
+
+class Interrupted(M3Error):
+    """Stopped by Ctrl-C."""
+
+    exit_code: ClassVar[int] = EXIT_INTERRUPTED
 
 
 def refuse_unreachable(path: str | os.PathLike[str], error: type[M3Error]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
-import orjson
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
@@ -13,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from m3cli.config import list_chosen
-from m3cli.errors import spell_printable
+from m3cli.errors import count_noun, escape_controls, spell_printable
 from m3cli.records import QueryHits, RunPlan, RunSummary
 
 _PLAIN_WIDTH = 100
@@ -55,13 +54,9 @@ def _rows() -> Table:
     return table
 
 
-def print_panel(panel: Panel, stream: TextIO, *, document: dict[str, Any] | None = None) -> None:
-    """Print a panel, or in its place the JSON of what it shows."""
-    if document is None:
-        open_console(stream).print(panel)
-    else:
-        option = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS | orjson.OPT_APPEND_NEWLINE
-        stream.write(orjson.dumps(document, option=option).decode())
+def print_panel(panel: Panel, stream: TextIO) -> None:
+    """Print a panel."""
+    open_console(stream).print(panel)
 
 
 def plan_panel(plan: RunPlan, *, title: str | None = None) -> Panel:
@@ -119,18 +114,20 @@ def _short_names(choices: Mapping[str, int]) -> list[tuple[str, int]]:
 def summary_panel(summary: RunSummary) -> Panel:
     """Draw the table that stands after a run."""
     rows = _rows()
-    chunks = f" in {summary.chunks:,} chunks" if summary.chunks != summary.documents else ""
-    rows.add_row("documents", f"{summary.documents:,}{chunks}, {summary.tokens:,} tokens")
+    chunks = f" in {count_noun(summary.chunks, 'chunk')}" if summary.chunks != summary.documents else ""
+    rows.add_row("documents", f"{summary.documents:,}{chunks}, {count_noun(summary.tokens, 'token')}")
     rows.add_row("skipped", _skipped_words(summary))
     listed = f", listed by m3 info {summary.out} --truncated" if summary.truncated else ""
     rows.add_row("truncated", f"{summary.truncated:,}{listed}")
     if summary.unread:
         rows.add_row("not read", _plain(_unread_words(summary.unread)))
     if summary.taken or summary.gone is not None:
-        gone = "" if summary.gone is None else f"; {summary.gone:,} ids of the older folder are gone"
-        rows.add_row("taken over", f"{summary.taken:,} documents{gone}")
+        gone = "" if summary.gone is None else f"; {count_noun(summary.gone, 'id')} of the older folder not in this one"
+        rows.add_row("taken over", f"{count_noun(summary.taken, 'document')}{gone}")
     if summary.duplicate_ids:
-        rows.add_row("ids", f"{summary.duplicate_ids:,} stand for several documents each; all are kept")
+        rows.add_row(
+            "ids", f"{count_noun(summary.duplicate_ids, 'names', 'name')} several documents each; all are kept"
+        )
     if summary.missing_ids:
         rows.add_row("without id", f"{summary.missing_ids:,}, named source:position")
     seconds = summary.seconds
@@ -138,7 +135,7 @@ def summary_panel(summary: RunSummary) -> Panel:
     rows.add_row("seconds", f"{seconds['total']:.1f}: {stages} (stages overlap)")
     rows.add_row("speed", f"{summary.tokens_per_second:,.0f} tokens/s")
     rows.add_row("memory", f"{format_bytes(summary.peak_memory_bytes)} at most")
-    rows.add_row("files", f"{summary.num_files:,} files, {format_bytes(summary.bytes_written)}")
+    rows.add_row("files", f"{count_noun(summary.num_files, 'file')}, {format_bytes(summary.bytes_written)}")
     whole = ": complete" if summary.shards_done == summary.num_shards else ""
     rows.add_row("shards", f"{summary.shards_done:,} of {summary.num_shards:,} done{whole}")
     return Panel(rows, title=_plain(summary.out), box=box.ROUNDED, expand=False)
@@ -160,7 +157,10 @@ def info_panel(folder: str, found: dict[str, Any]) -> Panel:
         rows.add_row("model", _plain(f"{checkpoint['name']}, {config['dtype']}, {checkpoint['dim']} wide"))
         rows.add_row("settings", _plain(_settings_words(config)))
         rows.add_row("sources", _plain(_name_some([source["name"] for source in run["sources"]])))
-    rows.add_row("documents", f"{counts['documents']:,} in {counts['chunks']:,} rows, {counts['tokens']:,} tokens")
+    rows.add_row(
+        "documents",
+        f"{counts['documents']:,} in {count_noun(counts['chunks'], 'row')}, {count_noun(counts['tokens'], 'token')}",
+    )
     rows.add_row("skipped", f"{counts['skipped']:,}, truncated {counts['truncated']:,}")
     rows.add_row("shards", f"{found['num_shards']:,} done: {'complete' if found['complete'] else 'work is left'}")
     sizes = found["bytes"]
@@ -199,12 +199,12 @@ def _name_some(names: list[str]) -> str:
 
 
 def draw_table(title: str, rows: Iterable[Sequence[str]], *, columns: Sequence[str] = ()) -> Table:
-    """Draw a plain table with a title, of words as they stand; without columns it has no header."""
+    """Draw a plain table with a title, its words without markup or escapes; without columns it has no header."""
     table = Table(title=title, title_justify="left", show_header=bool(columns), box=None, padding=(0, 2, 0, 0))
     for name in columns:
         table.add_column(name)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(escape_controls(cell)) for cell in row))
     return table
 
 

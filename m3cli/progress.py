@@ -9,6 +9,7 @@ one at hand.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -17,9 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-import orjson
-
-from m3cli.errors import OutputError, spell_printable
+from m3cli.errors import OutputError, count_noun, spell_printable
 from m3cli.records import RunPlan, RunSummary
 
 Mode = Literal["auto", "bar", "log", "json", "none"]
@@ -70,7 +69,7 @@ class Progress:
             print_panel(plan_panel(plan), self._stream)
         self._log(
             f"{'going on with' if plan.resumed else 'encoding into'} {plan.out}: {plan.model}, {plan.dtype} on "
-            f"{plan.device}, {'unknown' if plan.num_shards is None else f'{plan.num_shards:,}'} shards, "
+            f"{plan.device}, {'unknown shards' if plan.num_shards is None else count_noun(plan.num_shards, 'shard')}, "
             f"{plan.shards_done:,} done"
         )
         self._emit("plan", {name: getattr(plan, name) for name in RunPlan.__slots__})
@@ -103,7 +102,7 @@ class Progress:
         pulse = self._pulse
         self._emit("progress", pulse.to_json())
         text = (
-            f"{pulse.documents:,} documents, {pulse.tokens:,} tokens, {pulse.rates()}, "
+            f"{count_noun(pulse.documents, 'document')}, {count_noun(pulse.tokens, 'token')}, {pulse.rates()}, "
             f"{format_left(pulse.seconds_left())} left"
         )
         self._log(text)
@@ -123,8 +122,9 @@ class Progress:
 
             print_panel(summary_panel(summary), self._stream)
         self._log(
-            f"{summary.documents:,} documents, {summary.tokens:,} tokens, {summary.skipped:,} rows skipped, "
-            f"{summary.shards_done:,} of {summary.num_shards:,} shards done, {summary.seconds['total']:.1f} s"
+            f"{count_noun(summary.documents, 'document')}, {count_noun(summary.tokens, 'token')}, "
+            f"{count_noun(summary.skipped, 'row')} skipped, {summary.shards_done:,} of "
+            f"{count_noun(summary.num_shards, 'shard')} done, {summary.seconds['total']:.1f} s"
         )
         self._emit("summary", {name: getattr(summary, name) for name in RunSummary.__slots__})
 
@@ -135,11 +135,15 @@ class Progress:
             self._print(text)
         self._emit("message", {"text": text})
 
-    def fail(self, text: str, exit_code: int) -> bool:
-        """Tell a bad end; say whether it need not be told in plain words any more."""
+    def log_end(self, text: str, exit_code: int) -> None:
+        """Write a bad end into the log file."""
         self._log(f"exit code {exit_code}: {text}")
-        self._emit("error", {"text": text, "exit_code": exit_code})
-        return self.mode == "json"
+
+    def clear_bar(self) -> None:
+        """Take the bar off the terminal, where results are written; it is back with the next batch."""
+        if self._bar is not None:
+            self._bar.clear()
+            self._bar.leave = False
 
     def _print(self, text: str) -> None:
         if self._bar is not None:
@@ -153,7 +157,8 @@ class Progress:
 
     def _emit(self, event: str, members: dict[str, object]) -> None:
         if self.mode == "json":
-            print(orjson.dumps({"event": event, **members}).decode(), file=self._stream, flush=True)
+            # Not orjson: a file's name may not be UTF-8, nor may standard error.
+            print(json.dumps({"event": event, **members}), file=self._stream, flush=True)
 
 
 def _append(path: Path, text: str) -> None:
@@ -240,6 +245,7 @@ class _Bar:
     def __init__(self, stream: TextIO) -> None:
         from tqdm import tqdm  # noqa: PLC0415
 
+        self.leave = self._drawn = True
         self._tqdm = tqdm(
             file=stream,
             unit=" tokens",
@@ -253,12 +259,16 @@ class _Bar:
         share = pulse.share_done()
         self._tqdm.total = int(pulse.tokens / share) if share else None
         self._tqdm.set_postfix_str(pulse.rates(), refresh=False)
+        self._drawn = True
         self._tqdm.update(tokens)
 
     def clear(self) -> None:
-        self._tqdm.clear()
+        if self._drawn:
+            self._tqdm.clear()
+            self._drawn = False
 
     def close(self) -> None:
+        self._tqdm.leave = self.leave
         self._tqdm.close()
 
 

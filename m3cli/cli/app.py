@@ -10,7 +10,10 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -27,7 +30,9 @@ from m3cli.cli.rerank import rerank
 from m3cli.cli.score import score
 from m3cli.cli.search import search
 from m3cli.cli.signals import catch_sigterm
-from m3cli.errors import EXIT_DONE, EXIT_INTERRUPTED, M3Error, OutputError, UsageError, is_utf8, spell_printable
+from m3cli.cli.terminal import OneLine, describe_end, prepare_streams, tell_end
+from m3cli.cli.values import check_numbers
+from m3cli.errors import EXIT_DONE, EXIT_INTERRUPTED, OutputError, UsageError, is_utf8
 
 app = typer.Typer(
     name="m3",
@@ -39,15 +44,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(encode)
-app.command()(plan)
-app.command()(info)
-app.command()(check)
-app.command()(score)
-app.command()(search)
-app.command("eval")(eval_runs)
-app.command()(rerank)
-app.command()(doctor)
+
+
+def _add_command(name: str, command: Callable[..., None]) -> None:
+    """Add a command, all of whose numbers are checked before it is run."""
+
+    @wraps(command)
+    def run_checked(**typed: Any) -> None:
+        check_numbers(typed)
+        command(**typed)
+
+    app.command(name)(run_checked)
+
+
+_add_command("encode", encode)
+_add_command("plan", plan)
+_add_command("info", info)
+_add_command("check", check)
+_add_command("score", score)
+_add_command("search", search)
+_add_command("eval", eval_runs)
+_add_command("rerank", rerank)
+_add_command("doctor", doctor)
 
 # typer brings its own copy of click since 0.16; this is the base of its errors in every version.
 _TyperError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -70,7 +88,9 @@ def _root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
     ] = False,
 ) -> None:
-    logging.basicConfig(format="m3: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -79,61 +99,74 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         the exit code.
     """
-    _open_closed_streams()
+    prepare_streams()
     catch_sigterm()
-    debug = "--debug" in arguments
     try:
-        _refuse_other_encodings(arguments)
+        _check_surroundings(arguments)
         # Taken out here, so that it may stand before or after the command.
         code = app(
             args=[argument for argument in arguments if argument != "--debug"], standalone_mode=False, prog_name="m3"
         )
         sys.stdout.flush()  # not left to the interpreter, which would end with words and a code of its own
-    except KeyboardInterrupt:
-        return _say("interrupted; run the same command again to go on", EXIT_INTERRUPTED)
+        if code != EXIT_INTERRUPTED:
+            return int(code or EXIT_DONE)
+        text, code = describe_end(KeyboardInterrupt())  # which typer turns into this exit code
     except (BrokenPipeError, SystemExit) as leaving:
         # typer turns a closed pipe into SystemExit(1) of its own.
         if not isinstance(leaving.__context__ or leaving, BrokenPipeError):
             raise
-        return _let_stdout_go()
-    except M3Error as error:
-        if debug:
-            raise
-        return _say(str(error), error.exit_code)
-    except OSError as error:
-        # Whatever writes files tells their names; what is left is standard output.
-        if debug or error.filename is not None or error.errno not in _FULL:
-            raise
-        _let_stdout_go()
-        words = f"cannot write standard output: {error.strerror}; free some space and run the same command again"
-        return _say(words, OutputError.exit_code)
-    except Exception as error:
-        if debug or not isinstance(error, _TyperError):
-            raise
-        return _say(f"{cast(Any, error).format_message()} See 'm3 --help'.", UsageError.exit_code)
-    return int(code or 0)
+        _release_stdout()
+        return EXIT_DONE
+    except (KeyboardInterrupt, Exception) as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        text, code = _describe_end(error, arguments)
+    if text:
+        tell_end(text, code, arguments)
+    return code
 
 
-def _open_closed_streams() -> None:
-    """Give a standard stream that was closed (`>&-`) the null device, or the next file opened would be in its place."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  to the end
+def _check_surroundings(arguments: Sequence[str]) -> None:
+    """Refuse what no command can work with.
 
-
-def _refuse_other_encodings(arguments: Sequence[str]) -> None:
-    """Refuse what is no UTF-8: no tokenizer reads it, and what a folder remembers could not be written."""
+    Raises:
+        UsageError: names that are not UTF-8, which no tokenizer reads and no run.json holds; a removed working folder.
+    """
     for argument in arguments:
         if not is_utf8(argument):
             raise UsageError(f"{argument!r} is not UTF-8: rename the file, or type it in a UTF-8 terminal")
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise UsageError("the working folder has been removed: cd to one that exists and run again") from error
 
 
-def _let_stdout_go() -> int:
-    """Whoever read stdout has seen enough; the interpreter must not try to flush it once more."""
+def _describe_end(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
+    """Return words and exit code of what ended the command line: no words where the help has been shown."""
+    if isinstance(error, _TyperError):
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "m3"
+        message = _describe_value(error, arguments) or cast(Any, error).format_message().strip()
+        return message and f"{message.removesuffix('.')}. See '{command} --help'.", UsageError.exit_code
+    # Whatever writes files tells their names; what is left is standard output.
+    if isinstance(error, OSError) and error.filename is None and error.errno in _FULL:
+        _release_stdout()
+        words = f"cannot write standard output: {error.strerror}; free some space and run the same command again"
+        return words, OutputError.exit_code
+    return describe_end(error)
+
+
+def _describe_value(error: Any, arguments: Sequence[str]) -> str | None:
+    """Return words for an option's value that typer does not take; None: it is another error."""
+    names = getattr(getattr(error, "param", None), "opts", [])
+    words = [part for each in arguments for part in each.split("=", 1)]
+    typed = next((value for name, value in pairwise(words) if name in names), None)
+    if typed is None:
+        return None
+    reason = str(error.message)
+    return f"{names[0]} {typed[:80]!r}: {reason[:1].lower()}{reason[1:]}"
+
+
+def _release_stdout() -> None:
+    """Point standard output at the null device, so that the interpreter does not try to flush it once more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return EXIT_DONE
-
-
-def _say(message: str, code: int) -> int:
-    sys.stderr.write(f"m3: {spell_printable(message)}\n")
-    return code

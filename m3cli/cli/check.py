@@ -12,7 +12,7 @@ import typer
 from m3cli.cli import flags
 from m3cli.cli.values import auto
 from m3cli.config import CheckRequest
-from m3cli.errors import spell_printable
+from m3cli.errors import count_noun, spell_printable
 
 if TYPE_CHECKING:
     from m3cli.jobs.check import FolderCheck
@@ -64,11 +64,12 @@ def describe(found: FolderCheck, *, repair: bool) -> list[str]:
     ]
     twice = found.duplicate_ids
     if twice.count:
-        lines.append(f"note: {twice.count:,} ids occur more than once, such as {', '.join(map(repr, twice.examples))}")
+        examples = ", ".join(map(repr, twice.examples))
+        lines.append(f"note: {count_noun(twice.count, 'id occurs', 'ids occur')} more than once, such as {examples}")
     if found.redo:
         lines.append(f"shards to do again: {', '.join(map(str, found.redo))}")
     if repair and found.faults:
-        lines.append(f"removed {len(found.removed):,} files")
+        lines.append(f"removed {count_noun(len(found.removed), 'file')}")
     if any(fault.cure == "none" for fault in found.faults):
         lines.append(
             "what --repair cannot mend: "
@@ -80,14 +81,19 @@ def describe(found: FolderCheck, *, repair: bool) -> list[str]:
 
 
 def _verdict(found: FolderCheck, *, repair: bool) -> str:
-    what = f"{found.folder}: {found.num_shards:,} shards done, {found.documents:,} documents in {found.rows:,} rows"
+    documents = count_noun(found.documents, "document")
+    what = (
+        f"{found.folder}: {count_noun(found.num_shards, 'shard')} done, {documents} in {count_noun(found.rows, 'row')}"
+    )
     if found.sampled:
-        what += f", {found.sampled:,} rows encoded again"
+        what += f", {count_noun(found.sampled, 'row')} encoded again"
     if found.faults and not repair:
-        return f"{what}; {len(found.faults):,} faults; --repair drops what is damaged, m3 encode does it again"
+        return (
+            f"{what}; {count_noun(len(found.faults), 'fault')}; --repair drops what is damaged, m3 encode does it again"
+        )
     state = {
         0: "complete, no damage",
-        3: f"complete, no damage, {found.skipped:,} rows were skipped",
+        3: f"complete, no damage, {count_noun(found.skipped, 'row was', 'rows were')} skipped",
         75: "work is left: run m3 encode again",
     }
     return f"{what}; {state.get(found.exit_code, 'damage is left')}"

@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from m3cli.cli import flags
+from m3cli.cli.terminal import print_json
 from m3cli.cli.values import auto
 from m3cli.errors import EXIT_DONE, ModelError
 
@@ -27,9 +28,7 @@ def doctor(
 
     report = examine(model=model, revision=revision, device=auto(device))
     if as_json:
-        import orjson  # noqa: PLC0415
-
-        sys.stdout.write(orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode())
+        print_json(report)
     else:
         _print_report(report)
     failed = any(figure["status"] == "fail" for figure in report["card"])

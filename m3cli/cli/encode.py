@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import typer
 
 from m3cli.cli import flags
 from m3cli.cli.signals import limit_runtime, stop
+from m3cli.cli.terminal import open_stdin, show_run
 from m3cli.cli.values import (
+    DTYPES,
     auto,
+    check_choices,
     parse_duration,
     parse_max_skipped,
     parse_names,
@@ -21,22 +20,17 @@ from m3cli.cli.values import (
     parse_size,
     parse_worker,
 )
-from m3cli.config import ColbertDtype, Dtype, EncodeRequest, Format, LongDocs, Split, VectorCompression, VectorDtype
-from m3cli.errors import EXIT_INTERRUPTED, M3Error, UsageError
-
-if TYPE_CHECKING:
-    from m3cli.corpus.streams import PeekableStream
-    from m3cli.progress import Progress
+from m3cli.config import ColbertDtype, EncodeRequest, Format, LongDocs, Split, VectorCompression, VectorDtype
+from m3cli.errors import UsageError
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "format": get_args(Format),
     "long_docs": get_args(LongDocs),
     "split": get_args(Split),
-    "dtype": get_args(Dtype),
+    "dtype": DTYPES,
     "dense_dtype": get_args(VectorDtype),
     "colbert_dtype": get_args(ColbertDtype),
     "compression": get_args(VectorCompression),
-    "progress": ("auto", "bar", "log", "json", "none"),
 }
 
 
@@ -91,7 +85,6 @@ def encode(
     """
     number, num_workers = parse_worker(worker)
     seconds = parse_duration("--max-runtime", max_runtime)
-    check_choices({"progress": progress})
     request = make_request(
         inputs=tuple(inputs),
         out=out,
@@ -135,62 +128,16 @@ def encode(
         space_check=not no_space_check,
     )
     from m3cli.jobs.encode import encode_corpus  # noqa: PLC0415  pyarrow, not for --help
-    from m3cli.progress import Progress  # noqa: PLC0415
 
-    shown = Progress(progress, log_file=log_file)  # type: ignore[arg-type]
-    with limit_runtime(seconds, spelt=max_runtime or ""), tell_end(shown):
+    with limit_runtime(seconds, spelt=max_runtime or ""), show_run(progress, log_file=log_file) as shown:
         code = encode_corpus(request, progress=shown, stdin=open_stdin(inputs), stop=stop)
     raise typer.Exit(code)
 
 
-@contextmanager
-def tell_end(progress: Progress) -> Iterator[None]:
-    """Let warnings and a bad end go the way of all that is shown of a run; as JSON, nothing else is printed."""
-    logger = logging.getLogger("m3cli")
-    handler = _ToProgress(progress)
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        yield
-    except (M3Error, KeyboardInterrupt) as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        code = error.exit_code if isinstance(error, M3Error) else EXIT_INTERRUPTED
-        if progress.fail("interrupted" if interrupted else str(error), code):
-            raise typer.Exit(code) from error
-        raise
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = True
-
-
-class _ToProgress(logging.Handler):
-    def __init__(self, progress: Progress) -> None:
-        super().__init__(logging.WARNING)
-        self._progress = progress
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._progress.say(record.getMessage())
-
-
 def make_request(**typed: Any) -> EncodeRequest:
     """Check choices and make the request."""
-    check_choices(typed)
+    check_choices(typed, _CHOICES)
     weight = typed["colbert_min_weight"]
     if weight is not None and not weight >= 0:  # nor is "nan" a weight
         raise UsageError(f"--colbert-min-weight {weight}: expected a number from 0 up, such as 0.05")
     return EncodeRequest(**typed)
-
-
-def check_choices(typed: Mapping[str, Any], choices_of: Mapping[str, Sequence[str]] = _CHOICES) -> None:
-    """Refuse a value that is none of a flag's choices."""
-    for name, choices in choices_of.items():
-        value = typed.get(name)
-        if value is not None and value not in choices:
-            raise UsageError(f"--{name.replace('_', '-')} {value!r}: expected {', '.join(choices)}")
-
-
-def open_stdin(inputs: list[str]) -> PeekableStream | None:
-    """Open standard input if it is among the inputs."""
-    from m3cli.corpus.streams import PeekableStream  # noqa: PLC0415  pyarrow, not for --help
-
-    return PeekableStream(sys.stdin.buffer) if "-" in inputs else None

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from m3cli.cli import flags
-from m3cli.cli.encode import open_stdin
+from m3cli.cli.terminal import open_stdin, print_json
 from m3cli.cli.values import parse_names
-from m3cli.errors import UsageError, spell_printable
+from m3cli.errors import UsageError, count_noun, spell_printable
 
 if TYPE_CHECKING:
     from m3cli.jobs.eval import Evaluation
@@ -46,9 +46,7 @@ def eval_runs(
     for line in found.describe():
         sys.stderr.write(f"m3: {spell_printable(line)}\n")
     if as_json:
-        import orjson  # noqa: PLC0415  not for --help
-
-        sys.stdout.write(orjson.dumps(asdict(found), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE).decode())
+        print_json(asdict(found))
     elif sys.stdout.isatty():
         _print_table(found)
     else:
@@ -65,7 +63,7 @@ def _print_table(found: Evaluation) -> None:
         ]
         for worth in found.runs
     ]
-    title = f"{found.queries:,} queries" + (", p against the first run" if len(found.runs) > 1 else "")
+    title = count_noun(found.queries, "query", "queries") + (", p against the first run" if len(found.runs) > 1 else "")
     open_console(sys.stdout).print(draw_table(title, rows, columns=["run", *found.runs[0].measures]))
 
 

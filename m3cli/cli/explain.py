@@ -23,13 +23,12 @@ def print_explanations(explained: Iterable[dict[str, Any]]) -> int:
     import orjson  # noqa: PLC0415  not for --help
 
     faults = 0
-    show = _print_tables if sys.stdout.isatty() else None
     for pair in explained:
         faults += pair["fault"] is not None
-        if show is not None:
-            show(pair)
+        if sys.stdout.isatty():
+            _print_tables(pair)
         else:
-            sys.stdout.write(orjson.dumps(pair, option=orjson.OPT_APPEND_NEWLINE).decode())
+            sys.stdout.buffer.write(orjson.dumps(pair, option=orjson.OPT_APPEND_NEWLINE))
             sys.stdout.flush()
     return EXIT_ROWS_SKIPPED if faults else EXIT_DONE
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import orjson
 import typer
 
 from m3cli.cli import flags
+from m3cli.cli.terminal import open_results, print_json
 from m3cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,17 +49,21 @@ def info(
     from m3cli.panel import info_panel, print_panel  # noqa: PLC0415
 
     if truncated:
+        results = open_results()
         for row in job.list_truncated(folder):
-            _print_row(row, as_json=as_json, names=("id", "num_tokens", "char_end"))
+            _print_row(results, row, as_json=as_json, names=("id", "num_tokens", "char_end"))
     elif document_id is not None:
         spans = job.find_chunks(folder, document_id, text=text, source=source)
         if as_json:
-            sys.stdout.write(orjson.dumps([_as_document(span) for span in spans]).decode() + "\n")
+            open_results().write(orjson.dumps([_as_document(span) for span in spans], option=orjson.OPT_APPEND_NEWLINE))
         else:
             _print_spans(spans)
     else:
         found = asdict(job.describe_folder(folder))
-        print_panel(info_panel(folder, found), sys.stdout, document=found if as_json else None)
+        if as_json:
+            print_json(found)
+        else:
+            print_panel(info_panel(folder, found), sys.stdout)
 
 
 def _as_document(span: ChunkSpan) -> dict[str, Any]:
@@ -66,15 +71,21 @@ def _as_document(span: ChunkSpan) -> dict[str, Any]:
 
 
 def _print_spans(spans: Sequence[ChunkSpan]) -> None:
-    """Print a line a chunk, tabs between its numbers; with text, the text below it."""
-    sys.stdout.write("chunk\tcharacters\ttokens\n")
+    """Print a line per chunk, and its text below it; columns line up on a terminal, and have tabs elsewhere."""
+    rows = [("chunk", "characters", "tokens", "")]
     for span in spans:
-        cut = "\ttruncated" if span.truncated else ""
-        sys.stdout.write(f"{span.chunk_index}\t{span.char_start}-{span.char_end}\t{span.num_tokens}{cut}\n")
-        if span.text is not None:
-            sys.stdout.write(f"{span.text.rstrip()}\n\n")
+        cut = "truncated" if span.truncated else ""
+        rows.append((str(span.chunk_index), f"{span.char_start}-{span.char_end}", str(span.num_tokens), cut))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    texts = [None, *(span.text for span in spans)]
+    results, aligned = open_results(), sys.stdout.isatty()
+    for row, text in zip(rows, texts, strict=True):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)] if aligned else row
+        results.write((("  " if aligned else "\t").join(cells).rstrip() + "\n").encode())
+        if text is not None:
+            results.write(f"{text.rstrip()}\n\n".encode())
 
 
-def _print_row(row: Sequence[object], *, as_json: bool, names: Sequence[str]) -> None:
-    line = orjson.dumps(dict(zip(names, row, strict=True))).decode() if as_json else "\t".join(map(str, row))
-    sys.stdout.write(line + "\n")
+def _print_row(results: BinaryIO, row: Sequence[object], *, as_json: bool, names: Sequence[str]) -> None:
+    line = orjson.dumps(dict(zip(names, row, strict=True))) if as_json else "\t".join(map(str, row)).encode()
+    results.write(line + b"\n")

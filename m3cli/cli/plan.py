@@ -6,7 +6,8 @@ import sys
 from dataclasses import asdict
 
 from m3cli.cli import flags
-from m3cli.cli.encode import make_request, open_stdin
+from m3cli.cli.encode import make_request
+from m3cli.cli.terminal import open_stdin, print_json
 from m3cli.cli.values import auto, parse_names, parse_outputs, parse_size
 
 
@@ -88,4 +89,7 @@ def plan(
     from m3cli.panel import plan_panel, print_panel  # noqa: PLC0415
 
     found = plan_corpus(request, stdin=open_stdin(inputs))
-    print_panel(plan_panel(found, title="m3 plan"), sys.stdout, document=asdict(found) if as_json else None)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        print_panel(plan_panel(found, title="m3 plan"), sys.stdout)

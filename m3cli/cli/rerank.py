@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
 from m3cli.cli import flags
-from m3cli.cli.encode import check_choices, open_stdin
-from m3cli.cli.values import auto
+from m3cli.cli.terminal import open_results, open_stdin, show_run
+from m3cli.cli.values import DTYPES, auto, check_choices
 
 _TEXTS, _RERANKING = "Texts", "Re-ranking"
 
@@ -82,11 +81,10 @@ def rerank(
 
     Only they are in the new run. A document whose text is not found is left out and counted; then the exit code is 3.
     """
-    check_choices({"dtype": auto(dtype), "progress": progress})
+    check_choices({"dtype": dtype}, {"dtype": DTYPES})
     from m3cli.corpus.field_flags import FieldFlags  # noqa: PLC0415
     from m3cli.jobs.rerank import RerankRequest, rerank_run  # noqa: PLC0415  torch, not for --help
     from m3cli.jobs.texts_by_id import TextSource  # noqa: PLC0415
-    from m3cli.progress import Progress  # noqa: PLC0415
 
     request = RerankRequest(
         run=run,
@@ -116,5 +114,6 @@ def rerank(
         device=auto(device),
         max_batch_tokens=max_batch_tokens,
     )
-    shown = Progress(progress)  # type: ignore[arg-type]
-    raise typer.Exit(rerank_run(request, progress=shown, stdout=sys.stdout.buffer, stdin=open_stdin([run])))
+    with show_run(progress) as shown:
+        code = rerank_run(request, progress=shown, stdout=open_results(shown), stdin=open_stdin([run]))
+    raise typer.Exit(code)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from typing import Annotated
 
 import typer
 
 from m3cli.cli import flags
-from m3cli.cli.encode import check_choices, open_stdin
-from m3cli.cli.values import auto, parse_names
+from m3cli.cli.terminal import open_results, open_stdin, show_run
+from m3cli.cli.values import DTYPES, auto, check_choices, parse_names
 from m3cli.errors import UsageError
 
 _PAIRS, _SCORES, _FOLDERS, _SPEED = "Pairs", "Scores", "From encoded folders", "Speed"
 _CHUNKS = ("max", "mean", "first")
+_HEAVIEST = 1_000_000
+"weight; sums of scores stay far below the largest float32"
 
 
 def score(
@@ -84,11 +84,9 @@ def score(
 
     A row that is no pair (an empty side, an unknown id) has empty scores; then the exit code is 3.
     """
-    check_choices({"dtype": auto(dtype), "progress": progress})
-    check_choices({"chunks": chunks}, {"chunks": _CHUNKS})
+    check_choices({"dtype": dtype, "chunks": chunks}, {"dtype": DTYPES, "chunks": _CHUNKS})
     settled_weights, settled_modes = parse_weights(weights), parse_modes(modes)
     from m3cli.jobs.score import ScoreRequest, score_pairs  # noqa: PLC0415  pyarrow, not for --help
-    from m3cli.progress import Progress  # noqa: PLC0415
 
     request = ScoreRequest(
         pairs=pairs,
@@ -109,14 +107,15 @@ def score(
         corpus=corpus,
         chunks=chunks,
     )
-    shown, stdin = Progress(progress), open_stdin([pairs])  # type: ignore[arg-type]
-    if explain:
-        from m3cli.cli.explain import print_explanations  # noqa: PLC0415
-        from m3cli.jobs.explain import explain_pairs  # noqa: PLC0415  torch
+    with show_run(progress) as shown:
+        stdin = open_stdin([pairs])
+        if explain:
+            from m3cli.cli.explain import print_explanations  # noqa: PLC0415
+            from m3cli.jobs.explain import explain_pairs  # noqa: PLC0415  torch
 
-        code = print_explanations(explain_pairs(request, progress=shown, stdin=stdin))
-    else:
-        code = score_pairs(request, progress=shown, stdout=sys.stdout.buffer, stdin=stdin)
+            code = print_explanations(explain_pairs(request, progress=shown, stdin=stdin))
+        else:
+            code = score_pairs(request, progress=shown, stdout=open_results(shown), stdin=stdin)
     raise typer.Exit(code)
 
 
@@ -139,9 +138,10 @@ def parse_weights(text: str) -> tuple[float, float, float]:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) != 3 or not all(math.isfinite(number) and number >= 0 for number in numbers):
+    if len(numbers) != 3 or not all(0 <= number <= _HEAVIEST for number in numbers):
         raise UsageError(
-            f"--weights {text!r}: expected three numbers from 0 up, of dense,sparse,colbert, such as 0.4,0.2,0.4"
+            f"--weights {text!r}: expected three numbers from 0 to {_HEAVIEST:,}, of dense,sparse,colbert, such as "
+            "0.4,0.2,0.4"
         )
     if sum(numbers) == 0:
         raise UsageError(f"--weights {text!r}: they sum to 0, and an average is divided by their sum")

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from m3cli.cli import flags
-from m3cli.cli.encode import check_choices, open_stdin
 from m3cli.cli.score import parse_weights
-from m3cli.cli.values import auto, parse_names
+from m3cli.cli.terminal import open_results, open_stdin, show_run
+from m3cli.cli.values import DTYPES, auto, check_choices, parse_names
 from m3cli.errors import UsageError
 from m3cli.records import Output
 
@@ -22,6 +22,7 @@ _CHOICES = {
     "level": ("document", "chunk"),
     "format": ("trec", "jsonl"),
     "tokenizer": ("m3", "plain"),
+    "dtype": DTYPES,
 }
 
 
@@ -141,13 +142,11 @@ def search(
 
     Texts are encoded with the checkpoint of the folder. Rows that are no queries are counted; then the exit code is 3.
     """
-    check_choices({"dtype": auto(dtype), "progress": progress})
     chosen = {"mode": mode, "fusion": fusion, "level": level, "format": ranking_format, "tokenizer": tokenizer}
-    check_choices(chosen, _CHOICES)
+    check_choices({**chosen, "dtype": dtype}, _CHOICES)
     settled_weights = None if weights is None else parse_weights(weights)
     from m3cli.jobs.search import search_corpus  # noqa: PLC0415  pyarrow, not for --help
     from m3cli.jobs.search_request import SearchRequest  # noqa: PLC0415
-    from m3cli.progress import Progress  # noqa: PLC0415
 
     request = SearchRequest(
         folder=folder,
@@ -174,10 +173,10 @@ def search(
         tokenizer=tokenizer,  # type: ignore[arg-type]
         corpus_inputs=tuple(corpus_input or ()),
     )
-    shown: Any = Progress(progress)  # type: ignore[arg-type]
     show = _print_hits if sys.stdout.isatty() else None
-    stdin = open_stdin([queries, *request.corpus_inputs])
-    code = search_corpus(request, progress=shown, stdout=sys.stdout.buffer, stdin=stdin, show=show)
+    with show_run(progress) as shown:
+        stdin = open_stdin([queries, *request.corpus_inputs])
+        code = search_corpus(request, progress=shown, stdout=open_results(shown), stdin=stdin, show=show)
     raise typer.Exit(code)
 
 

@@ -21,7 +21,7 @@ from m3cli.corpus.sources import check_local, find_sources
 from m3cli.corpus.streams import PeekableStream, read_head
 from m3cli.corpus.trec import RUN_COLUMNS, split_run_line
 from m3cli.corpus.tsv import split_cells
-from m3cli.errors import CorpusError, UsageError, refuse_unreachable
+from m3cli.errors import CorpusError, UsageError, count_noun, refuse_unreachable
 from m3cli.records import Source
 
 PairsFormat = Literal["tsv", "csv", "jsonl", "parquet", "trec"]
@@ -178,7 +178,9 @@ def _resolve_cells(
     numbers = [name or str(place) for place, name in enumerate(given, start=1)]
     for flag, name in zip(("--query-field", "--passage-field"), numbers, strict=True):
         if not name.isdecimal() or not 1 <= int(name) <= len(first):
-            wanted = f"no column {name!r} ({flag})" if not name.isdecimal() else f"only {len(first)} columns"
+            wanted = (
+                f"no column {name!r} ({flag})" if not name.isdecimal() else f"only {count_noun(len(first), 'column')}"
+            )
             raise CorpusError(
                 f"{pairs.source.name} has {wanted}; its first line is {_show(first)}: a header names both columns, "
                 "without one they are given by number, the first being 1"

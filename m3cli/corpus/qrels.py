@@ -19,7 +19,7 @@ from m3cli.corpus.jsonl import parse_json_line
 from m3cli.corpus.rows import Fault
 from m3cli.corpus.streams import PeekableStream
 from m3cli.corpus.trec import read_lines, split_cells
-from m3cli.errors import CorpusError
+from m3cli.errors import CorpusError, count_noun
 from m3cli.records import Judgements
 
 QUERY_NAMES = ("query-id", "query_id", "qid")
@@ -76,8 +76,8 @@ def read_qrels(given: str, *, stdin: PeekableStream | None = None) -> Judgements
     if both:
         document, query = both[0]
         _log.warning(
-            "%s: %s passages are positive and negative at once and count as positive, the first %r of query %r",
-            *(given, f"{len(both):,}", document[:80], query[:80]),
+            "%s: %s positive and negative at once, counted as positive; the first: %r of query %r",
+            *(given, count_noun(len(both), "passage is", "passages are"), document[:80], query[:80]),
         )
     return judgements
 
@@ -95,7 +95,7 @@ def _choose_parser(given: str, number: int, line: str) -> tuple[_Parser, bool]:
         return _parse_three, True
     if len(split_cells(line, 4)) == 4:
         return _parse_four, False
-    raise CorpusError(f"{given} line {number:,}: {len(cells)} columns without a known header; {_REMEDY}")
+    raise CorpusError(f"{given} line {number:,}: {count_noun(len(cells), 'column')} without a known header; {_REMEDY}")
 
 
 def _parse_three(line: str) -> _Judged:
@@ -111,7 +111,7 @@ def _parse_four(line: str) -> _Judged:
 def _take_cells(line: str, num_columns: int) -> list[str]:
     cells = split_cells(line, num_columns)
     if len(cells) != num_columns:
-        raise _NoJudgement(f"{len(cells)} columns, not {num_columns}")
+        raise _NoJudgement(f"{count_noun(len(cells), 'column')}, not {num_columns}")
     return cells
 
 

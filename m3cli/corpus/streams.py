@@ -41,6 +41,7 @@ class PeekableStream:
     def __init__(self, stream: Readable) -> None:
         self._stream = stream
         self._head = b""
+        self._ended = False
 
     def peek(self, size: int) -> bytes:
         """Return the next `size` bytes, fewer only if the stream ends before, and leave them there."""
@@ -54,7 +55,9 @@ class PeekableStream:
 
     def _pull(self, size: int) -> bytes:
         parts = []
-        while size > 0 and (part := self._stream.read(size)):
+        while size > 0 and not self._ended:
+            part = self._stream.read(size)
+            self._ended = not part  # a terminal would go on after it
             parts.append(part)
             size -= len(part)
         return b"".join(parts)

@@ -14,7 +14,7 @@ from pathlib import Path
 from m3cli.corpus.lines import BOM
 from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import BLOCK_BYTES, ByteStream, PeekableStream
-from m3cli.errors import CorpusError, refuse_unreachable
+from m3cli.errors import CorpusError, count_noun, refuse_unreachable
 from m3cli.records import Rankings
 
 RUN_COLUMNS = ("query_id", "Q0", "doc_id", "rank", "score", "tag")
@@ -37,7 +37,9 @@ def read_run(given: str, *, stdin: PeekableStream | None = None, top_k: int | No
     for number, line in read_lines(given, stdin=stdin):
         cells = split_run_line(line)
         if len(cells) != len(RUN_COLUMNS):
-            raise CorpusError(f"{given} line {number:,}: {len(cells)} columns, not {len(RUN_COLUMNS)}; {_RUN_REMEDY}")
+            raise CorpusError(
+                f"{given} line {number:,}: {count_noun(len(cells), 'column')}, not {len(RUN_COLUMNS)}; {_RUN_REMEDY}"
+            )
         query, _, document, _, spelt, _ = cells
         try:
             score = float(spelt)

@@ -25,7 +25,7 @@ from m3cli.ahead import run_ahead
 from m3cli.config import EncodeRequest
 from m3cli.corpus.sources import count_unread, find_sources
 from m3cli.corpus.streams import PeekableStream, check_unchanged
-from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED
+from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, Interrupted, count_noun
 from m3cli.jobs.metrics import MetricsFile, keep_metrics
 from m3cli.jobs.opening import Opened, Settled, choose_out, open_run, settle
 from m3cli.jobs.run import describe_rest, open_checkpoint, refuse_other_checkpoint, refuse_other_tokenizer
@@ -114,7 +114,8 @@ def encode_corpus(
                 finish(opened, request, progress=progress, stdin=stdin)
             else:
                 work = Work(progress=progress, watch=watch, stop=stop or Stop(), metrics=metrics, tally=tally)
-                encode(opened, request, fresh=fresh, todo=todo, stdin=stdin, work=work)
+                with tell_kept(opened):
+                    encode(opened, request, fresh=fresh, todo=todo, stdin=stdin, work=work)
             code = judge(opened, request, tally)
         metrics.numbers["exit_code"] = code
     return code
@@ -167,12 +168,30 @@ def finish(opened: Opened, request: EncodeRequest, *, progress: Progress, stdin:
             since.list_gone(hashes, listing=request.gone)
     counts = opened.counts
     progress.say(
-        f"nothing to do: {opened.name} holds {', '.join(opened.run.config.outputs)} of {counts.documents:,} documents "
-        f"({counts.chunks:,} rows, {counts.skipped:,} skipped) in {len(opened.done):,} shards"
+        f"nothing to do: {opened.name} holds {', '.join(opened.run.config.outputs)} of "
+        f"{count_noun(counts.documents, 'document')} ({count_noun(counts.chunks, 'row')}, {counts.skipped:,} skipped) "
+        f"in {count_noun(len(opened.done), 'shard')}"
     )
     rows = counts.documents + counts.skipped
     if (rest := describe_rest(opened.run, request, out=opened.shown_path, rows=rows)) is not None:
         progress.say(rest)
+
+
+@contextmanager
+def tell_kept(opened: Opened) -> Iterator[None]:
+    """Tell how many shards are kept if Ctrl-C ends the work.
+
+    Raises:
+        Interrupted: Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        kept, planned = len(opened.folder.done()), opened.num_shards
+        shards = count_noun(kept, "shard is", "shards are")
+        if planned is not None:
+            shards = f"{kept:,} of {count_noun(planned, 'shard is', 'shards are')}"
+        raise Interrupted(f"interrupted: {shards} kept; run the same command again to resume") from error
 
 
 def encode(

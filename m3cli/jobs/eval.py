@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from m3cli.corpus.qrels import read_qrels
 from m3cli.corpus.streams import PeekableStream
 from m3cli.corpus.trec import read_run
-from m3cli.errors import CorpusError, UsageError
+from m3cli.errors import CorpusError, UsageError, count_noun
 from m3cli.retrieval.measures import (
     Values,
     compare_queries,
@@ -50,14 +50,19 @@ class Evaluation:
 
     def describe(self) -> list[str]:
         """Say what the means hide, a line each."""
-        lines = [f"{self.queries:,} judged queries in {self.qrels}, which every mean is over"]
+        lines = [
+            f"{count_noun(self.queries, 'judged query', 'judged queries')} in {self.qrels}, which every mean is over"
+        ]
         if self.without_relevant:
-            lines.append(f"{self.without_relevant:,} of them have no relevant document and are 0 for every run")
+            lines.append(f"{self.without_relevant:,} of them without a relevant document, 0 for every run")
         for worth in self.runs:
             if worth.missing:
-                lines.append(f"{worth.run} lacks {worth.missing:,} judged queries, which count as 0")
+                lines.append(
+                    f"{worth.run} lacks {count_noun(worth.missing, 'judged query', 'judged queries')}, counted as 0"
+                )
             if worth.not_judged:
-                lines.append(f"{worth.run} has {worth.not_judged:,} queries without judgements, which do not count")
+                strange = count_noun(worth.not_judged, "query", "queries")
+                lines.append(f"{worth.run} has {strange} without judgements, not counted")
         return lines
 
 

@@ -28,7 +28,7 @@ from m3cli.encoder import device as machine
 from m3cli.encoder.reranker import PAIR_SPECIALS, Reranker, join_pair, load_reranker, score_batch
 from m3cli.encoder.texts import TokenisedTexts, pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
-from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, CorpusError, UsageError
+from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, CorpusError, UsageError, count_noun
 from m3cli.jobs.run import open_checkpoint
 from m3cli.jobs.texts_by_id import TextSource
 from m3cli.progress import Progress
@@ -94,7 +94,7 @@ class _Tally:
         reasons = ", ".join(
             f"{count:,} {fault} (such as {', '.join(self.named[fault])})" for fault, count in self.faults.most_common()
         )
-        return f"{self.faults.total():,} candidates have no place in the new run: {reasons}"
+        return f"{count_noun(self.faults.total(), 'candidate is', 'candidates are')} not in the new run: {reasons}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,8 +151,9 @@ def rerank_run(
             progress.stop()
     tally, seconds = setup.tally, time.perf_counter() - began
     progress.say(
-        f"{tally.pairs:,} pairs, {tally.tokens:,} tokens in {seconds:.1f} s (loading included); "
-        f"{tally.cut['queries']:,} queries and the passages of {tally.cut['pairs']:,} pairs were truncated"
+        f"{count_noun(tally.pairs, 'pair')}, {count_noun(tally.tokens, 'token')} in {seconds:.1f} s, loading included; "
+        f"truncated: {count_noun(tally.cut['queries'], 'query', 'queries')}, "
+        f"the passages of {count_noun(tally.cut['pairs'], 'pair')}"
     )
     if tally.faults:
         progress.say(tally.describe_faults())

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from m3cli.corpus.pair_source import PairColumns, PairSource, find_pairs, resolve_columns
 from m3cli.corpus.pairs import Pair, WindowLimits, cut_windows, read_pairs
 from m3cli.corpus.streams import PeekableStream
-from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError
+from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError, count_noun
 from m3cli.jobs.idle_flags import refuse_idle_flags
 from m3cli.progress import Progress
 from m3cli.records import Output
@@ -113,7 +113,7 @@ class ScoreTally:
         reasons = ", ".join(
             f"{count:,} {fault} ({self._name_rows(fault)})" for fault, count in self.faults.most_common()
         )
-        return f"{self.faults.total():,} of {self.pairs:,} rows have no scores: {reasons}"
+        return f"{self.faults.total():,} of {count_noun(self.pairs, 'row has', 'rows have')} no scores: {reasons}"
 
     def _name_rows(self, fault: str) -> str:
         named = self.rows[fault]
@@ -163,9 +163,11 @@ def score_pairs(
             progress.stop()
     seconds = time.perf_counter() - began
     rate = tally.pairs / max(seconds, 1e-9)
-    progress.say(f"{tally.pairs:,} pairs in {seconds:.1f} s ({rate:,.0f}/s, loading included): {scorer.describe()}")
+    progress.say(
+        f"{count_noun(tally.pairs, 'pair')} in {seconds:.1f} s ({rate:,.0f}/s, loading included): {scorer.describe()}"
+    )
     if table.cleaned:
-        progress.say(f"{table.cleaned:,} cells had tabs or line breaks, which TSV cannot hold: they are blanks now")
+        progress.say(f"{count_noun(table.cleaned, 'cell')} had tabs or line breaks, which TSV cannot hold: now blanks")
     if tally.faults:
         progress.say(tally.describe())
     return EXIT_ROWS_SKIPPED if tally.faults else EXIT_DONE
@@ -194,7 +196,7 @@ def write_scores(
         tally.add(window, faults)
         if scorer.ids and time.perf_counter() - said > _SECONDS_BETWEEN_WORDS:
             said = time.perf_counter()
-            progress.say(f"{tally.pairs:,} pairs so far, {tally.pairs / (said - began):,.0f}/s")
+            progress.say(f"{count_noun(tally.pairs, 'pair')} so far, {tally.pairs / (said - began):,.0f}/s")
     return tally
 
 

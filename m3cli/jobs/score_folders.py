@@ -18,7 +18,7 @@ from m3cli.config import ALL_OUTPUTS
 from m3cli.corpus.pairs import Pair, WindowLimits
 from m3cli.encoder.join import join_embeddings
 from m3cli.encoder.picking import pick_rows
-from m3cli.errors import ForeignFolder
+from m3cli.errors import ForeignFolder, count_noun
 from m3cli.jobs.chunk_pairs import ChunkPairs, join_chunks, merge_chunks
 from m3cli.jobs.score import ScoreRequest, WindowScores, number_distinct
 from m3cli.progress import Progress
@@ -65,9 +65,10 @@ class FolderScorer:
 
     def describe(self) -> str:
         """Say what was read."""
-        words = f"{self._rows[0]:,} query rows and {self._rows[1]:,} passage rows read, no model loaded"
+        queries, passages = count_noun(self._rows[0], "query row"), count_noun(self._rows[1], "passage row")
+        words = f"{queries} and {passages} read, no model loaded"
         if self._duplicates:
-            words += f"; {self._duplicates:,} ids name several documents, and the first of each was taken"
+            words += f"; {count_noun(self._duplicates, 'id names', 'ids name')} several documents: the first was taken"
         return words
 
     def score_window(self, window: Sequence[Pair]) -> WindowScores:

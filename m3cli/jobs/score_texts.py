@@ -24,7 +24,7 @@ from m3cli.encoder.model import Model, load_model
 from m3cli.encoder.picking import pick_rows
 from m3cli.encoder.texts import TokenisedTexts, pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
-from m3cli.errors import ModelError, UsageError
+from m3cli.errors import ModelError, UsageError, count_noun
 from m3cli.jobs.run import open_checkpoint
 from m3cli.jobs.score import ScoreRequest, WindowScores, number_distinct
 from m3cli.progress import Progress
@@ -112,7 +112,8 @@ class TextScorer:
 
     def describe(self) -> str:
         """Say what was encoded."""
-        return f"{self.texts:,} distinct texts encoded, {self.tokens:,} tokens, {self.truncated:,} texts truncated"
+        texts = count_noun(self.texts, "distinct text")
+        return f"{texts} encoded, {count_noun(self.tokens, 'token')}, {self.truncated:,} truncated"
 
     def tokenise(self, texts: Sequence[str], *, max_length: int = DEFAULT_LENGTH) -> TokenisedTexts:
         """Tokenise texts as they are before they are encoded."""

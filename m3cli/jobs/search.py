@@ -12,7 +12,7 @@ from typing import BinaryIO, get_args
 
 from m3cli.config import ALL_OUTPUTS
 from m3cli.corpus.streams import PeekableStream
-from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError
+from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError, count_noun
 from m3cli.jobs.idle_flags import refuse_idle_flags
 from m3cli.jobs.search_queries import Queries, encode_queries, open_queries, read_vectors
 from m3cli.jobs.search_request import Mode, SearchRequest
@@ -73,14 +73,17 @@ def search_corpus(
     seconds = time.perf_counter() - began
     unfound = sum(not found.ids for found in hits)
     words = f"; {unfound:,} without a hit" if unfound else ""
-    progress.say(f"{mode}: {len(hits):,} queries, {folder.counts.chunks:,} rows, {seconds:.1f} s in all{words}")
+    counted = f"{count_noun(len(hits), 'query', 'queries')}, {count_noun(folder.counts.chunks, 'row')}"
+    progress.say(f"{mode}: {counted}, {seconds:.1f} s in all{words}")
     if show is not None and drawn and len(hits) <= MOST_SHOWN:
         show(hits)
     else:
         with open_ranking(request.out, stdout, kind=kind, tag=f"m3-{mode}") as ranking:
             ranking.write(hits)
         if ranking.blanks:
-            progress.say(f"{ranking.blanks:,} lines have an id with blanks: their columns stand between tabs")
+            progress.say(
+                f"{count_noun(ranking.blanks, 'line has', 'lines have')} an id with blanks: tabs between the columns"
+            )
     return EXIT_ROWS_SKIPPED if queries.skipped else EXIT_DONE
 
 

@@ -19,7 +19,7 @@ from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder.join import join_embeddings
 from m3cli.encoder.picking import pick_rows
-from m3cli.errors import CorpusError, ForeignFolder, ModelError, UsageError
+from m3cli.errors import CorpusError, ForeignFolder, ModelError, UsageError, count_noun
 from m3cli.jobs.score_folders import refuse_strangers
 from m3cli.jobs.search_request import SearchRequest
 from m3cli.progress import Progress
@@ -101,7 +101,7 @@ def _read_texts(request: SearchRequest, *, progress: Progress, stdin: PeekableSt
     if skipped:
         first = skipped[0]
         progress.say(
-            f"{len(skipped):,} rows are no queries; the first, {first.source}:{first.position}: {first.reason}"
+            f"{count_noun(len(skipped), 'row')} skipped; the first, {first.source}:{first.position}: {first.reason}"
         )
     return Queries(ids=tuple(texts), texts=tuple(texts.values()), skipped=len(skipped))
 
@@ -139,12 +139,13 @@ def read_vectors(
     if not ids:
         raise UsageError(f"{queries.path.name}: there are no queries in it")
     if more:
-        progress.say(f"{more:,} queries of {queries.path.name} have several chunks: the first stands for each")
+        several = count_noun(more, f"query of {queries.path.name} has", f"queries of {queries.path.name} have")
+        progress.say(f"{several} several chunks: only the first is searched with")
     if queries.manifest is None:
         progress.say(f"{queries.path.name} is not complete: only the queries that are encoded so far are searched for")
     skipped = queries.counts.skipped
     if skipped:
-        progress.say(f"{queries.path.name}: {skipped:,} queries were skipped when it was made, see its _m3/skipped")
+        progress.say(f"{queries.path.name} was made without {count_noun(skipped, 'row')}, see its _m3/skipped")
     return Queries(ids=tuple(ids), texts=(None,) * len(ids), embeddings=join_embeddings(parts), skipped=skipped)
 
 
@@ -182,11 +183,13 @@ def encode_queries(
     embeddings, failed, tokenised = scorer.try_texts(texts, max_length=length)
     if tokenised.truncated:
         remedy = "" if length > DEFAULT_LENGTH else "; --max-query-length sets another length"
-        progress.say(f"{tokenised.truncated:,} of {len(texts):,} queries are cut at {length} tokens{remedy}")
+        given = count_noun(len(texts), "query", "queries")
+        progress.say(f"{tokenised.truncated:,} of {given} cut at {length} tokens{remedy}")
     if failed:
         first = min(failed, key=lambda each: each.row)
         words = (
-            f"{len(failed):,} of {len(texts):,} queries cannot be encoded; the first, {queries.ids[first.row][:80]!r}: "
+            f"{len(failed):,} of {count_noun(len(texts), 'query', 'queries')} cannot be encoded; the first, "
+            f"{queries.ids[first.row][:80]!r}: "
             f"{first.reason} ({first.detail})"
         )
         if embeddings is None:

@@ -12,7 +12,7 @@ from m3cli.corpus.plan import plan_shards
 from m3cli.corpus.reader import read_shards
 from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import PeekableStream
-from m3cli.errors import ForeignFolder, UsageError
+from m3cli.errors import ForeignFolder, UsageError, count_noun
 from m3cli.jobs.search_folder import Found
 from m3cli.jobs.search_queries import Queries, open_corpus_checkpoint
 from m3cli.jobs.search_request import SearchRequest
@@ -85,12 +85,12 @@ def search_input(
             f"{given} has none of the documents of {folder.path.name}: give the corpus that it was encoded from"
         )
     if strange:
-        progress.say(f"{strange:,} documents of {given} are not in {folder.path.name}: not searched")
+        progress.say(f"{count_noun(strange, 'document')} of {given} not in {folder.path.name}: not searched")
     lacking = len(there.difference(ids))
     if lacking:
         progress.say(
-            f"{lacking:,} documents of {folder.path.name} are not in {given}: not searched; name all that it was "
-            "encoded from, --input once for each"
+            f"{count_noun(lacking, 'document')} of {folder.path.name} not in {given}: not searched; name all "
+            "inputs that it was encoded from, --input once for each"
         )
     numbers: dict[str, int] = {}
     keys = np.array([numbers.setdefault(name, len(numbers)) for name in ids], np.int64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from m3cli.errors import CorpusError, Stopped
+from m3cli.errors import CorpusError, Stopped, count_noun
 from m3cli.records import ShardCounts
 
 MIN_ROWS = 1000
@@ -44,6 +44,6 @@ def refuse_too_many_skipped(
     if exceeded:
         why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
         raise CorpusError(
-            f"{counts.skipped:,} of {rows:,} rows were skipped, more than --max-skipped {spelt}"
+            f"{counts.skipped:,} of {count_noun(rows, 'row was', 'rows were')} skipped, more than --max-skipped {spelt}"
             f"{f' ({why})' if why else ''}; see {out}/_m3/skipped, then mend the input or raise --max-skipped"
         )

@@ -151,7 +151,7 @@ def test_standard_input_of_any_format(content: bytes, expected: tuple[str, str])
         ("", "p.tsv", CorpusError, "is empty"),
         ("\n\n", "p.tsv", CorpusError, "only blank lines"),
         ("a b\n", "p.txt", CorpusError, "neither tab nor comma"),
-        ("one\n", "p.tsv", CorpusError, "only 1 columns"),
+        ("one\n", "p.tsv", CorpusError, "only 1 column;"),
         ('{"x":"a","y":"b"}\n', "p.jsonl", CorpusError, "no column that is known for the query; it has x, y"),
         ("query\tquery\n", "p.tsv", CorpusError, "two columns 'query'"),
     ],

@@ -87,6 +87,4 @@ def test_a_passage_that_is_positive_and_negative_is_positive(tmp_path: Path, cap
         "negative_passages": [{"docid": "a"}, {"docid": "b"}],
     }
     assert read_qrels(write(tmp_path, orjson.dumps(row))) == {"q": {"a": 1, "b": 0}}
-    assert (
-        "1 passages are positive and negative at once and count as positive, the first 'a' of query 'q'" in caplog.text
-    )
+    assert "1 passage is positive and negative at once, counted as positive; the first: 'a' of query 'q'" in caplog.text

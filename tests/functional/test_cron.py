@@ -98,6 +98,24 @@ def test_sigterm_ends_with_75_and_the_next_run_goes_on(m3_here: M3, tmp_path: Pa
     assert count_done(tmp_path / "c.m3") > done
 
 
+def test_ctrl_c_says_what_is_kept_and_the_next_run_resumes(m3_here: M3, tmp_path: Path, tiny_m3: Path) -> None:
+    write_corpus(tmp_path / "c.jsonl", 4000)
+    flags = ("--model", tiny_m3, *FLAGS, "--log-file", "m3.log")
+    with m3_running(tmp_path, "c.jsonl", *flags) as process:
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    told = re.fullmatch(
+        r"m3: interrupted: (\d+) of (\d+) shards are kept; run the same command again to resume",
+        stderr.splitlines()[-1],
+    )
+    assert told, stderr
+    assert int(told[1]) == count_done(tmp_path / "c.m3") >= 1
+    assert "exit code 130: interrupted: " in (tmp_path / "m3.log").read_text(encoding="utf-8")
+    assert m3_here("encode", "c.jsonl", *flags).returncode == 0
+    assert count_done(tmp_path / "c.m3") == int(told[2])
+
+
 @pytest.fixture
 def slow_model(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Let every batch take some seconds more."""

@@ -32,9 +32,9 @@ def test_one_run_as_tsv(m3: Callable[..., Completed], files: Path) -> None:
     # q1 has its document at rank 2, q2 at rank 1, q3 has none.
     assert list(map(float, row[1:])) == pytest.approx([(0.63093 + 1) / 3, 2 / 3, 0.5, 0.5], abs=1e-4)
     assert "3 judged queries in qrels.tsv" in done.stderr
-    assert "1 of them have no relevant document" in done.stderr
-    assert "one.trec lacks 1 judged queries, which count as 0" in done.stderr
-    assert "one.trec has 1 queries without judgements" in done.stderr
+    assert "1 of them without a relevant document" in done.stderr
+    assert "one.trec lacks 1 judged query, counted as 0" in done.stderr
+    assert "one.trec has 1 query without judgements" in done.stderr
 
 
 def test_runs_side_by_side(m3: Callable[..., Completed], files: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_run_in_a_new_order(m3: Callable[..., Completed], files: Path, cross_e
     assert [float(row[4]) for row in rows[:3]] == sorted((float(row[4]) for row in rows[:3]), reverse=True)
     assert found == pytest.approx(score_by_transformers(cross_encoder, found), abs=1e-4)
     assert "5 pairs" in done.stderr
-    assert "0 queries and the passages of 1 pairs were truncated" in done.stderr
+    assert "truncated: 0 queries, the passages of 1 pair" in done.stderr
 
     # The same texts from a folder, the run from a pipe, the result in a file, scores from 0 to 1.
     encoded = m3("encode", "corpus.jsonl", "--model", tiny_m3, "--outputs", "dense", "--keep-text")
@@ -85,7 +85,7 @@ def test_candidates_without_text_are_left_out_and_counted(
     done = m3("rerank", "run.trec", *flags)
     assert done.returncode == 3
     assert len(done.stdout.splitlines()) == 6
-    assert "3 candidates have no place in the new run: " in done.stderr
+    assert "3 candidates are not in the new run: " in done.stderr
     assert "2 of a query without text (such as q3)" in done.stderr
     assert "1 without text (such as gone of query q1)" in done.stderr
 

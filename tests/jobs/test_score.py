@@ -112,7 +112,7 @@ def test_truncation_is_counted_and_cuts(score: Callable[..., Scored], tmp_path: 
     path = tmp_path / "p.tsv"
     path.write_text("a b c\tx y z x y z\na b c\tx y z\n", encoding="utf-8")
     made = score(path, max_passage_length=5)
-    assert "1 texts truncated" in made.said
+    assert ", 1 truncated" in made.said
     assert made.column("colbert")[0] == made.column("colbert")[1]
 
 
@@ -266,7 +266,7 @@ def test_folders_give_the_scores_of_the_texts(
     made = score_ids([(f"q{query}", f"d{passage}") for query, passage in rows])
     assert made.code == 0
     assert "no model loaded" in made.said
-    assert "1 ids name several documents" in made.said, "d0 is there twice, and the first is taken"
+    assert "1 id names several documents" in made.said, "d0 is there twice, and the first is taken"
     for mode in MODES:
         assert made.column(mode) == pytest.approx(expected.column(mode), abs=2e-3), "float16 on disk"
 

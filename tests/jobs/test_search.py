@@ -236,7 +236,7 @@ def test_hits_say_where_they_are(folders: Callable[..., Path], format: str) -> N
     whole = samples.make_text(shard, documents=5).documents[place].text
     assert hit["snippet"] == whole[hit["char_start"] : hit["char_end"]]
     assert found[0]["query"] is None
-    assert "1 queries of q.m3 have several chunks: the first stands for each" in said
+    assert "1 query of q.m3 has several chunks: only the first is searched with" in said
 
 
 def test_a_run_reads_no_texts_and_no_spans(folders: Callable[..., Path]) -> None:

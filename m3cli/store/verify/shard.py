@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from m3cli.errors import count_noun
 from m3cli.records import DoneEntry, TokenMatrices
 from m3cli.store.blobs import read_blobs
 from m3cli.store.layout import (
@@ -178,4 +179,4 @@ def _check_skipped(check: ShardCheck, path: Path, expected: int) -> None:
             orjson.loads(line)
             count += 1
     if count != expected:
-        check.say(skipped_name(check.index), f"lists {count:,} rows, the done entry counts {expected:,}")
+        check.say(skipped_name(check.index), f"lists {count_noun(count, 'row')}, the done entry counts {expected:,}")

@@ -1,0 +1,142 @@
+"""The standard streams of a command: what it reads, where its results go, and how warnings and bad ends are told.
+
+Results go to stdout, everything else to stderr. On a terminal the control characters of ids and texts are escaped; in a
+file or a pipe the bytes stay as they are. With `--progress json` every line on stderr is a JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from m3cli.cli.values import check_choices
+from m3cli.errors import EXIT_INTERRUPTED, M3Error, escape_controls, spell_printable
+
+if TYPE_CHECKING:
+    from m3cli.corpus.streams import PeekableStream
+    from m3cli.progress import Progress
+
+PROGRESS_MODES = ("auto", "bar", "log", "json", "none")
+_log = logging.getLogger(__name__)
+
+
+def prepare_streams() -> None:
+    """Open closed streams (`>&-`) on the null device, or the next file opened would take their place.
+
+    A stream that is not UTF-8 gets escapes for the characters that it cannot hold.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  to the end
+        elif mode == "w" and (stream.encoding or "").lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def open_stdin(inputs: Sequence[str]) -> PeekableStream | None:
+    """Open standard input if it is among the inputs."""
+    if "-" not in inputs:
+        return None
+    from m3cli.corpus.streams import PeekableStream  # noqa: PLC0415  pyarrow, not for --help
+
+    if sys.stdin.isatty():
+        _log.warning("standard input is read from this terminal: type one row per line, end with Ctrl-D")
+    # Python's own buffer would read on after the end of what is typed on a terminal.
+    return PeekableStream(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer))
+
+
+def open_results(progress: Progress | None = None) -> BinaryIO:
+    """Return standard output for results; on a terminal they are escaped, and a bar makes room for them."""
+    sys.stdout.flush()
+    return cast("BinaryIO", _TerminalResults(progress)) if sys.stdout.isatty() else sys.stdout.buffer
+
+
+class _TerminalResults:
+    """Standard output that is a terminal."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress, self._terminal = progress, sys.stdout
+
+    def write(self, data: bytes) -> int:
+        if self._progress is not None:
+            self._progress.clear_bar()
+        self._terminal.write(escape_controls(data.decode(errors="backslashreplace")))
+        return len(data)
+
+    def writelines(self, lines: Iterable[bytes]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        self._terminal.flush()
+
+
+def print_json(document: Any) -> None:
+    """Print a document as indented JSON."""
+    import orjson  # noqa: PLC0415  not for --help
+
+    option = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS | orjson.OPT_APPEND_NEWLINE
+    open_results().write(orjson.dumps(document, option=option))
+
+
+@contextmanager
+def show_run(mode: str, *, log_file: str | None = None) -> Iterator[Progress]:
+    """Show a run as `--progress` says; its warnings go the same way, and its log file has a bad end too."""
+    check_choices({"progress": mode}, {"progress": PROGRESS_MODES})
+    from m3cli.progress import Progress  # noqa: PLC0415  tqdm and rich, not for --help
+
+    progress = Progress(mode, log_file=log_file)  # type: ignore[arg-type]
+    logger, handler = logging.getLogger("m3cli"), _ToProgress(progress)
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield progress
+    except (KeyboardInterrupt, Exception) as error:
+        progress.log_end(*describe_end(error))
+        raise
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
+
+
+class _ToProgress(logging.Handler):
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.WARNING)
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._progress.say(record.getMessage())
+
+
+class OneLine(logging.Formatter):
+    """Formats a warning as the messages of a command are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return one line."""
+        return f"m3: {spell_printable(record.getMessage())}"
+
+
+def describe_end(error: BaseException) -> tuple[str, int]:
+    """Return the words and the exit code of an error that ends a command."""
+    if isinstance(error, M3Error):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", EXIT_INTERRUPTED
+    words = textwrap.shorten(str(error), 300, placeholder="[...]")
+    return f"internal error: {type(error).__name__}{words and f': {words}'}; run again with --debug", M3Error.exit_code
+
+
+def tell_end(text: str, code: int, arguments: Sequence[str]) -> None:
+    """Tell a bad end in one line; as JSON if that was asked for, however far the command has come."""
+    if "--progress=json" in arguments or ("--progress", "json") in pairwise(arguments):
+        sys.stderr.write(json.dumps({"event": "error", "text": text, "exit_code": code}) + "\n")
+    else:
+        sys.stderr.write(f"m3: {spell_printable(text)}\n")

@@ -1,0 +1,382 @@
+"""What a user sees: one line an error, a table or a bar on a terminal, and no escapes from the data."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m3cli.errors import CorpusError
+from tests.conftest import Completed
+
+M3 = Callable[..., Completed]
+FLAGS = ("--dtype", "float32", "--outputs", "dense,sparse", "--max-length", "32")
+ESCAPE = "\x1b[31m"
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class Terminal:
+    """A command on a terminal of 80 columns."""
+
+    def __init__(self, folder: Path, *arguments: object) -> None:
+        self.shown = ""
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "m3cli", *map(str, arguments)],
+            cwd=folder,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env={**os.environ, "TERM": "xterm-256color"},
+        )
+        os.close(slave)
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def wait_for(self, words: str) -> None:
+        until = time.monotonic() + 120
+        while words not in self.shown:
+            assert time.monotonic() < until, self.shown
+            assert self._read(1.0), f"it has ended without {words!r}: {self.shown}"
+
+    def finish(self) -> str:
+        """Wait for the end, and return all that was shown."""
+        until = time.monotonic() + 120
+        while self._read(1.0):
+            assert time.monotonic() < until, self.shown
+        self.process.wait(timeout=60)
+        return self.shown
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+    def _read(self, seconds: float) -> bool:
+        """Read what is there; say whether more may come."""
+        if select.select([self._master], [], [], seconds)[0]:
+            try:
+                self.shown += os.read(self._master, 65536).decode(errors="replace")
+            except OSError:  # the other side is closed
+                return False
+        return True
+
+
+@contextmanager
+def terminal(folder: Path, *arguments: object) -> Iterator[Terminal]:
+    opened = Terminal(folder, *arguments)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def render(shown: str) -> list[str]:
+    """Return the lines that a terminal shows in the end: a carriage return goes back, what follows overwrites."""
+    lines, column = [""], 0
+    for char in COLOUR.sub("", shown):
+        if char == "\r":
+            column = 0
+        elif char == "\n":
+            lines.append("")
+            column = 0
+        else:
+            line = lines[-1].ljust(column)
+            lines[-1] = line[:column] + char + line[column + 1 :]
+            column += 1
+    return [line.rstrip() for line in lines]
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
+    """Let a job end, or do, as a test wants it to."""
+
+    def replace(name: str, what: Any) -> None:
+        def job(*_: Any, **__: Any) -> Any:
+            if isinstance(what, BaseException):
+                raise what
+            return what()
+
+        monkeypatch.setattr(name, job)
+
+    return replace
+
+
+INFO = "m3cli.jobs.info.describe_folder"
+JOBS = {
+    "encode": (("c.jsonl",), "m3cli.jobs.encode.encode_corpus"),
+    "score": (("c.tsv",), "m3cli.jobs.score.score_pairs"),
+    "search": (("c.m3", "-q", "words"), "m3cli.jobs.search.search_corpus"),
+    "rerank": (("c.trec", "--queries", "q", "--corpus", "c"), "m3cli.jobs.rerank.rerank_run"),
+}
+"by command: arguments, and what does its work"
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "code"),
+    [
+        (ValueError("odd\n  value"), "internal error: ValueError: odd value; run again with --debug", 1),
+        (AssertionError(), "internal error: AssertionError; run again with --debug", 1),
+        (OSError(5, "Input/output error", "x"), "internal error: OSError: [Errno 5] Input/output error: 'x'; run ", 1),
+        (RecursionError("x" * 999), "internal error: RecursionError: [...]; run again with --debug", 1),
+        (KeyboardInterrupt(), "interrupted", 130),
+        (CorpusError("a\x1b[31m.jsonl: bad"), "a\\x1b[31m.jsonl: bad", 4),
+    ],
+)
+def test_whatever_ends_a_command_is_one_line(
+    m3_here: M3, broken: Callable[[str, Any], None], error: BaseException, line: str, code: int
+) -> None:
+    broken(INFO, error)
+    done = m3_here("info", ".")
+    assert done.returncode == code
+    assert done.stderr.startswith(f"m3: {line}")
+    assert done.stderr.count("\n") == 1
+    for command, (arguments, job) in JOBS.items():
+        broken(job, error)
+        done = m3_here(command, *arguments, "--progress", "json")
+        assert done.returncode == code
+        assert [json.loads(text)["exit_code"] for text in done.stderr.splitlines()] == [code]
+        assert json.loads(done.stderr)["text"].startswith(str(error) if code == 4 else line)
+        assert m3_here(command, *arguments).stderr.startswith(f"m3: {line}")
+    done = m3_here("info", ".", "--debug")
+    assert done.returncode == code
+    assert ("Traceback" in done.stderr) == (code != 130)
+
+
+def test_the_log_file_has_the_unexpected_end(m3_here: M3, tmp_path: Path, broken: Callable[[str, Any], None]) -> None:
+    broken(JOBS["encode"][1], ValueError("odd"))
+    assert m3_here("encode", "c.jsonl", "--log-file", "m3.log").returncode == 1
+    assert "exit code 1: internal error: ValueError: odd" in (tmp_path / "m3.log").read_text(encoding="utf-8")
+
+
+def test_as_json_every_line_is_an_object(
+    m3_here: M3, tmp_path: Path, broken: Callable[[str, Any], None], tiny_m3: Path
+) -> None:
+    def warn() -> int:
+        logging.getLogger("m3cli.test").warning("a warning of %s", ESCAPE)
+        return 0
+
+    for command, (arguments, job) in JOBS.items():
+        done = m3_here(command, *arguments, "--progress=json", "--device", "tpu" if command == "encode" else "cpu")
+        events = [json.loads(line) for line in done.stderr.splitlines()]
+        assert events[-1]["event"] == "error", command
+        assert events[-1]["exit_code"] == done.returncode != 0
+        broken(job, warn)
+        assert m3_here(command, *arguments, "--progress", "json").stderr == (
+            json.dumps({"event": "message", "text": f"a warning of {ESCAPE}"}) + "\n"
+        )
+        assert m3_here(command, *arguments).stderr == "m3: a warning of \\x1b[31m\n"
+    done = m3_here("encode", "c.jsonl", "--limit", "x", "--progress", "json")
+    assert json.loads(done.stderr)["exit_code"] == done.returncode == 2
+
+
+def test_as_json_names_that_are_not_utf8_are_told(m3_here: M3, tmp_path: Path, tiny_m3: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    try:
+        (folder / name).write_text('{"id": "1", "text": "x"}\n', encoding="utf-8")
+    except OSError:
+        pytest.skip("this filesystem takes UTF-8 names only")
+    done = m3_here("encode", "in", "--model", tiny_m3, "--progress", "json")
+    assert done.returncode == 4, done.stderr
+    assert name in json.loads(done.stderr)["text"]
+
+
+def test_a_query_typed_on_a_terminal_ends_with_one_ctrl_d(m3_here: M3, tmp_path: Path, tiny_m3: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"id": "a", "text": "words"}\n', encoding="utf-8")
+    assert m3_here("encode", "c.jsonl", "--model", tiny_m3, *FLAGS).returncode == 0
+    with terminal(tmp_path, "search", "c.m3", "-q", "-", "--model", tiny_m3, "--dtype", "float32") as opened:
+        opened.wait_for("Ctrl-D")
+        opened.type("words of a query\n\x04")
+        shown = opened.finish()
+    assert opened.process.returncode == 0, shown
+    assert "1 query" in shown
+
+
+def test_scores_on_a_terminal_have_lines_of_their_own(tmp_path: Path, tiny_m3: Path) -> None:
+    pairs = [f"query {number}\tpassage {number} {ESCAPE}" for number in range(40)]
+    (tmp_path / "p.tsv").write_text("".join(f"{pair}\n" for pair in ["query\tpassage", *pairs]), encoding="utf-8")
+    with terminal(tmp_path, "score", "p.tsv", "--model", tiny_m3, "--max-batch-tokens", "64") as opened:
+        shown = opened.finish()
+    assert opened.process.returncode == 0, shown
+    lines = render(shown)
+    assert "tokens [" in shown, "there was a bar"
+    assert not [line for line in lines if "tokens [" in line]
+    rows = [line for line in lines if "passage " in line and not line.startswith("m3:")]
+    assert len(rows) == len(pairs)
+    assert all(row.startswith("query ") and "\\x1b[31m" in row for row in rows)
+
+
+@pytest.fixture
+def on_terminal(m3_here: M3, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+    """The command line in this process, its standard output a terminal."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+        with monkeypatch.context() as patch, os.fdopen(slave, "w", encoding="utf-8") as stdout:
+            patch.setattr(sys, "stdout", stdout)
+            patch.setenv("TERM", "xterm-256color")
+            code = m3_here(*arguments).returncode
+        shown = b""
+        with os.fdopen(master, "rb", buffering=0) as reader:
+            try:
+                while part := reader.read(65536):
+                    shown += part
+            except OSError:
+                pass
+        return code, COLOUR.sub("", shown.decode()) if "--explain" not in arguments else shown.decode()
+
+    return run
+
+
+def test_escapes_of_the_data_reach_files_and_pipes_but_no_terminal(
+    m3_here: M3, on_terminal: Callable[..., tuple[int, str]], tmp_path: Path, tiny_m3: Path
+) -> None:
+    name, words = f"a{ESCAPE}b\x9b", f"some{ESCAPE} text \u3000 \u200c of many words " * 9
+    (tmp_path / "c.jsonl").write_text(json.dumps({"id": name, "text": words}) + "\n", encoding="utf-8")
+    (tmp_path / "p.tsv").write_text(f"query\tpassage\nq{ESCAPE}\tp{ESCAPE}\n", encoding="utf-8")
+    model = ("--model", tiny_m3, "--dtype", "float32")
+    encoded = m3_here(
+        "encode",
+        "c.jsonl",
+        *model,
+        "--outputs",
+        "dense",
+        "--max-length",
+        "16",
+        "--keep-text",
+        "--long-docs",
+        "truncate",
+    )
+    assert encoded.returncode == 0, encoded.stderr
+    for command in (
+        ("info", "c.m3", "--id", name, "--text"),
+        ("info", "c.m3", "--truncated"),
+        ("search", "c.m3", "-q", "words", "--format", "trec", *model),
+        ("search", "c.m3", "-q", "words", "--format", "jsonl", *model),
+        ("score", "p.tsv", *model),
+        ("score", "p.tsv", *model, "--explain"),
+    ):
+        piped = m3_here(*command)
+        assert piped.returncode == 0, piped.stderr
+        assert ESCAPE in piped.stdout or "\\u001b[31m" in piped.stdout, command
+        code, shown = on_terminal(*command)
+        assert code == 0
+        assert ESCAPE not in shown, command
+        assert "\x9b" not in shown
+        assert "\\x1b[31m" in shown or "\\u001b[31m" in shown, command
+    assert "\u3000 \u200c" in on_terminal("info", "c.m3", "--id", name, "--text")[1], "what does no harm stays"
+
+
+def test_the_chunks_of_a_document_line_up_on_a_terminal(
+    m3_here: M3, on_terminal: Callable[..., tuple[int, str]], tmp_path: Path, tiny_m3: Path
+) -> None:
+    (tmp_path / "c.jsonl").write_text(json.dumps({"id": "a", "text": "many words " * 40}) + "\n", encoding="utf-8")
+    model = ("--model", tiny_m3, "--dtype", "float32", "--outputs", "dense", "--max-length", "16")
+    assert m3_here("encode", "c.jsonl", *model).returncode == 0
+    lines = on_terminal("info", "c.m3", "--id", "a")[1].splitlines()
+    assert len({line.rstrip().rfind(line.split()[1]) for line in lines}) == 1, lines
+    assert "\t" not in "".join(lines)
+    assert m3_here("info", "c.m3", "--id", "a").stdout.splitlines()[0] == "chunk\tcharacters\ttokens"
+
+
+def test_usage_errors_name_the_command_and_end_their_sentence(m3_here: M3) -> None:
+    for typed, said in (
+        ("encode c.jsonl --limit x", "--limit 'x': "),
+        ("encode c.jsonl --limit=0", "--limit '0': "),
+        ("search c.m3 -q x -k 1.5", "--top-k '1.5': "),
+        ("encode c.jsonl --colbert-min-weight x", "--colbert-min-weight 'x': "),
+        ("encode c.jsonl --limt 1", "No such option: --limt (Possible options: --limit, --split). See "),
+        ("score p.tsv --weights 1e308,1e308,1", "--weights '1e308,1e308,1': expected three numbers from 0 to "),
+        ("score p.tsv --dtype fp16", "--dtype 'fp16': expected auto, float32, bfloat16, float16, int8\n"),
+    ):
+        done = m3_here(*typed.split())
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"m3: {said}")
+        assert f". See 'm3 {typed.split()[0]} --help'.\n" in done.stderr or typed.startswith("score")
+    done = m3_here("encod")
+    assert done.returncode == 2
+    assert done.stderr.endswith(". See 'm3 --help'.\n")
+    done = m3_here()
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "Usage" in done.stdout
+
+
+BEYOND = (
+    ("encode c.jsonl", "--limit --max-length --overlap --mcls --colbert-pool --colbert-top-k --max-batch-tokens"),
+    ("encode c.jsonl", "--shard-size --max-row-bytes --max-skipped --max-runtime"),
+    ("plan c.jsonl", "--limit --max-length --overlap --mcls --colbert-pool --colbert-top-k --shard-size"),
+    ("check c.m3", "--sample --seed"),
+    ("score p.tsv", "--max-batch-tokens --max-query-length --max-passage-length"),
+    ("search c.m3 -q words", "--top-k --candidates --max-query-length --max-batch-tokens"),
+    ("rerank r.trec --queries q.jsonl --corpus c.jsonl", "--top-k --max-length --max-batch-tokens"),
+)
+
+
+@pytest.mark.parametrize(("command", "options"), BEYOND)
+def test_numbers_that_no_machine_counts_are_usage_errors(m3_here: M3, command: str, options: str) -> None:
+    for option in options.split():
+        for number in (2**54, 10**30, "9" * 5000):
+            done = m3_here(*command.split(), option, number)
+            assert done.returncode == 2, (option, number, done.stderr)
+            assert option in done.stderr
+            assert done.stderr.count("\n") == 1
+            assert len(done.stderr) < 400
+
+
+def test_a_time_that_no_clock_counts_is_a_usage_error(m3_here: M3) -> None:
+    for option in ("99999999999h", "37000d", "1" * 400 + "s"):
+        done = m3_here("encode", "c.jsonl", "--max-runtime", option)
+        assert done.returncode == 2
+        assert "--max-runtime" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "environment", [{"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_a_standard_output_that_is_not_utf8_crashes_nothing(
+    m3: M3, m3_here: M3, tmp_path: Path, tiny_m3: Path, environment: dict[str, str]
+) -> None:
+    row = {"id": "Łąka", "text": "zażółć 😀 " * 30}
+    (tmp_path / "Łąka.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    model = ("--model", tiny_m3, "--dtype", "float32", "--outputs", "dense", "--max-length", "16")
+    assert m3_here("encode", "Łąka.jsonl", *model, "--out", "c.m3").returncode == 0
+    done = m3("info", "c.m3", **environment)
+    assert done.returncode == 0, done.stderr
+    assert "documents" in done.stdout
+    done = m3("info", "c.m3", "--json", **environment)
+    assert json.loads(done.stdout)["run"]["sources"][0]["name"] == "Łąka.jsonl"
+
+
+def test_a_working_folder_that_was_removed_is_one_line(m3: M3, tmp_path: Path) -> None:
+    script = f"mkdir gone; cd gone; rmdir ../gone; exec '{sys.executable}' -m m3cli encode /nowhere/c.jsonl"
+    done = subprocess.run(
+        ["sh", "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 2
+    assert done.stderr == "m3: the working folder has been removed: cd to one that exists and run again\n"
