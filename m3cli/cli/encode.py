@@ -131,13 +131,14 @@ def encode(
         dedupe=dedupe,
         max_skipped=parse_max_skipped(max_skipped),
         metrics=metrics,
+        log_file=log_file,
         verify_input=verify_input,
         space_check=not no_space_check,
     )
     from m3cli.jobs.encode import encode_corpus  # noqa: PLC0415  pyarrow, not for --help
     from m3cli.progress import Progress  # noqa: PLC0415
 
-    shown = Progress(progress, log_file=log_file)  # type: ignore[arg-type]
+    shown = Progress(progress)  # type: ignore[arg-type]
     with limit_runtime(seconds, spelt=max_runtime or ""), tell_end(shown):
         code = encode_corpus(request, progress=shown, stdin=open_stdin(inputs), stop=stop)
     raise typer.Exit(code)

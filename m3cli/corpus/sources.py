@@ -1,6 +1,6 @@
 """Finds the input: files, folders, globs or standard input, in an order that depends on their names alone.
 
-Folders and globs give files of known endings; hidden files and `*.m3` folders are passed over. A file that is named
+Folders and globs give files of known endings; hidden files and folders that m3 writes are skipped. A file that is named
 itself may end as it likes. A source's name is its path below the folder that all inputs share.
 """
 
@@ -9,12 +9,13 @@ from __future__ import annotations
 import glob
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 from m3cli.corpus.formats import REMEDIES, check_input_format, has_known_ending, identify, split_endings
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import CorpusError, UsageError, is_utf8, refuse_unreachable
+from m3cli.paths import is_output_folder
 from m3cli.records import Source, SourceFormat
 
 ENDINGS_HINT = "files ending in .jsonl .ndjson .json .tsv .txt .text (also + .gz .zst) .parquet .pq are read"
@@ -26,6 +27,7 @@ def find_sources(
     input_format: str = "auto",
     stdin: PeekableStream | None = None,
     format_flag: str | None = "--input-format",
+    own: Container[str] = (),
 ) -> tuple[Source, ...]:
     """Find what the inputs name; standard input is only peeked at.
 
@@ -34,6 +36,7 @@ def find_sources(
         input_format: a format, or 'auto'.
         stdin: standard input, where it is wanted.
         format_flag: for messages: what forces a format, None where nothing does.
+        own: real paths of files that the run writes itself, which are not read.
 
     Raises:
         UsageError: nothing, or one thing twice.
@@ -44,13 +47,23 @@ def find_sources(
         raise UsageError("no input: give files, folders or globs, or '-' for standard input")
     if "-" in inputs:
         return (_find_stdin(inputs, forced, stdin, format_flag),)
-    found = [(path, root) for each in inputs for path, root in _find_files(each)]
+    found = [(path, root) for each in inputs for path, root in _find_files(each) if os.path.realpath(path) not in own]
+    if not found:
+        raise CorpusError(f"{' '.join(inputs)}: nothing to read there but what this run writes; give the corpus itself")
     _refuse_duplicates([path for path, _ in found])
     common = Path(os.path.commonpath([root for _, root in found]))
     sources = tuple(_open_source(path, path.relative_to(common).as_posix(), forced, format_flag) for path, _ in found)
     if not any(source.size for source in sources):
         raise CorpusError(f"{' '.join(inputs)}: nothing to encode, only empty files")
     return sources
+
+
+def list_files(given: str) -> list[Path]:
+    """List the files that an input names; what is wrong with it `find_sources` tells."""
+    try:
+        return [path for path, _ in _find_files(given)]
+    except (CorpusError, OSError):
+        return []
 
 
 def _find_stdin(
@@ -71,7 +84,7 @@ def _find_files(given: str) -> list[tuple[Path, Path]]:
     if not glob.has_magic(given):
         refuse_unreachable(path, CorpusError)
     if path.is_dir():
-        if path.suffix == ".m3":
+        if _is_written_by_m3(path):
             raise CorpusError(f"{given} is a folder that m3 writes: give the corpus itself")
         found = sorted(_walk(path), key=lambda file: file.relative_to(path).as_posix())
         if not found:
@@ -89,12 +102,12 @@ def _expand(pattern: str) -> list[tuple[Path, Path]]:
     while glob.has_magic(str(fixed)):
         fixed = fixed.parent
     matches = [Path(os.path.abspath(match)) for match in glob.glob(pattern, recursive=True)]  # noqa: PTH100, PTH207
+    between = {match: [parent for parent in match.parents if parent.is_relative_to(fixed)][:-1] for match in matches}
+    written = set(filter(_is_written_by_m3, {folder for folders in between.values() for folder in folders}))
     found = [
         match
         for match in matches
-        if match.is_file()
-        and has_known_ending(match.name)
-        and not any(part.endswith(".m3") for part in match.relative_to(fixed).parts[:-1])
+        if match.is_file() and has_known_ending(match.name) and written.isdisjoint(between[match])
     ]
     if not found:
         what = "no file matches" if not matches else "no match can be read"
@@ -107,8 +120,14 @@ def _walk(folder: Path) -> Iterator[Path]:
         raise CorpusError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and not name.endswith(".m3")]
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and not _is_written_by_m3(Path(parent, name))
+        ]
         yield from (Path(parent, name) for name in files if not name.startswith(".") and has_known_ending(name))
+
+
+def _is_written_by_m3(folder: Path) -> bool:
+    return folder.suffix == ".m3" or is_output_folder(folder)
 
 
 def _hint(folder: Path) -> str:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from m3cli.config import ALL_OUTPUTS
-from m3cli.errors import DamageFound, UsageError, refuse_unreachable
+from m3cli.errors import DamageFound, OutputError, UsageError, refuse_unreachable
 from m3cli.records import DoneEntry, Embeddings, LexicalWeights, Output, ShardCounts, TokenMatrices
 from m3cli.store.blobs import read_blobs
 from m3cli.store.entries import is_ours, read_entries, read_manifest, read_run
@@ -70,7 +70,7 @@ class ShardArrays:
 def open_folder(path: Path) -> OutputFolder:
     """Read what the folder says of itself; no such folder raises UsageError, damage DamageFound."""
     root = path.absolute()
-    refuse_unreachable(root / "_m3", UsageError)
+    refuse_unreachable(root / "_m3", OutputError)
     if not root.is_dir():
         raise UsageError(f"{path}: no such folder")
     if not is_ours(root):
