@@ -20,14 +20,26 @@ Reading takes no lock: each document was published whole.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from m3cli.errors import DamageFound, ForeignFolder
 from m3cli.records import DoneEntry, FileRecord, Shard, ShardCounts
-from m3cli.store.layout import DONE_FOLDER, FORMAT_VERSION, LOCK_NAME, MANIFEST_NAME, META, RUN_NAME, done_name
+from m3cli.store.layout import (
+    DONE_FOLDER,
+    FORMAT_VERSION,
+    LOCK_NAME,
+    MANIFEST_NAME,
+    META,
+    RUN_NAME,
+    SHARD_FOLDERS,
+    TMP_FOLDER,
+    done_name,
+    is_meta_name,
+    shard_of,
+)
 from m3cli.store.sealed import hash_file, read_json
 
 
@@ -102,7 +114,9 @@ def read_entries(root: Path) -> tuple[dict[int, DoneEntry], list[str]]:
     entries: dict[int, DoneEntry] = {}
     faults: list[str] = []
     folder = root / DONE_FOLDER
-    for path in _list_files(folder):
+    for path in (folder / name for name in _list_names(folder)):
+        if shard_of(f"{DONE_FOLDER}/{path.name}") is None:
+            continue  # a file of somebody else, which check lists
         try:
             entry = parse_entry(read_json(path), name=path.name)
         except DamageFound as damage:
@@ -123,8 +137,21 @@ def is_ours(root: Path) -> bool:
     return (root / LOCK_NAME).exists() or (root / RUN_NAME).exists() or list(root.iterdir()) == [meta]
 
 
-def _list_files(folder: Path) -> list[Path]:
+def find_links(root: Path) -> Iterator[str]:
+    """Name the symbolic links that have the names of a run's files and folders: m3 makes none.
+
+    Whoever made the folder may have let them point anywhere, so nothing is written or deleted through them.
+    """
+    for folder in (META, TMP_FOLDER, *SHARD_FOLDERS):
+        if (root / folder).is_symlink():
+            yield folder
+        for name in _list_names(root / folder, links=True):
+            if is_meta_name(f"{folder}/{name}") or shard_of(f"{folder}/{name}") is not None:
+                yield f"{folder}/{name}"
+
+
+def _list_names(folder: Path, *, links: bool = False) -> list[str]:
     if not folder.is_dir():
         return []
     with os.scandir(folder) as listing:
-        return [folder / name for name in sorted(item.name for item in listing)]
+        return sorted(item.name for item in listing if not links or item.is_symlink())

@@ -13,6 +13,8 @@ from m3cli.records import DoneEntry, FileRecord
 from m3cli.store.sealed import hash_file
 from m3cli.store.verify.faults import Fault
 
+IS_LINK = "is a symbolic link, which m3 does not make"
+
 
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
@@ -41,6 +43,8 @@ def _check_file(path: Path, record: FileRecord) -> str | None:
     try:
         with read_errors(path):
             status = path.lstat()
+            if stat.S_ISLNK(status.st_mode):
+                return IS_LINK
             if not stat.S_ISREG(status.st_mode):
                 return "is not a file"
             if status.st_size != record.length:

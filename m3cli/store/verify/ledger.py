@@ -18,7 +18,7 @@ from m3cli.store.entries import check_version, parse_entry, read_run
 from m3cli.store.layout import DONE_FOLDER, MANIFEST_NAME, RUN_NAME, done_name
 from m3cli.store.sealed import hash_file, read_json
 from m3cli.store.verify.faults import Fault
-from m3cli.store.verify.files import read_errors
+from m3cli.store.verify.files import IS_LINK, read_errors
 
 _STEM = re.compile(r"shard-(\d{7,})\.json")
 
@@ -103,6 +103,9 @@ def _read_entries(root: Path) -> tuple[dict[int, DoneEntry], list[Fault]]:
     faults: list[Fault] = []
     for index in _list_entries(root):
         path = root / done_name(index)
+        if path.is_symlink():
+            faults.append(_entry_fault(index, IS_LINK))
+            continue
         try:
             with read_errors(path):
                 entry = parse_entry(read_json(path), name=done_name(index))
