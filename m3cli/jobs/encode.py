@@ -29,7 +29,7 @@ from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError
 from m3cli.jobs.metrics import MetricsFile, keep_metrics
 from m3cli.jobs.opening import Opened, Settled, choose_out, open_run, settle
 from m3cli.jobs.paths import check_paths, list_own
-from m3cli.jobs.run import name_model, open_checkpoint, refuse_other_checkpoint, refuse_other_tokenizer
+from m3cli.jobs.run import open_checkpoint, refuse_other_checkpoint, refuse_other_tokenizer
 from m3cli.jobs.since import Since, open_since
 from m3cli.jobs.space import refuse_full_disk
 from m3cli.jobs.stopping import Stop, refuse_too_many_skipped
@@ -95,7 +95,7 @@ def encode_corpus(
     watch = Stopwatch()
     files = {"--metrics": request.metrics, "--log-file": request.log_file, "--gone": request.gone}
     read: dict[str, Sequence[str | None]] = {"INPUT": request.inputs, "--since-run": [request.since_run]}
-    check_paths({"--out": request.out, **files}, read, model=name_model(request))
+    check_paths({"--out": request.out, **files}, read, model=request.model)
     with keep_metrics(request.metrics, out=request.out or "") as metrics:
         progress.open_log(request.log_file)
         check_writable(request.gone)

@@ -33,7 +33,7 @@ def check_paths(
     Args:
         written: the path of each option; None and '-' are no path.
         read: of each option or argument, the files, folders and globs.
-        model: the checkpoint, if it is a folder.
+        model: the checkpoint that was typed; None: M3_MODEL.
 
     Raises:
         UsageError: two are the same file, one is inside an output folder, or is not on this machine.
@@ -50,7 +50,7 @@ def check_paths(
         writing = existing.get(found) if found is not None else None
         if writing is not None and (named or not _is_written_by_m3(writing, paths[writing])):
             raise UsageError(
-                f"{writing} {paths[writing]} would replace what is read: it is {what} {file}; choose another name"
+                f"{writing} {paths[writing]} would overwrite what is read: it is {what} {file}; choose another name"
             )
 
 
@@ -90,7 +90,7 @@ def _list_read(
                 continue
             yield what, Path(name), True
             yield from ((what, file, False) for file in (list_files(name) if below else ()))
-    if model is not None and below:
+    if below and (model := model or os.environ.get("M3_MODEL")):
         folder = Path(model).expanduser()
         files = (*folder.glob("*"), *folder.glob("*/*"))
         yield from (("--model", file, True) for file in files if file.suffix in _OF_CHECKPOINTS)
