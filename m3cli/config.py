@@ -241,6 +241,8 @@ class EncodeRequest:
     "an int counts rows, a float is their part of all rows; None: no limit"
     metrics: str | None = None
     "file for Prometheus' textfile collector"
+    log_file: str | None = None
+    "file that lines with their time are appended to"
     dedupe: bool | None = None
     since_run: str | None = None
     "an older folder to take vectors over from"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from m3cli.errors import OutputError, count_noun, spell_printable
+from m3cli.paths import is_stream, open_to_append
 from m3cli.records import RunPlan, RunSummary
 
 Mode = Literal["auto", "bar", "log", "json", "none"]
@@ -51,15 +52,29 @@ class Stopwatch:
 class Progress:
     """Shows a run while it goes: fed by `advance`, quiet or loud as the mode says."""
 
-    def __init__(self, mode: Mode, *, stream: TextIO | None = None, log_file: str | None = None) -> None:
+    def __init__(self, mode: Mode, *, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._log_file = None if log_file is None else Path(log_file).absolute()
-        if self._log_file is not None:
-            _append(self._log_file, "")
+        self._log_file: Path | None = None
+        self._log_failed = False
         terminal = self._stream.isatty()
         self.mode: Mode = ("bar" if terminal else "log") if mode == "auto" else mode
         self._bar: _Bar | None = None
         self._pulse = _Pulse()
+
+    def open_log(self, path: str | None) -> None:
+        """Append what happens from here on to a file too.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        if path is None:
+            return
+        try:
+            is_stream(path)
+            _append(Path(path), "")
+        except OSError as error:
+            raise OutputError(f"cannot write --log-file {path}: {error.strerror}; choose another") from error
+        self._log_file = Path(path).absolute()
 
     def show_plan(self, plan: RunPlan) -> None:
         """Show what is about to be done."""
@@ -153,7 +168,15 @@ class Progress:
     def _log(self, text: str) -> None:
         if self._log_file is not None:
             now = datetime.now().astimezone().isoformat(timespec="seconds")
-            _append(self._log_file, f"{now} {spell_printable(text)}\n")
+            try:
+                _append(self._log_file, f"{now} {spell_printable(text)}\n")
+            except OSError as error:
+                self._warn_of_log(f"cannot write --log-file {self._log_file}: {error.strerror}; the run goes on")
+
+    def _warn_of_log(self, text: str) -> None:
+        if not self._log_failed:
+            self._log_failed = True  # before it is said, which logs it again
+            self.say(text)
 
     def _emit(self, event: str, members: dict[str, object]) -> None:
         if self.mode == "json":
@@ -162,12 +185,9 @@ class Progress:
 
 
 def _append(path: Path, text: str) -> None:
-    # Opened anew for each line, every half minute or so, as logrotate may have moved the file away.
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise OutputError(f"cannot write --log-file {path}: {error.strerror}; choose another") from error
+    # Opened again for each line, every half minute or so, as logrotate may have moved the file away.
+    with open_to_append(path, wait=False, create=True) as file:
+        file.write(text.encode())
 
 
 class _Pulse:

@@ -11,7 +11,7 @@ import pytest
 from m3cli.corpus.sources import find_sources
 from m3cli.corpus.trec import read_run
 from m3cli.encoder.checkpoint import find_checkpoint
-from m3cli.errors import CorpusError, M3Error, ModelError, UsageError, refuse_unreachable
+from m3cli.errors import CorpusError, M3Error, ModelError, OutputError, refuse_unreachable
 from m3cli.store.reader import open_folder
 
 LONG = "x" * 300
@@ -38,7 +38,7 @@ def test_what_may_not_be_looked_at_is_refused(tmp_path: Path, monkeypatch: pytes
     [
         (lambda: find_sources((LONG,)), CorpusError),
         (lambda: read_run(LONG), CorpusError),
-        (lambda: open_folder(Path(LONG)), UsageError),
+        (lambda: open_folder(Path(LONG)), OutputError),
         (lambda: find_checkpoint(f"./{LONG}"), ModelError),
     ],
 )

@@ -22,7 +22,12 @@ def check(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder that m3 encode wrote.", show_default=False)],
     *,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Drop the damaged shards, so that the next m3 encode does them again.")
+        bool,
+        typer.Option(
+            "--repair",
+            help="Remove the files of damaged shards, so that the next m3 encode does them again; other files "
+            "than m3's stay.",
+        ),
     ] = False,
     sample: Annotated[int, typer.Option(min=0, help="Encode N rows again from the input and compare them.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Which rows --sample takes.")] = 0,
@@ -66,13 +71,14 @@ def describe(found: FolderCheck, *, repair: bool) -> list[str]:
     if twice.count:
         examples = ", ".join(map(repr, twice.examples))
         lines.append(f"note: {count_noun(twice.count, 'id occurs', 'ids occur')} more than once, such as {examples}")
+    lines += [f"note: {name}: m3 did not write it, and leaves it alone" for name in found.unknown]
     if found.redo:
         lines.append(f"shards to do again: {', '.join(map(str, found.redo))}")
     if repair and found.faults:
         lines.append(f"removed {count_noun(len(found.removed), 'file')}")
     if any(fault.cure == "none" for fault in found.faults):
         lines.append(
-            "what --repair cannot mend: "
+            "what --repair cannot fix: "
             + ", ".join(sorted({fault.file for fault in found.faults if fault.cure == "none"}))
             + "; put it back from a copy or take it away by hand, or encode again into a new --out"
         )

@@ -124,12 +124,13 @@ def encode(
         dedupe=dedupe,
         max_skipped=parse_max_skipped(max_skipped),
         metrics=metrics,
+        log_file=log_file,
         verify_input=verify_input,
         space_check=not no_space_check,
     )
     from m3cli.jobs.encode import encode_corpus  # noqa: PLC0415  pyarrow, not for --help
 
-    with limit_runtime(seconds, spelt=max_runtime or ""), show_run(progress, log_file=log_file) as shown:
+    with limit_runtime(seconds, spelt=max_runtime or ""), show_run(progress) as shown:
         code = encode_corpus(request, progress=shown, stdin=open_stdin(inputs), stop=stop)
     raise typer.Exit(code)
 

@@ -88,12 +88,12 @@ def print_json(document: Any) -> None:
 
 
 @contextmanager
-def show_run(mode: str, *, log_file: str | None = None) -> Iterator[Progress]:
+def show_run(mode: str) -> Iterator[Progress]:
     """Show a run as `--progress` says; its warnings go the same way, and its log file has a bad end too."""
     check_choices({"progress": mode}, {"progress": PROGRESS_MODES})
     from m3cli.progress import Progress  # noqa: PLC0415  tqdm and rich, not for --help
 
-    progress = Progress(mode, log_file=log_file)  # type: ignore[arg-type]
+    progress = Progress(mode)  # type: ignore[arg-type]
     logger, handler = logging.getLogger("m3cli"), _ToProgress(progress)
     logger.addHandler(handler)
     logger.propagate = False

@@ -17,7 +17,7 @@ from m3cli.corpus.formats import split_endings
 from m3cli.corpus.jsonl import parse_json_line
 from m3cli.corpus.lines import BOM
 from m3cli.corpus.parquet import read_parquet_schema
-from m3cli.corpus.sources import check_local, find_sources
+from m3cli.corpus.sources import check_local_input, find_sources
 from m3cli.corpus.streams import PeekableStream, read_head
 from m3cli.corpus.trec import RUN_COLUMNS, split_run_line
 from m3cli.corpus.tsv import split_cells
@@ -77,7 +77,7 @@ def find_pairs(given: str, *, input_format: str = "auto", stdin: PeekableStream 
     """
     if input_format not in ("auto", *get_args(PairsFormat)):
         raise UsageError(f"--input-format {input_format}: it is one of auto, {', '.join(get_args(PairsFormat))}")
-    check_local(given)
+    check_local_input(given)
     if given != "-":
         path = Path(given)
         refuse_unreachable(path, CorpusError)

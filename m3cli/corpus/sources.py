@@ -1,8 +1,8 @@
 """Finds the input: files, folders, globs or standard input, in an order that depends on their names alone.
 
-Folders and globs give files of known endings; others are counted, hidden files and `*.m3` folders are not. Linked
-folders are followed, each folder once. A file that is named itself may end as it likes. A source's name is its path
-below the folder that all inputs share.
+Folders and globs give files of known endings; others are counted, hidden files and folders that m3 writes are not.
+Linked folders are followed, each folder once. A file that is named itself may end as it likes. A source's name is its
+path below the folder that all inputs share.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 from m3cli.corpus.formats import (
@@ -25,6 +25,7 @@ from m3cli.corpus.formats import (
 )
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import CorpusError, UsageError, is_utf8, refuse_unreachable
+from m3cli.paths import is_output_folder
 from m3cli.records import Source, SourceFormat
 
 ENDINGS_HINT = "files ending in .jsonl .ndjson .json .tsv .txt .text (also + .gz .zst) .parquet .pq are read"
@@ -44,6 +45,7 @@ def find_sources(
     input_format: str = "auto",
     stdin: PeekableStream | None = None,
     format_flag: str | None = "--input-format",
+    own: Container[str] = (),
 ) -> tuple[Source, ...]:
     """Find what the inputs name; standard input is only peeked at.
 
@@ -52,6 +54,7 @@ def find_sources(
         input_format: a format, or 'auto'.
         stdin: standard input, where it is wanted.
         format_flag: for messages: what forces a format, None where nothing does.
+        own: real paths of files that the run writes itself, which are not read.
 
     Raises:
         UsageError: nothing, one thing twice, or something that is not on this machine.
@@ -61,10 +64,12 @@ def find_sources(
     if not inputs:
         raise UsageError("no input: give files, folders or globs, or '-' for standard input")
     for each in inputs:
-        check_local(each)
+        check_local_input(each)
     if "-" in inputs:
         return (_find_stdin(inputs, forced, stdin, format_flag),)
-    found = [(path, root) for each in inputs for path, root in _find_files(each)]
+    found = [(path, root) for each in inputs for path, root in _find_files(each) if os.path.realpath(path) not in own]
+    if not found:
+        raise CorpusError(f"{' '.join(inputs)}: nothing to read there but what this run writes; give the corpus itself")
     _refuse_duplicates([path for path, _ in found])
     common = Path(os.path.commonpath([root for _, root in found]))
     sources = tuple(_open_source(path, path.relative_to(common).as_posix(), forced, format_flag) for path, _ in found)
@@ -73,7 +78,7 @@ def find_sources(
     return sources
 
 
-def check_local(given: str) -> None:
+def check_local_input(given: str) -> None:
     """Check that an input is not the address of something on another machine.
 
     Raises:
@@ -97,6 +102,14 @@ def count_unread(inputs: Sequence[str]) -> dict[str, int]:
     return dict(sorted(endings.items(), key=lambda item: (-item[1], item[0])))
 
 
+def list_files(given: str) -> list[Path]:
+    """List the files that an input names; what is wrong with it `find_sources` tells."""
+    try:
+        return [path for path, _ in _find_files(given)]
+    except (CorpusError, OSError):
+        return []
+
+
 def _find_stdin(
     inputs: Sequence[str], forced: SourceFormat | None, stdin: PeekableStream | None, flag: str | None
 ) -> Source:
@@ -115,7 +128,7 @@ def _find_files(given: str) -> list[tuple[Path, Path]]:
     if not glob.has_magic(given):
         refuse_unreachable(path, CorpusError)
     if path.is_dir():
-        if path.suffix == ".m3":
+        if _is_written_by_m3(path):
             raise CorpusError(f"{given} is a folder that m3 writes: give the corpus itself")
         files = (file for file in _walk(path) if has_known_ending(file.name))
         found = sorted(files, key=lambda file: file.relative_to(path).as_posix())
@@ -144,8 +157,9 @@ def _match(pattern: str) -> tuple[list[Path], Path]:
     while glob.has_magic(str(fixed)):
         fixed = fixed.parent
     matches = [Path(os.path.abspath(match)) for match in glob.glob(pattern, recursive=True)]  # noqa: PTH100, PTH207
-    ours = [any(part.endswith(".m3") for part in match.relative_to(fixed).parts[:-1]) for match in matches]
-    return [match for match, is_ours in zip(matches, ours, strict=True) if match.is_file() and not is_ours], fixed
+    between = {match: [parent for parent in match.parents if parent.is_relative_to(fixed)][:-1] for match in matches}
+    written = set(filter(_is_written_by_m3, {folder for folders in between.values() for folder in folders}))
+    return [match for match in matches if match.is_file() and written.isdisjoint(between[match])], fixed
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -166,10 +180,15 @@ def _walk(folder: Path) -> Iterator[Path]:
                 folders.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
-            folders[:] = sorted(name for name in folders if not name.startswith(".") and not name.endswith(".m3"))
+            visible = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = [name for name in visible if not _is_written_by_m3(Path(parent, name))]
             links = (Path(parent, name) for name in folders if os.path.islink(os.path.join(parent, name)))  # noqa: PTH114, PTH118
-            waiting.extend(link for link in links if link.resolve().suffix != ".m3")
+            waiting.extend(link for link in links if not _is_written_by_m3(link.resolve()))
             yield from (Path(parent, name) for name in files if not name.startswith("."))
+
+
+def _is_written_by_m3(folder: Path) -> bool:
+    return folder.suffix == ".m3" or is_output_folder(folder)
 
 
 def _hint(folder: Path) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from m3cli.errors import (
     EXIT_DONE,
     EXIT_ROWS_SKIPPED,
     DamageFound,
+    OutputError,
     Stopped,
     UsageError,
     refuse_unreachable,
@@ -32,14 +33,14 @@ from m3cli.errors import (
 from m3cli.jobs.opening import make_form
 from m3cli.progress import FileMeter
 from m3cli.records import DoneEntry
-from m3cli.store.entries import is_ours
-from m3cli.store.layout import RUN_NAME
+from m3cli.store.entries import find_links, is_ours
+from m3cli.store.layout import RUN_NAME, shard_of
 from m3cli.store.lock import hold_lock
 from m3cli.store.verify.faults import Fault
 from m3cli.store.verify.files import check_files
 from m3cli.store.verify.ids import DuplicateIds, find_duplicate_ids
 from m3cli.store.verify.ledger import Ledger, read_ledger
-from m3cli.store.verify.listing import find_strays
+from m3cli.store.verify.listing import find_strays, find_unknown
 from m3cli.store.verify.repair import repair, shards_to_redo
 from m3cli.store.verify.shard import Expected, check_contents
 
@@ -64,19 +65,23 @@ class FolderCheck:
     duplicate_ids: DuplicateIds
     sampled: int
     "rows that were encoded again and compared"
+    unknown: tuple[str, ...]
+    "files and folders among m3's that it does not write; they are no damage, and --repair leaves them"
     removed: tuple[str, ...]
-    "files that --repair took away"
+    "files that --repair removed"
     exit_code: int
 
 
 def check_folder(request: CheckRequest, *, meter: FileMeter) -> FolderCheck:
     """Check a folder, and repair it if asked to."""
     root = Path(request.folder).absolute()
-    refuse_unreachable(root / "_m3", UsageError)
+    refuse_unreachable(root / "_m3", OutputError)
     if not root.is_dir():
         raise UsageError(f"{request.folder}: no such folder")
     if not is_ours(root):
         raise UsageError(f"{request.folder} is not an m3 folder: it has no _m3/run.json")
+    if request.repair and any(shard_of(name) is None for name in find_links(root)):
+        request = replace(request, repair=False)  # the lock is a file below, too: nothing is written through links
     with hold_lock(root, worker=0, num_workers=1) if request.repair else nullcontext():
         return _check(root, request, meter=meter)
 
@@ -111,6 +116,7 @@ def _check(root: Path, request: CheckRequest, *, meter: FileMeter) -> FolderChec
         redo=tuple(shards_to_redo(faults)),
         duplicate_ids=duplicate_ids,
         sampled=sampled,
+        unknown=tuple(name for name in find_unknown(root) if name not in {fault.file for fault in faults}),
         removed=removed,
         exit_code=_judge(ledger, faults, repaired=request.repair),
     )

@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,19 +22,20 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from m3cli.ahead import run_ahead
-from m3cli.config import EncodeRequest
+from m3cli.config import EncodeRequest, RunConfig
 from m3cli.corpus.sources import count_unread, find_sources
 from m3cli.corpus.streams import PeekableStream, check_unchanged
-from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, Interrupted, count_noun
+from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, Interrupted, UsageError, count_noun
 from m3cli.jobs.metrics import MetricsFile, keep_metrics
 from m3cli.jobs.opening import Opened, Settled, choose_out, open_run, settle
+from m3cli.jobs.paths import check_paths, list_own
 from m3cli.jobs.run import describe_rest, open_checkpoint, refuse_other_checkpoint, refuse_other_tokenizer
 from m3cli.jobs.since import Since, open_since
 from m3cli.jobs.space import refuse_full_disk
 from m3cli.jobs.stopping import Stop, refuse_too_many_skipped
 from m3cli.progress import Progress, Stopwatch
 from m3cli.records import DoneEntry, RunSummary, ShardCounts
-from m3cli.store.commit import refuse_unwritable
+from m3cli.store.commit import check_writable
 from m3cli.store.folder import damage_stops, open_run_folder, read_run_to_resume
 from m3cli.store.ids import read_id_hashes
 from m3cli.store.verify.ids import find_duplicate_ids
@@ -91,14 +92,21 @@ def encode_corpus(
         the exit code: 0, or 3 if the folder is complete and rows were skipped.
     """
     watch = Stopwatch()
-    refuse_unwritable(request.gone)
+    files = {"--metrics": request.metrics, "--log-file": request.log_file, "--gone": request.gone}
+    read: dict[str, Sequence[str | None]] = {"INPUT": request.inputs, "--since-run": [request.since_run]}
+    check_paths({"--out": request.out, **files}, read, model=request.model)
     with keep_metrics(request.metrics, out=request.out or "") as metrics:
-        sources = find_sources(request.inputs, input_format=request.input_format, stdin=stdin)
+        progress.open_log(request.log_file)
+        check_writable(request.gone)
+        own = list_own(request.inputs, list(files.values()))
+        sources = find_sources(request.inputs, input_format=request.input_format, stdin=stdin, own=own)
         out = choose_out(request, sources)
         metrics.out = str(out)
         with watch.count("loading"):
             # What can be wrong with corpus, model or disk is said before a folder is made for it.
-            fresh = None if read_run_to_resume(out) else settle(request, sources, stdin)
+            before = read_run_to_resume(out)
+            check_gone(request, before)
+            fresh = None if before else settle(request, sources, stdin)
             if fresh is not None:
                 fresh = estimate_run(fresh, request, progress)
                 if request.space_check and (estimate := fresh.estimate):
@@ -119,6 +127,12 @@ def encode_corpus(
             code = judge(opened, request, tally)
         metrics.numbers["exit_code"] = code
     return code
+
+
+def check_gone(request: EncodeRequest, before: RunConfig | None) -> None:
+    """Raise UsageError if ids that are gone are asked for, and there is no older folder that had them."""
+    if request.gone and not request.since_run and (before is None or before.since_path is None):
+        raise UsageError(f"--gone {request.gone} needs --since-run: it lists the ids of that folder; give both or none")
 
 
 def estimate_run(settled: Settled, request: EncodeRequest, progress: Progress) -> Settled:

@@ -6,13 +6,16 @@ Each number carries the output folder as label `out`. While the run goes on ther
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from m3cli.errors import EXIT_INTERRUPTED, FolderLocked, M3Error
-from m3cli.store.commit import publish_beside
+from m3cli.errors import EXIT_INTERRUPTED, FolderLocked, M3Error, OutputError
+from m3cli.store.commit import check_writable, publish_beside
+
+_log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN = 30.0
 
@@ -41,6 +44,7 @@ class MetricsFile:
         self.out = out
         self.path = path
         self._written = 0.0
+        self._failed = False
 
     @property
     def due(self) -> bool:
@@ -48,13 +52,22 @@ class MetricsFile:
         return self.path is not None and time.monotonic() - self._written >= SECONDS_BETWEEN
 
     def write(self) -> None:
-        """Replace the file."""
+        """Replace the file; a failure is a warning, once, as the corpus does not suffer from it."""
         if self.path is None:
             return
         self._written = time.monotonic()
         self.numbers["updated_timestamp_seconds"] = time.time()
-        with publish_beside(self.path) as file:
-            file.write(self.render().encode())
+        try:
+            with publish_beside(self.path, wait=False) as file:
+                file.write(self.render().encode())
+        except OutputError as error:
+            if not self._failed:
+                _log.warning(
+                    "cannot write --metrics %s: %s; the run goes on",
+                    self.path,
+                    getattr(error.__cause__, "strerror", error),
+                )
+            self._failed = True
 
     def render(self) -> str:
         """Spell the numbers in Prometheus' text format."""
@@ -73,7 +86,11 @@ def keep_metrics(path: str | None, *, out: str) -> Iterator[MetricsFile]:
     """Write a run's numbers when it ends, however it ends, with its exit code.
 
     The code that the run gives back is to be put among the numbers.
+
+    Raises:
+        OutputError: the file cannot be written, found out at once.
     """
+    check_writable(path)
     metrics = MetricsFile(None if path is None else Path(path).absolute(), out=out)
     code: float = 1
     try:

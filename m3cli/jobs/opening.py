@@ -12,7 +12,7 @@ from m3cli.corpus.fields import kept_schema
 from m3cli.corpus.plan import Plan, plan_shards
 from m3cli.corpus.reader import read_shards
 from m3cli.corpus.streams import PeekableStream
-from m3cli.errors import CorpusError, ForeignFolder, UsageError, refuse_unreachable
+from m3cli.errors import CorpusError, ForeignFolder, OutputError, UsageError, refuse_unreachable
 from m3cli.jobs.run import (
     adopt_run,
     find_changed,
@@ -23,9 +23,10 @@ from m3cli.jobs.run import (
 )
 from m3cli.jobs.share import Share
 from m3cli.jobs.since import settle_since
+from m3cli.paths import check_local
 from m3cli.records import DoneEntry, ShardCounts, ShardText, Source
 from m3cli.store.folder import RunFolder
-from m3cli.store.layout import RowForm
+from m3cli.store.layout import RUN_NAME, RowForm
 
 if TYPE_CHECKING:
     from m3cli.encoder.checkpoint import Checkpoint
@@ -97,8 +98,20 @@ class Opened:
 
 
 def choose_out(request: EncodeRequest, sources: tuple[Source, ...]) -> Path:
-    """Return the output folder: `--out`, or the one input's name with .m3 in the current folder."""
+    """Return the output folder: `--out`, or the one input's name with .m3 in the current folder.
+
+    Raises:
+        UsageError: neither is known, or it is not on this machine.
+        OutputError: the system refuses to look at it.
+    """
+    out = _name_out(request, sources)
+    refuse_unreachable(out / RUN_NAME, OutputError)
+    return out
+
+
+def _name_out(request: EncodeRequest, sources: tuple[Source, ...]) -> Path:
     if request.out:
+        check_local(request.out, "--out")
         return Path(request.out)
     if len(request.inputs) != 1 or request.inputs[0] == "-":
         what = "standard input" if "-" in request.inputs else f"{len(request.inputs)} inputs"

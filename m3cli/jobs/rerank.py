@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -29,11 +29,13 @@ from m3cli.encoder.reranker import PAIR_SPECIALS, Reranker, join_pair, load_rera
 from m3cli.encoder.texts import TokenisedTexts, pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, CorpusError, UsageError, count_noun
+from m3cli.jobs.paths import check_paths
 from m3cli.jobs.run import open_checkpoint
 from m3cli.jobs.texts_by_id import TextSource
 from m3cli.progress import Progress
-from m3cli.records import Rankings
-from m3cli.store.commit import publish_beside, refuse_unwritable
+from m3cli.records import QueryHits, Rankings
+from m3cli.store.commit import check_writable, publish_beside
+from m3cli.store.ranking import JsonRanking, ranking_format
 
 DEFAULT_RERANKER = "BAAI/bge-reranker-v2-m3"
 DEFAULT_LENGTH = 1024
@@ -107,6 +109,10 @@ class _Setup:
     max_batch_tokens: int
     progress: Progress
     tally: _Tally
+    format: str
+    "of the output, trec or jsonl"
+    texts: dict[str, str] = field(default_factory=dict)
+    "of the queries, by id"
 
 
 def rerank_run(
@@ -118,12 +124,19 @@ def rerank_run(
         the exit code: 0, or 3 if candidates have no score.
 
     Raises:
-        UsageError: flags that cannot be meant together.
+        UsageError: flags that cannot be meant together, an `out` of another ending or that is also read.
         CorpusError: run, queries or corpus cannot be read, or hold nothing of each other.
         ModelError: the checkpoint is no cross-encoder.
         OutputError: `out` cannot be written, found out before anything is read.
     """
-    refuse_unwritable(request.out)
+    read: dict[str, Sequence[str | None]] = {
+        "RUN": [request.run],
+        "--queries": [request.queries.given],
+        "--corpus": [request.corpus.given],
+    }
+    check_paths({"--out": request.out}, read, model=request.model)
+    kind = ranking_format(request.out)
+    check_writable(request.out)
     checkpoint = open_checkpoint(
         EncodeRequest(inputs=(), model=request.model or DEFAULT_RERANKER, revision=request.revision)
     )
@@ -141,6 +154,7 @@ def rerank_run(
         max_batch_tokens=request.max_batch_tokens or machine.auto_batch_tokens(device),
         progress=progress,
         tally=_Tally(),
+        format=kind,
     )
     progress.say(f"{checkpoint.name}, {dtype} on {device}, pairs of up to {max_length:,} tokens")
     with _open_output(request.out, stdout) as output:
@@ -179,7 +193,8 @@ def _rerank(rankings: Rankings, request: RerankRequest, setup: _Setup, output: B
             candidates = {query: _keep_known(query, rankings[query], passages, setup.tally) for query in group}
             scored = _score_group(candidates, queries, passages, setup)
             for query, scores in scored.items():
-                _write_query(output, query, scores, finish)
+                ranked = [(name, finish(logit)) for name, logit in sorted(scores, key=lambda entry: -entry[1])]
+                _write_query(output, query, ranked, setup)
             output.flush()
     if not setup.tally.pairs:
         raise CorpusError(
@@ -192,7 +207,8 @@ def _read_queries(rankings: Rankings, request: RerankRequest, setup: _Setup) -> 
     """Return the token ids of the run's queries in the run's order."""
     longest = setup.max_length * 3 // 4 + 2  # <s> and </s> not counted, as in FlagEmbedding
     longest = min(longest, setup.max_length - PAIR_SPECIALS)
-    pairs, truncated = _tokenise(request.queries.find_texts(rankings), setup, max_length=longest)
+    setup.texts.update(request.queries.find_texts(rankings))
+    pairs, truncated = _tokenise(iter(setup.texts.items()), setup, max_length=longest)
     setup.tally.cut["queries"] = truncated
     found = dict(pairs)
     if not found:
@@ -274,14 +290,28 @@ def _score_group(
     return scored
 
 
-def _write_query(
-    output: BinaryIO, query: str, scores: list[tuple[str, float]], finish: Callable[[float], float]
-) -> None:
+def _write_query(output: BinaryIO, query: str, ranked: list[tuple[str, float]], setup: _Setup) -> None:
     """Write a query's documents, best first; of equal scores the one that was before is."""
-    ranked = sorted(scores, key=lambda entry: -entry[1])
+    if setup.format == "jsonl":
+        JsonRanking(output).write([_describe_query(query, ranked, text=setup.texts[query])])
+        return
     output.writelines(
-        f"{query}\tQ0\t{document}\t{rank}\t{finish(logit):.9g}\t{TAG}\n".encode()
-        for rank, (document, logit) in enumerate(ranked, start=1)
+        f"{query}\tQ0\t{document}\t{rank}\t{score:.9g}\t{TAG}\n".encode()
+        for rank, (document, score) in enumerate(ranked, start=1)
+    )
+
+
+def _describe_query(query: str, ranked: list[tuple[str, float]], *, text: str) -> QueryHits:
+    return QueryHits(
+        query=query,
+        text=text,
+        ids=tuple(name for name, _ in ranked),
+        scores=np.array([score for _, score in ranked], np.float32),
+        parts={},
+        chunk_index=None,
+        char_start=None,
+        char_end=None,
+        texts=(None,) * len(ranked),
     )
 
 

@@ -29,7 +29,8 @@ from m3cli.config import (
     Runtime,
     list_chosen,
 )
-from m3cli.corpus.fields import ID_NAMES, TEXT_NAMES, TITLE_NAMES, resolve_fields
+from m3cli.corpus.field_flags import ID_NAMES, TEXT_NAMES, TITLE_NAMES
+from m3cli.corpus.fields import resolve_fields
 from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder.batcher import fit_length
 from m3cli.encoder.checkpoint import HEAD_FILES, Checkpoint, find_checkpoint, hash_checkpoint, read_checkpoint

@@ -22,10 +22,11 @@ from m3cli.corpus.pairs import Pair, WindowLimits, cut_windows, read_pairs
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError, count_noun
 from m3cli.jobs.idle_flags import refuse_idle_flags
+from m3cli.jobs.paths import check_paths
 from m3cli.progress import Progress
 from m3cli.records import Output
 from m3cli.retrieval.modes import DEFAULT_WEIGHTS, PARTS, Weights, check_weights, combine_scores, modes_of, parts_of
-from m3cli.store.commit import refuse_unwritable
+from m3cli.store.commit import check_writable
 from m3cli.store.table import TableWriter, open_table, table_format
 
 NOT_FINITE = "score is not a finite number"
@@ -143,9 +144,15 @@ def score_pairs(
         ModelError: a mode that the checkpoint has no head for.
         OutputError: `out` cannot be written, found out before anything is scored.
     """
+    read: dict[str, Sequence[str | None]] = {
+        "PAIRS": [request.pairs],
+        "--queries": [request.queries],
+        "--corpus": [request.corpus],
+    }
+    check_paths({"--out": request.out}, read, model=request.model)
     pairs = open_pairs(request, ids=request.queries is not None, stdin=stdin)
     table_format(request.out)
-    refuse_unwritable(request.out)
+    check_writable(request.out)
     if request.modes is not None:
         check_weights(request.modes, request.weights)
     scorer = open_scorer(request, progress)

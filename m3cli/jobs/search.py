@@ -5,6 +5,7 @@ queries (texts, encoded here; or vectors) -> one pass over the folder -> hits ->
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,11 +15,12 @@ from m3cli.config import ALL_OUTPUTS
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError, count_noun
 from m3cli.jobs.idle_flags import refuse_idle_flags
+from m3cli.jobs.paths import check_paths
 from m3cli.jobs.search_queries import Queries, encode_queries, open_queries, read_vectors
 from m3cli.jobs.search_request import Mode, SearchRequest
 from m3cli.progress import Progress
 from m3cli.records import Output, QueryHits
-from m3cli.store.commit import refuse_unwritable
+from m3cli.store.commit import check_writable
 from m3cli.store.ranking import open_ranking, ranking_format
 from m3cli.store.reader import OutputFolder, open_folder
 
@@ -60,7 +62,14 @@ def search_corpus(
     if request.queries == "-" and "-" in request.corpus_inputs:
         raise UsageError("--queries - with --input -: standard input can be read once; give one of them a file")
     kind = ranking_format(request.out, typed=request.format)
-    refuse_unwritable(request.out)
+    files = [request.queries] if os.path.exists(request.queries) else []  # noqa: PTH110  False of words too long
+    read: dict[str, Sequence[str | None]] = {
+        "DIR": [request.folder],
+        "--queries": files,
+        "--input": request.corpus_inputs,
+    }
+    check_paths({"--out": request.out}, read, model=request.model)
+    check_writable(request.out)
     folder = open_corpus(request, progress)
     mode = settle_mode(request, folder)
     given = open_queries(request, progress=progress, stdin=stdin)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from m3cli.errors import OutputError
+from m3cli.paths import is_stream, open_to_append
 from m3cli.records import DoneEntry
 from m3cli.store.entries import entry_document
 from m3cli.store.layout import done_name, skipped_name
@@ -35,6 +36,9 @@ REMEDIES = {
     errno.EPERM: "check who may write there, or choose another --out",
     errno.EROFS: "choose an --out on a filesystem that can be written",
     errno.EIO: "the disk failed: nothing written since the last shard is believed; check the disk before going on",
+    errno.ELOOP: "take the symbolic link away, or choose another --out",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENXIO: "nothing reads that pipe: start its reader first, or give the name of a file",
     errno.ENOLCK: "choose an --out on a filesystem with file locks",
     errno.EOPNOTSUPP: "choose an --out on a filesystem with file locks",
 }
@@ -46,7 +50,7 @@ def output_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = REMEDIES.get(error.errno or 0, "run the same command again once that is mended")
+        remedy = REMEDIES.get(error.errno or 0, "run the same command again once that is fixed")
         reason = error.strerror or str(error)
         raise OutputError(f"cannot write {error.filename or path}: {reason}; {remedy}") from error
 
@@ -106,41 +110,52 @@ def publish_bytes(content: bytes, final: Path, *, staging: Path) -> None:
 
 
 @contextmanager
-def publish_beside(final: Path) -> Iterator[BinaryIO]:
-    """Write a file that lies in no output folder; it waits beside its final name, and is gone if this is left early.
+def publish_beside(final: Path, *, wait: bool = True) -> Iterator[BinaryIO]:
+    """Write a file that is in no output folder; it has a temporary name until it is complete.
 
-    A link is followed: what it points to is replaced, not the link.
+    A link is followed: what it points to is replaced, not the link. A device or a pipe is written into; without `wait`
+    a pipe that nobody reads is an error.
     """
+    with output_errors(final):
+        stream = is_stream(final)
+    if stream:
+        with output_errors(final), open_to_append(final, wait=wait) as file:
+            yield file
+        return
     final = Path(os.path.realpath(final))
     temp = _wait_beside(final)
     try:
-        with output_errors(final), temp.open("wb") as file:
-            yield file
-            file.flush()
-            sync_file(file.fileno())
+        with output_errors(final):
+            temp.unlink(missing_ok=True)  # of a dead run with this run's pid
+            with temp.open("xb") as file:
+                yield file
+                file.flush()
+                sync_file(file.fileno())
         publish_file(temp, final)
     finally:
         with output_errors(temp):
             remove(temp)
 
 
-def refuse_unwritable(out: str | None) -> None:
-    """Refuse what `publish_beside` could not write in the end, before hours of work; None and '-' are standard output.
+def check_writable(out: str | None) -> None:
+    """Raise what `publish_beside` would raise in the end, before hours of work; None and '-' are standard output.
 
     Raises:
-        OutputError: there is no such folder, it cannot be written to, or something other than a file has the name.
+        OutputError: there is no such folder, it cannot be written to, or the name is of a folder or the like.
     """
     if out is None or out == "-":
         return
-    final = Path(os.path.realpath(out))
-    with output_errors(final):
-        if final.exists() and not final.is_file():  # renaming a file over a device or a pipe would do away with it
-            what = "a folder" if final.is_dir() else "no regular file"
-            raise OutputError(f"cannot write {out}: it is {what}; give the name of a file")
+    with output_errors(Path(out)):
+        if is_stream(out):
+            if not os.access(out, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), out)
+            return
+        final = Path(os.path.realpath(out))
         if not final.parent.is_dir():
             raise OutputError(f"cannot write {out}: there is no folder {final.parent}; make it, or choose another")
         temp = _wait_beside(final)
-        temp.touch()
+        temp.unlink(missing_ok=True)
+        temp.touch(exist_ok=False)  # never through a link that somebody put there
         remove(temp)
 
 

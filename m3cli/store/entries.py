@@ -40,8 +40,12 @@ from m3cli.store.layout import (
     MANIFEST_NAME,
     META,
     RUN_NAME,
+    SHARD_FOLDERS,
+    TMP_FOLDER,
     done_name,
+    is_meta_name,
     rows_name,
+    shard_of,
 )
 from m3cli.store.sealed import hash_file, read_json
 from m3cli.store.typed import parse_record
@@ -149,7 +153,9 @@ def read_entries(root: Path) -> tuple[dict[int, DoneEntry], list[str]]:
     entries: dict[int, DoneEntry] = {}
     faults: list[str] = []
     folder = root / DONE_FOLDER
-    for path in _list_files(folder):
+    for path in (folder / name for name in _list_names(folder)):
+        if shard_of(f"{DONE_FOLDER}/{path.name}") is None:
+            continue  # a file of somebody else, which check lists
         try:
             entry = read_entry(path)
         except DamageFound as damage:
@@ -190,8 +196,21 @@ def is_ours(root: Path) -> bool:
     return (root / LOCK_NAME).exists() or (root / RUN_NAME).exists() or list(root.iterdir()) == [meta]
 
 
-def _list_files(folder: Path) -> list[Path]:
+def find_links(root: Path) -> Iterator[str]:
+    """Name the symbolic links that have the names of a run's files and folders: m3 makes none.
+
+    Whoever made the folder may have let them point anywhere, so nothing is written or deleted through them.
+    """
+    for folder in (META, TMP_FOLDER, *SHARD_FOLDERS):
+        if (root / folder).is_symlink():
+            yield folder
+        for name in _list_names(root / folder, links=True):
+            if is_meta_name(f"{folder}/{name}") or shard_of(f"{folder}/{name}") is not None:
+                yield f"{folder}/{name}"
+
+
+def _list_names(folder: Path, *, links: bool = False) -> list[str]:
     if not folder.is_dir():
         return []
     with os.scandir(folder) as listing:
-        return [folder / name for name in sorted(item.name for item in listing)]
+        return sorted(item.name for item in listing if not links or item.is_symlink())

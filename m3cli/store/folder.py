@@ -20,6 +20,7 @@ from m3cli.errors import DamageFound, ForeignFolder, OutputError
 from m3cli.records import Chunks, DoneEntry, Manifest, ShardText
 from m3cli.store.commit import commit_shard, make_folder, output_errors, publish_bytes, publish_json
 from m3cli.store.entries import (
+    find_links,
     is_ours,
     list_wrong_lengths,
     manifest_document,
@@ -94,8 +95,17 @@ class RunFolder:
         commit_shard(self.path, entry, staging=self._staging)
 
     def write_manifest(self, num_shards: int) -> bool:
-        """Publish the manifest if every shard is done; say whether it is. Workers may do so at the same time."""
+        """Publish the manifest if every shard is done; say whether it is. Workers may do so at the same time.
+
+        Raises:
+            ForeignFolder: shards are done that the input does not have.
+        """
         entries = self.done()
+        if (last := max(entries, default=-1)) >= num_shards:
+            raise ForeignFolder(
+                f"{self.path.name} has {last + 1:,} shards, the input now has {num_shards:,}: it is shorter than it "
+                "was; give the same input again, or use another --out"
+            )
         if any(index not in entries for index in range(num_shards)):
             return False
         self.check_lengths(entries.values())
@@ -119,6 +129,7 @@ def open_run_folder(path: Path, *, worker: int = 0, num_workers: int = 1) -> Ite
     """Create the folder if need be, lock it, and clear what a dead run left in its tmp folder."""
     root = path.absolute()
     _refuse_foreign(root)
+    _check_links(root)
     if not (root / RUN_NAME).exists():
         _create(root)
     with hold_lock(root, worker=worker, num_workers=num_workers) as lock:
@@ -131,6 +142,17 @@ def open_run_folder(path: Path, *, worker: int = 0, num_workers: int = 1) -> Ite
             yield RunFolder(root, lock=lock, staging=staging)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_links(root: Path) -> None:
+    """Raise OutputError if a folder has symbolic links where a run's files and folders belong."""
+    with output_errors(root):
+        found = next(find_links(root), None)
+    if found is not None:
+        raise OutputError(
+            f"{root / found} is a symbolic link, which m3 does not make, and it writes through none; put a real file "
+            "or folder there, or choose another --out"
+        )
 
 
 def _refuse_foreign(root: Path) -> None:

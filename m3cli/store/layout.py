@@ -13,8 +13,10 @@ that a column of that name means the chunk's text in every folder.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -149,16 +151,32 @@ def hashes_name(index: int) -> str:
     return f"_m3/hashes/{shard_stem(index)}.npy"
 
 
+def worker_name(worker: int, num_workers: int) -> str:
+    """Name a worker as its lock and its tmp folder do."""
+    return f"{worker}-of-{num_workers}"
+
+
 DATA_NAMES: tuple[Callable[[int], str], ...] = (
     *(rows_name, dense_name, lexical_name, colbert_name, indptr_name, scales_name),
     *(skipped_name, hashes_name),
 )
-"every file that a shard can have beside its done entry"
+"every file that a shard can have, without its done entry"
+SHARD_FOLDERS = ("rows", *VECTOR_COLUMNS.values(), DONE_FOLDER, f"{META}/skipped", f"{META}/hashes")
+_STEM = re.compile(r"shard-(\d{7,})\.")
 
 
-def worker_name(worker: int, num_workers: int) -> str:
-    """Name a worker as its lock and its tmp folder do."""
-    return f"{worker}-of-{num_workers}"
+def shard_of(name: str) -> int | None:
+    """Return the shard that a file belongs to by its name; None: m3 names no file so."""
+    match = _STEM.match(Path(name).name)
+    if match is None:
+        return None
+    index = int(match[1])
+    return index if any(name == name_of(index) for name_of in (done_name, *DATA_NAMES)) else None
+
+
+def is_meta_name(name: str) -> bool:
+    """Whether m3 writes a file of this name directly in `_m3`."""
+    return name in (RUN_NAME, MANIFEST_NAME, METRICS_NAME, LOCK_NAME) or name.startswith(f"{LOCK_NAME}.")
 
 
 def row_schema(form: RowForm) -> pa.Schema:

@@ -78,7 +78,7 @@ def hold_lock(root: Path, *, worker: int, num_workers: int) -> Iterator[RunLock]
 @contextmanager
 def _open_lock(path: Path) -> Iterator[int]:
     with output_errors(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         yield descriptor
     finally:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from m3cli.config import ALL_OUTPUTS, RunConfig
-from m3cli.errors import DamageFound, UsageError, refuse_unreachable
+from m3cli.errors import DamageFound, OutputError, UsageError, refuse_unreachable
 from m3cli.records import DoneEntry, Embeddings, LexicalWeights, Manifest, Output, ShardCounts, TokenMatrices
 from m3cli.store.blobs import read_blobs
 from m3cli.store.entries import (
@@ -82,7 +82,7 @@ def open_folder(path: Path) -> OutputFolder:
         DamageFound: one of the documents is damaged.
     """
     root = path.absolute()
-    refuse_unreachable(root / "_m3", UsageError)
+    refuse_unreachable(root / "_m3", OutputError)
     if not root.is_dir():
         raise UsageError(f"{path}: no such folder")
     if not is_ours(root):

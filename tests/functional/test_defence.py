@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
+import json
 import os
 import shutil
 import signal
@@ -26,7 +28,7 @@ from m3cli.store.layout import MANIFEST_NAME, done_name
 from tests.conftest import ROOT, Completed
 from tests.crash import folder_bytes
 from tests.functional.conftest import EncodeWith
-from tests.functional.corpora import SETTINGS, write_corpus
+from tests.functional.corpora import SETTINGS, SHARD_BYTES, write_corpus
 
 NO_LIMIT = 1000
 "bad rows in so many: none"
@@ -337,6 +339,30 @@ def test_input_that_vanishes_in_mid_run_is_named_and_what_is_done_is_kept(
     whole = folder_bytes(tmp_path / "whole")
     assert folder_bytes(tmp_path / "out") == whole
     assert {name: whole[name] for name in kept} == kept
+
+
+def test_a_pipe_that_ends_on_the_border_of_a_shard_does_not_complete_a_folder(
+    tmp_path: Path, m3_here: Callable[..., Completed], tiny_m3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = SHARD_BYTES // 10
+    lines = [json.dumps({"id": str(number), "text": "fox"}).encode().ljust(row - 1) + b"\n" for number in range(35)]
+    out = tmp_path / "out"
+
+    def pipe(rows: list[bytes]) -> Completed:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"".join(rows))))
+        return m3_here("encode", "-", "--model", tiny_m3, "--out", out, "--progress", "none", *SETTINGS)
+
+    assert pipe(lines).returncode == 0
+    whole = folder_bytes(out)
+    (out / MANIFEST_NAME).unlink()
+    (out / done_name(0)).unlink()
+    done = pipe(lines[:20])
+    assert done.returncode == 10, done.stderr
+    assert "out has 4 shards, the input now has 2: it is shorter than it was" in done.stderr
+    assert {**folder_bytes(out), MANIFEST_NAME: whole[MANIFEST_NAME]} == whole
+    assert not (out / MANIFEST_NAME).exists()
+    assert pipe(lines).returncode == 0
+    assert folder_bytes(out) == whole
 
 
 def test_folder_of_something_else_is_refused_untouched(

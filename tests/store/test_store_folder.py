@@ -112,6 +112,18 @@ def test_manifest_only_when_every_shard_is_done(tmp_path: Path) -> None:
     assert manifest.counts == counts
 
 
+def test_shards_that_the_input_no_longer_has_are_not_left_out_of_a_manifest(tmp_path: Path) -> None:
+    with open_run_folder(tmp_path / "out") as folder:
+        folder.write_run({})
+        for index in range(3):
+            write_entry(tmp_path / "out", index)
+        with pytest.raises(ForeignFolder, match="out has 3 shards, the input now has 2: it is shorter than it was"):
+            folder.write_manifest(2)
+        assert folder.manifest() is None
+        assert list(folder.done()) == [0, 1, 2]
+        assert folder.write_manifest(3)
+
+
 def test_folder_without_a_shard_is_complete(tmp_path: Path) -> None:
     with open_run_folder(tmp_path / "out") as folder:
         folder.write_run(samples.make_run())

@@ -19,13 +19,13 @@ from m3cli.records import Chunks, DoneEntry, Embeddings, FileRecord, LexicalWeig
 from m3cli.store.commit import publish_json
 from m3cli.store.entries import entry_document
 from m3cli.store.folder import open_run_folder
-from m3cli.store.layout import MANIFEST_NAME, RUN_NAME, VECTOR_COLUMNS, done_name, rows_name
+from m3cli.store.layout import MANIFEST_NAME, RUN_NAME, VECTOR_COLUMNS, done_name, rows_name, scales_name
 from m3cli.store.sealed import hash_file, read_errors
 from m3cli.store.verify.faults import Fault
 from m3cli.store.verify.files import check_files
 from m3cli.store.verify.ids import find_duplicate_ids
 from m3cli.store.verify.ledger import read_ledger
-from m3cli.store.verify.listing import find_strays
+from m3cli.store.verify.listing import find_strays, find_unknown
 from m3cli.store.verify.repair import repair, shards_to_redo
 from m3cli.store.verify.shard import Expected, check_contents
 from m3cli.store.verify.vectors import check_norms
@@ -307,8 +307,8 @@ def test_folder_may_hold_other_things_beside_ours(tmp_path: Path) -> None:
     (root / "rows/.hidden").touch()
     (root / "_m3/more").mkdir()
     (root / "_m3/done/deeper").mkdir()
-    strays = {fault.file: fault.cure for fault in find_faults(root)}
-    assert strays == {"rows/.hidden": "remove", "_m3/more": "none", "_m3/done/deeper": "none"}
+    assert find_faults(root) == []
+    assert set(find_unknown(root)) == {"rows/.hidden", "_m3/more", "_m3/done/deeper"}
 
 
 def test_run_json_alone_and_nothing_at_all_are_no_damage(tmp_path: Path) -> None:
@@ -356,7 +356,8 @@ def test_repair_that_dies_at_any_step_leaves_nothing_false(tmp_path: Path, chose
         shutil.copytree(whole, root)
         (root / rows_name(1)).write_bytes(b"")
         (root / done_name(2)).write_bytes(b"{}")
-        (root / "rows/stray").touch()
+        (root / "colbert_vecs").mkdir(exist_ok=True)
+        (root / scales_name(0)).touch()
         return find_faults(root, chosen=chosen)
 
     faults = damage(tmp_path / "count")

@@ -10,6 +10,8 @@ from m3cli.records import DoneEntry, FileRecord
 from m3cli.store.sealed import hash_file, read_errors
 from m3cli.store.verify.faults import Fault
 
+IS_LINK = "is a symbolic link, which m3 does not make"
+
 
 def check_files(root: Path, entry: DoneEntry) -> list[Fault]:
     """Hash the files of a shard."""
@@ -25,6 +27,8 @@ def _check_file(path: Path, record: FileRecord) -> str | None:
     try:
         with read_errors(path):
             status = path.lstat()
+            if stat.S_ISLNK(status.st_mode):
+                return IS_LINK
             if not stat.S_ISREG(status.st_mode):
                 return "is not a file"
             if status.st_size != record.length:

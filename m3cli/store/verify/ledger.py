@@ -18,6 +18,7 @@ from m3cli.store.entries import find_misplaced, parse_manifest, read_entry, read
 from m3cli.store.layout import DONE_FOLDER, MANIFEST_NAME, RUN_NAME, done_name
 from m3cli.store.sealed import hash_file
 from m3cli.store.verify.faults import Fault
+from m3cli.store.verify.files import IS_LINK
 
 _STEM = re.compile(r"shard-(\d{7,})\.json")
 
@@ -94,6 +95,9 @@ def _read_entries(root: Path) -> tuple[dict[int, DoneEntry], list[Fault]]:
     faults: list[Fault] = []
     for index in _list_entries(root):
         path = root / done_name(index)
+        if path.is_symlink():
+            faults.append(_entry_fault(index, IS_LINK))
+            continue
         try:
             entry = read_entry(path)
         except DamageFound as damage:

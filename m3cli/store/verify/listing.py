@@ -1,60 +1,56 @@
-"""What lies in a folder that nothing names.
+"""Files and folders that no done entry names.
 
-Looked through are the data folders and `_m3`; a folder may have other things beside them (a README, a dataset card).
-Data of a shard without an entry is not damage while work is left: its run died between the two, or is at it now.
+Only the data folders and `_m3` are looked through; a folder may have other things next to them (a README, a dataset
+card). Data of a shard without an entry is not damage while work is left: its run died between the two, or is writing it
+now. A file whose name is not one of m3's is somebody else's: it is listed, and nothing removes it. The exception is a
+Parquet file in rows/, which every reader of that folder takes for rows.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from m3cli.store.layout import (
-    DATA_NAMES,
-    DONE_FOLDER,
-    LOCK_NAME,
-    MANIFEST_NAME,
-    META,
-    METRICS_NAME,
-    RUN_NAME,
-    TMP_FOLDER,
-    VECTOR_COLUMNS,
-    done_name,
-)
+from m3cli.store.entries import find_links
+from m3cli.store.layout import META, SHARD_FOLDERS, TMP_FOLDER, done_name, is_meta_name, shard_of
 from m3cli.store.verify.faults import Fault
+from m3cli.store.verify.files import IS_LINK
 from m3cli.store.verify.ledger import Ledger
 
-SHARD_FOLDERS = ("rows", *VECTOR_COLUMNS.values(), DONE_FOLDER, f"{META}/skipped", f"{META}/hashes")
-_META_FOLDERS = {Path(name).name for name in (*SHARD_FOLDERS, TMP_FOLDER) if name.startswith(f"{META}/")} | {"logs"}
-_META_FILES = {Path(name).name for name in (RUN_NAME, MANIFEST_NAME, METRICS_NAME, LOCK_NAME)}
-_STEM = re.compile(r"shard-(\d{7,})\.")
+_META_FOLDERS = (TMP_FOLDER, f"{META}/logs", *SHARD_FOLDERS)
 
 
 def find_strays(root: Path, ledger: Ledger) -> Iterator[Fault]:
-    """List the files and folders that nothing names."""
-    yield from _find_in_meta(root)
+    """List the files that have a name of m3's and that nothing names, and links in the place of its folders."""
+    for name in find_links(root):
+        if shard_of(name) is None:  # a link in the place of a shard's file is a fault of the shard
+            yield Fault(file=name, shard=None, what=IS_LINK, cure="none")
     for folder in SHARD_FOLDERS:
         for item in _scan(root / folder):
             name = f"{folder}/{item.name}"
-            index = _shard_of(name)
-            if item.is_dir(follow_symlinks=False):
+            index = shard_of(name)
+            if index is None:
+                if folder == "rows" and item.name.endswith(".parquet") and not item.name.startswith((".", "_")):
+                    what = "is not a file of m3, and readers of rows/ take it for rows"
+                    yield Fault(file=name, shard=None, what=what, cure="none")
+            elif item.is_dir(follow_symlinks=False):
                 yield Fault(file=name, shard=None, what="is a folder where only files belong", cure="none")
-            elif index is None:
-                yield _stray(name, None, "belongs to no shard")
-            elif what := _judge(name, index, ledger):
-                yield _stray(name, index, what)
+            elif stray := _judge(name, index, ledger):
+                yield Fault(file=name, shard=index, what=stray, cure="remove")
 
 
-def _find_in_meta(root: Path) -> Iterator[Fault]:
+def find_unknown(root: Path) -> list[str]:
+    """List the files and folders in `_m3` and the data folders whose names are not m3's."""
+    found = []
     for item in _scan(root / META):
         name = f"{META}/{item.name}"
-        if item.is_dir(follow_symlinks=False):
-            if item.name not in _META_FOLDERS:
-                yield Fault(file=name, shard=None, what="is a folder that m3 does not make", cure="none")
-        elif not (item.name in _META_FILES or item.name.startswith("lock.") or item.name.endswith(".log")):
-            yield _stray(name, None, "is a file that m3 does not make")
+        if not (name in _META_FOLDERS or is_meta_name(name) or name.endswith(".log")):
+            found.append(name)
+    for folder in SHARD_FOLDERS:
+        names = [f"{folder}/{item.name}" for item in _scan(root / folder)]
+        found += [name for name in names if shard_of(name) is None]
+    return found
 
 
 def _judge(name: str, index: int, ledger: Ledger) -> str | None:
@@ -69,20 +65,8 @@ def _judge(name: str, index: int, ledger: Ledger) -> str | None:
     return None
 
 
-def _shard_of(name: str) -> int | None:
-    match = _STEM.match(Path(name).name)
-    if match is None:
-        return None
-    index = int(match[1])
-    return index if name in {spell(index) for spell in (*DATA_NAMES, done_name)} else None
-
-
-def _stray(name: str, index: int | None, what: str) -> Fault:
-    return Fault(file=name, shard=index, what=what, cure="remove")
-
-
 def _scan(folder: Path) -> list[os.DirEntry[str]]:
-    if not folder.is_dir():
+    if not folder.is_dir() or folder.is_symlink():
         return []
     with os.scandir(folder) as items:
         return sorted(items, key=lambda item: item.name)

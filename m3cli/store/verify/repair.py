@@ -20,7 +20,7 @@ def shards_to_redo(faults: Sequence[Fault]) -> list[int]:
 
 
 def repair(root: Path, faults: Sequence[Fault]) -> list[str]:
-    """Take away what is damaged; return the names of what went."""
+    """Remove what is damaged, of files that m3 names itself; return the names of what was removed."""
     shards = shards_to_redo(faults)
     has_lost_manifest = shards or any(fault.cure == "manifest" for fault in faults)
     gone = withdraw_files(root, [MANIFEST_NAME] if has_lost_manifest else [])

@@ -1,0 +1,121 @@
+"""What a command writes is compared with what it reads, by file and not by name, before anything is written."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from m3cli.corpus.sources import list_files
+from m3cli.errors import UsageError
+from m3cli.paths import check_local, is_output_folder
+
+Identity = tuple[int, int]
+
+_LOGS = re.compile(r"_m3/(?:[^/]+\.log|logs/.+)")
+"files of an output folder that may be written by name"
+_WRITTEN_BY_M3 = {
+    "--log-file": re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d |\Z"),
+    "--metrics": re.compile(rb"# HELP m3_|\Z"),
+    "--gone": re.compile(rb'\{"id":"[^"]*"\}\n|\Z'),
+}
+"how files of earlier runs begin, which may be in an input folder"
+_OF_CHECKPOINTS = {".json", ".safetensors", ".bin", ".pt", ".model"}
+
+
+def check_paths(
+    written: Mapping[str, str | None], read: Mapping[str, Sequence[str | None]], *, model: str | None = None
+) -> None:
+    """Compare the paths that are written with each other and with all files that are read.
+
+    Args:
+        written: the path of each option; None and '-' are no path.
+        read: of each option or argument, the files, folders and globs.
+        model: the checkpoint that was typed; None: M3_MODEL.
+
+    Raises:
+        UsageError: two are the same file, one is inside an output folder, or is not on this machine.
+    """
+    paths = {option: path for option, path in written.items() if path is not None and path != "-"}
+    for option, path in paths.items():
+        check_local(path, option)
+        _check_outside(path, option)
+    _check_distinct(paths)
+    existing = {found: option for option, path in paths.items() if (found := _identify(path)) is not None}
+    below = any(Path(paths[option]).is_file() for option in existing.values())
+    for what, file, named in _list_read(read, model, below=below) if existing else ():
+        found = _identify(file)
+        writing = existing.get(found) if found is not None else None
+        if writing is not None and (named or not _is_written_by_m3(writing, paths[writing])):
+            raise UsageError(
+                f"{writing} {paths[writing]} would overwrite what is read: it is {what} {file}; choose another name"
+            )
+
+
+def list_own(inputs: Sequence[str], written: Sequence[str | None]) -> frozenset[str]:
+    """Return the real paths of files that are written, and are not to be read where they are in an input folder."""
+    named = {os.path.realpath(given) for given in inputs}
+    return frozenset(os.path.realpath(path) for path in written if path is not None) - named
+
+
+def _check_outside(path: str, option: str) -> None:
+    real = Path(os.path.realpath(path))
+    folder = next((parent for parent in real.parents if is_output_folder(parent)), None)
+    if folder is None or (option == "--log-file" and _LOGS.fullmatch(real.relative_to(folder).as_posix())):
+        return
+    raise UsageError(
+        f"{option} {path} is inside {folder.name}, an output folder of m3, which holds nothing else; "
+        "choose another path"
+    )
+
+
+def _check_distinct(paths: Mapping[str, str]) -> None:
+    seen: dict[object, str] = {}
+    for option, path in paths.items():
+        key = _identify(path) or os.path.realpath(path)
+        if key in seen and not _is_special(path):
+            raise UsageError(f"{seen[key]} {paths[seen[key]]} and {option} {path} are the same: give each its own name")
+        seen[key] = option
+
+
+def _list_read(
+    read: Mapping[str, Sequence[str | None]], model: str | None, *, below: bool
+) -> Iterator[tuple[str, Path, bool]]:
+    """Yield what each file is read as, the file, and whether it was named itself; `below`: also files in folders."""
+    for what, given in read.items():
+        for name in given:
+            if name is None or name == "-":
+                continue
+            yield what, Path(name), True
+            yield from ((what, file, False) for file in (list_files(name) if below else ()))
+    if below and (model := model or os.environ.get("M3_MODEL")):
+        folder = Path(model).expanduser()
+        files = (*folder.glob("*"), *folder.glob("*/*"))
+        yield from (("--model", file, True) for file in files if file.suffix in _OF_CHECKPOINTS)
+
+
+def _identify(path: str | Path) -> Identity | None:
+    """Return what tells a file or folder from all others; None: there is none, or it is a device or a pipe."""
+    try:
+        status = os.stat(path)  # noqa: PTH116  of what a link points to
+    except (OSError, ValueError):
+        return None
+    known = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+    return (status.st_dev, status.st_ino) if known else None
+
+
+def _is_special(path: str) -> bool:
+    return os.path.exists(path) and _identify(path) is None  # noqa: PTH110  False where it cannot be looked at
+
+
+def _is_written_by_m3(option: str, path: str) -> bool:
+    pattern = _WRITTEN_BY_M3.get(option)
+    if pattern is None:
+        return False
+    try:
+        with Path(path).open("rb") as file:
+            return pattern.match(file.readline(1 << 20)) is not None
+    except OSError:
+        return False
