@@ -19,6 +19,7 @@ import xxhash
 
 import m3cli
 from m3cli.config import (
+    ALL_OUTPUTS,
     AUTO_SHARD_SIZE,
     COLBERT_MEMBERS,
     DEFAULT_MODEL,
@@ -130,10 +131,10 @@ def _parse_members(document: dict[str, Any]) -> Run:
     )
 
 
-def open_checkpoint(request: EncodeRequest) -> Checkpoint:
+def open_checkpoint(request: EncodeRequest, *, download: bool = True, heads: bool = True) -> Checkpoint:
     """Find and read the checkpoint that was typed, or that M3_MODEL names, or BAAI/bge-m3."""
     model = name_model(request) or DEFAULT_MODEL
-    folder = find_checkpoint(model, revision=request.revision)
+    folder = find_checkpoint(model, revision=request.revision, download=download, heads=heads)
     return read_checkpoint(folder, name=None if folder == Path(model).expanduser() else model)
 
 
@@ -155,7 +156,7 @@ def settle_run(
 
     refuse_endless(request)
     device = machine.resolve_device(request.device)
-    outputs = request.outputs or checkpoint.outputs
+    outputs = request.outputs or ALL_OUTPUTS
     longest = checkpoint.max_length
     if request.mcls:
         longest = fit_length(longest, every=request.mcls)
@@ -216,7 +217,8 @@ def check_outputs(outputs: Sequence[Output], checkpoint: Checkpoint) -> None:
     if missing:
         raise ModelError(
             f"{checkpoint.folder} has no head for {' and '.join(missing)} (no {missing[0]}_linear.pt); "
-            f"use --outputs {','.join(checkpoint.outputs)} or a checkpoint such as BAAI/bge-m3"
+            f"name the outputs that it gives with --outputs {','.join(checkpoint.outputs)}, "
+            "or use a checkpoint such as BAAI/bge-m3"
         )
 
 

@@ -136,3 +136,23 @@ def test_info_finds_a_text_in_one_file_of_several(encode: M3, m3_here: M3) -> No
     Path("one.jsonl").write_text(changed)
     refused = m3_here("info", "o.m3", "--id", "b1", "--text", "--input", "one.jsonl")
     assert "1.jsonl has changed since o.m3 was made from it" in refused.stderr
+
+
+def test_outputs_that_a_checkpoint_does_not_give_are_left_out_by_name_only(
+    m3_here: M3, tiny_m3: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bare").mkdir()
+    for path in tiny_m3.iterdir():
+        if not path.name.endswith("_linear.pt"):
+            (tmp_path / "bare" / path.name).symlink_to(path)
+    write("a.jsonl", "1")
+    for command in ("encode", "plan"):
+        done = m3_here(command, "a.jsonl", "--model", "bare")
+        assert (done.returncode, done.stdout) == (5, "")
+        assert "bare has no head for sparse and colbert (no sparse_linear.pt)" in done.stderr
+        assert "name the outputs that it gives with --outputs dense" in done.stderr
+    assert not Path("a.m3").exists()
+    assert m3_here("encode", "a.jsonl", "--model", "bare", "--outputs", "dense").returncode == 0
+    assert m3_here("encode", "a.jsonl", "--model", "bare").returncode == 0, "the folder has chosen"
+    done = m3_here("search", "a.m3", "--model", "bare", "--queries", "words", "-k", 1)
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1)
