@@ -143,6 +143,8 @@ def parse_weights(text: str) -> tuple[float, float, float]:
         raise UsageError(
             f"--weights {text!r}: expected three numbers from 0 up, of dense,sparse,colbert, such as 0.4,0.2,0.4"
         )
+    if not math.isfinite(sum(numbers)):
+        raise UsageError(f"--weights {text!r}: their sum is too large to divide by; give smaller ones")
     if sum(numbers) == 0:
         raise UsageError(f"--weights {text!r}: they sum to 0, and an average is divided by their sum")
     return numbers[0], numbers[1], numbers[2]
