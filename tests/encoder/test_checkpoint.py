@@ -7,13 +7,15 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import orjson
 import pytest
+import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
@@ -333,6 +335,55 @@ def test_without_hub_one_line_says_what_to_do(hub: Hub, environment: dict[str, s
         f"org/tiny is neither a folder nor in the hub's cache, and {reason}; where the hub can be reached: "
         "hf download org/tiny --local-dir tiny, then --model tiny"
     ]
+
+
+JSON_FILES = (
+    "config.json",
+    "1_Pooling/config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "cut by one": lambda content: content[:-1],
+    "empty": lambda _: b"",
+    "object": lambda _: b"{}",
+    "list": lambda _: b"[]",
+    "null": lambda _: b"null",
+    "text": lambda _: b"hello world",
+    "zeros": lambda content: bytes(min(len(content), 1 << 20)),
+    "pointer": lambda _: LFS_POINTER,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "1_Pooling/config.json", "model.safetensors", "sparse_linear.pt", "colbert_linear.pt"),
+        "pytorch_model.bin",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in JSON_FILES if "token" in name),
+    ],
+)
+def test_a_damaged_file_is_a_model_error_or_does_no_harm(
+    copy: Path, name: str, damage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if name == "pytorch_model.bin":
+        torch.save(load_file(copy / "model.safetensors"), copy / name)
+        (copy / "model.safetensors").unlink()
+    rewrite(copy / name, DAMAGES[damage]((copy / name).read_bytes()))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    told = f"{copy}; "
+    try:
+        checkpoint = read_checkpoint(copy)
+        if "token" in name:
+            load_tokenizer(checkpoint)
+        else:
+            load_model(checkpoint, device="cpu", dtype="float32")
+    except ModelError as error:
+        told = str(error)
+    assert re.fullmatch(rf".*{copy}.*; .*", told), "one line, the file, the remedy"
 
 
 def test_identity_is_the_same_for_a_copy_and_another_for_other_heads(tiny_m3: Path, copy: Path) -> None:
