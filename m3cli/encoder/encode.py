@@ -75,7 +75,8 @@ class _Made:
     @property
     def whole(self) -> NDArray[np.bool_]:
         """[B] whether a row can be written."""
-        return self.faults == 0
+        whole: NDArray[np.bool_] = self.faults == 0
+        return whole
 
 
 class BatchEncoder:
