@@ -33,7 +33,7 @@ VectorCompression = Literal["none", "zstd"]
 LongDocs = Literal["chunk", "merge", "both", "truncate"]
 Split = Literal["tokens", "sentence"]
 
-COLBERT_MEMBERS = ("colbert_dtype", "colbert_pool", "colbert_min_weight", "colbert_top_k")
+COLBERT_MEMBERS = ("colbert_dtype", "colbert_pool", "colbert_top_k")
 "members of EncodeConfig that say how ColBERT vectors are stored"
 OUTPUT_OF: dict[str, Output] = {"dense_dtype": "dense", **dict.fromkeys(COLBERT_MEMBERS, "colbert")}
 "of each member of EncodeConfig that says how an output is stored, that output"
@@ -46,20 +46,18 @@ CHOSEN = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColbertForm:
-    """What is kept of a row's ColBERT matrix, in this order: tokens of some weight, means of like ones, fewer bits."""
+    """What is kept of a row's ColBERT matrix, in this order: the heaviest tokens, means of like ones, fewer bits."""
 
     dtype: ColbertDtype = "float16"
     pool: int = 1
     "tokens to a vector; 1: each has its own"
-    min_weight: float = 0.0
-    "lexical weight that a token must have; 0: any"
     top_k: int | None = None
     "most tokens of a row that are kept, those of the largest lexical weights"
 
     @property
     def by_weight(self) -> bool:
         """Whether tokens are chosen by their lexical weights."""
-        return self.min_weight > 0 or self.top_k is not None
+        return self.top_k is not None
 
     @property
     def plain(self) -> bool:
@@ -98,7 +96,6 @@ class EncodeConfig:
     dense_dtype: VectorDtype = "float16"
     colbert_dtype: ColbertDtype = "float16"
     colbert_pool: Positive = 1
-    colbert_min_weight: Annotated[float, Between(0)] = 0.0
     colbert_top_k: Positive | None = None
     compression: VectorCompression = "none"
     "of the vectors in Parquet"
@@ -119,7 +116,6 @@ class EncodeConfig:
         return ColbertForm(
             dtype=self.colbert_dtype,
             pool=self.colbert_pool,
-            min_weight=self.colbert_min_weight,
             top_k=self.colbert_top_k,
         )
 
@@ -228,7 +224,6 @@ class EncodeRequest:
     dense_dtype: VectorDtype | None = None
     colbert_dtype: ColbertDtype | None = None
     colbert_pool: int | None = None
-    colbert_min_weight: float | None = None
     colbert_top_k: int | None = None
     compression: VectorCompression | None = None
     shard_size: int | None = None

@@ -21,7 +21,6 @@ from m3cli.cli.values import (
     parse_worker,
 )
 from m3cli.config import ColbertDtype, EncodeRequest, Format, LongDocs, Split, VectorCompression, VectorDtype
-from m3cli.errors import UsageError
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "format": get_args(Format),
@@ -45,7 +44,6 @@ def encode(
     dense_dtype: flags.DenseDtype = None,
     colbert_dtype: flags.ColbertDtype = None,
     colbert_pool: flags.ColbertPool = None,
-    colbert_min_weight: flags.ColbertMinWeight = None,
     colbert_top_k: flags.ColbertTopK = None,
     compression: flags.Compression = None,
     input_format: flags.InputFormat = "auto",
@@ -95,7 +93,6 @@ def encode(
         dense_dtype=dense_dtype,
         colbert_dtype=colbert_dtype,
         colbert_pool=colbert_pool,
-        colbert_min_weight=colbert_min_weight,
         colbert_top_k=colbert_top_k,
         compression=compression,
         input_format=input_format,
@@ -138,7 +135,4 @@ def encode(
 def make_request(**typed: Any) -> EncodeRequest:
     """Check choices and make the request."""
     check_choices(typed, _CHOICES)
-    weight = typed["colbert_min_weight"]
-    if weight is not None and not weight >= 0:  # nor is "nan" a weight
-        raise UsageError(f"--colbert-min-weight {weight}: expected a number from 0 up, such as 0.05")
     return EncodeRequest(**typed)

@@ -132,19 +132,9 @@ ColbertPool = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
-ColbertMinWeight = Annotated[
-    float | None,
-    typer.Option(
-        metavar="W",
-        help="Keep only ColBERT vectors of tokens of this lexical weight or more.",
-        rich_help_panel=_OUTPUT,
-    ),
-]
 ColbertTopK = Annotated[
     int | None,
     typer.Option(
-        "--colbert-top-k",
-        "--colbert-max-vectors",
         min=1,
         metavar="N",
         help="Keep only a row's N ColBERT vectors of the largest lexical weights.",

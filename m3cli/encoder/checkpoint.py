@@ -1,13 +1,18 @@
-"""A checkpoint in BGE-M3's file layout: where it lies, what it is, what makes two of them the same.
+"""A checkpoint in BGE-M3's file layout: where it is found, what it is, what makes two of them the same.
 
 Layout (BAAI/bge-m3 on the hub): `config.json` of an XLM-RoBERTa, weights as `model.safetensors` or `pytorch_model.bin`
 (or their sharded form with an index), `tokenizer.json`, `sparse_linear.pt`, `colbert_linear.pt`,
 `1_Pooling/config.json`. Without the two `.pt` heads a checkpoint gives dense vectors only. Nothing here loads torch.
+
+A file that a download left damaged is told before anything is loaded from it. A hub's cache that another library filled
+often lacks the heads and the pooling; the hub is asked for these small files then.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,10 +36,27 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "sentencepiece.bpe.model",
 )
-HEAD_FILES = {"sparse": "sparse_linear.pt", "colbert": "colbert_linear.pt"}
+HEAD_FILES: dict[Output, str] = {"sparse": "sparse_linear.pt", "colbert": "colbert_linear.pt"}
 POOLING_FILE = "1_Pooling/config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WANTED = (
+    *("config.json", POOLING_FILE, *TOKENIZER_FILES, *HEAD_FILES.values()),
+    *("*.safetensors", "*.index.json", "pytorch_model*.bin"),
+)
+"of a hub's repository"
+_UNWANTED = ("onnx/*", "openvino/*")
+_HUB_SECONDS = 10.0
 _EDGE = 1 << 20
+_HEAD = 200
+"bytes by which a file is recognised that is another than its name says"
+_LFS_POINTER = b"version https://git-lfs"
+_HTML = (b"<!doctype html", b"<html")
+_LEAST_POSITIONS = POSITION_OFFSET + 3
+"<s>, one token and </s>"
+_MOST = (1 << 31) - 1
+DOWNLOAD_AGAIN = "download the checkpoint again"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +89,14 @@ class Checkpoint:
         return min(MAX_LENGTH_CEILING, self.max_length)
 
 
-def find_checkpoint(model: str, *, revision: str | None = None) -> Path:
+def find_checkpoint(model: str, *, revision: str | None = None, download: bool = True, heads: bool = True) -> Path:
     """Return the folder of a checkpoint: a path as it is, a hub id from the hub's cache or else downloaded.
+
+    Args:
+        model: a folder or a hub id.
+        revision: of the hub's repository.
+        download: False takes what the hub's cache holds.
+        heads: whether heads and pooling that the cache lacks are downloaded too.
 
     Raises:
         ModelError: neither a folder nor to be had from the hub.
@@ -81,45 +109,129 @@ def find_checkpoint(model: str, *, revision: str | None = None) -> Path:
         raise ModelError(f"--model {model} is a file; give the folder that holds config.json and the weights")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(f"--model {model}: no such folder; give a checkpoint folder or a hub id such as BAAI/bge-m3")
-    return _fetch_from_hub(model, revision=revision)
+    return _fetch_from_hub(model, revision=revision, download=download, heads=heads)
 
 
-def _fetch_from_hub(model: str, *, revision: str | None) -> Path:
-    # The hub's client logs retries and prints bars of its own; a missing hub must be one line.
+def _fetch_from_hub(model: str, *, revision: str | None, download: bool, heads: bool) -> Path:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import snapshot_download  # noqa: PLC0415  half a second, only for hub ids
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
 
-    wanted = ["config.json", POOLING_FILE, *TOKENIZER_FILES, *HEAD_FILES.values(), "*.safetensors", "*.index.json"]
-    patterns = [*wanted, "pytorch_model*.bin"]
-    ignored = ["onnx/*", "openvino/*"]
+    patterns: dict[str, Any] = {"allow_patterns": [*_WANTED], "ignore_patterns": [*_UNWANTED]}
+    cached: Path | None = None
     try:
-        cached = Path(
-            snapshot_download(
-                model, revision=revision, allow_patterns=patterns, ignore_patterns=ignored, local_files_only=True
-            )
-        )
-        if (cached / "config.json").exists() and _find_weights(cached) and (cached / "tokenizer.json").exists():
-            return cached
-    except (LocalEntryNotFoundError, OSError, ValueError):
-        pass  # not in the cache: ask the hub
+        cached = Path(snapshot_download(model, revision=revision, local_files_only=True, **patterns))
+    except (OSError, ValueError) as error:
+        if known := getattr(error, "snapshot_path", None):  # in the cache, but not all of what the hub has
+            cached = Path(known)
+    if cached is not None and _holds_model(cached):
+        if download and heads:
+            _fetch_small_files(model, cached)
+        return cached
+    if not download:
+        raise ModelError(f"{model} is neither a folder nor in the hub's cache; {_tell_download(model)}")
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return Path(snapshot_download(model, revision=revision, **patterns))
+    except (OSError, ValueError) as error:
         raise ModelError(
-            f"model {model} is neither a folder nor in the hub's cache, and the hub does not give it ({reason[:160]}); "
-            "download it elsewhere and pass its folder with --model, or set M3_MODEL"
+            f"{model} is neither a folder nor in the hub's cache, and {_explain(error, revision=revision)}; "
+            f"{_tell_download(model)}"
         ) from error
 
 
-def read_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
-    """Read what a checkpoint is from its small files.
+def _holds_model(folder: Path) -> bool:
+    """Whether a cached snapshot has config, tokenizer and all parts of the weights."""
+    try:
+        weights = _find_weights(folder)
+    except ModelError:
+        return False
+    return bool(weights) and all((folder / name).exists() for name in ("config.json", "tokenizer.json"))
+
+
+def _fetch_small_files(model: str, cached: Path) -> None:
+    """Ask the hub for heads and pooling that a cached snapshot lacks; that it has none is kept in its cache."""
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache  # noqa: PLC0415
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError  # type: ignore[attr-defined]  # noqa: PLC0415
+
+    commit, files = cached.name, (POOLING_FILE, *HEAD_FILES.values())
+    unknown = [name for name in files if try_to_load_from_cache(model, name, revision=commit) is None]
+    if not unknown:
+        return
+    try:
+        # The download's own retries take half a minute; this has none.
+        listed = HfApi().model_info(model, revision=commit, timeout=_HUB_SECONDS).siblings or ()
+        there = {file.rfilename for file in listed}
+        for name in (name for name in unknown if name in there):
+            hf_hub_download(model, name, revision=commit)
+        for name in (name for name in unknown if name not in there):
+            with suppress(EntryNotFoundError):  # the cache remembers it
+                hf_hub_download(model, name, revision=commit)
+    except (OSError, ValueError, HTTPError) as error:
+        reason = _explain(error, revision=commit)
+        _log.warning("%s: the hub's cache lacks %s, and %s", model, ", ".join(unknown), reason)
+
+
+def _explain(error: Exception, *, revision: str | None) -> str:
+    """Return why the hub does not give a checkpoint, as a clause."""
+    from huggingface_hub import constants, errors  # noqa: PLC0415
+
+    if isinstance(error, errors.GatedRepoError):
+        return "its publisher wants to know who downloads it (hf auth login)"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the hub has no public model of that name (hf auth login gives access to others)"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the hub has no revision {revision} of it"
+    if constants.HF_HUB_OFFLINE:
+        return "the hub is not asked (HF_HUB_OFFLINE is set)"
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"the hub does not give it ({first_line(error)})"
+    return "the hub cannot be reached"
+
+
+def _tell_download(model: str) -> str:
+    folder = model.rpartition("/")[2]
+    return f"where the hub can be reached: hf download {model} --local-dir {folder}, then --model {folder}"
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error of a library says, on one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def check_content(path: Path) -> None:
+    """Check that a file is not what a failed download leaves in its place.
 
     Raises:
-        ModelError: not a folder with an XLM-RoBERTa checkpoint in BGE-M3's layout.
+        ModelError: it is empty, a Git LFS pointer or a web page, or cannot be read.
     """
-    config = _read_config(folder)
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}; check who may read it") from error
+    if head.startswith(_LFS_POINTER):
+        raise ModelError(
+            f"{path} is a Git LFS pointer, not the file itself; run 'git lfs pull' in {path.parent}, "
+            "or fetch the checkpoint with 'hf download'"
+        )
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_HTML):
+        raise ModelError(f"{path} is an HTML page, not the file itself; fetch the checkpoint with 'hf download'")
+    if not head:
+        raise ModelError(f"{path} is empty; {DOWNLOAD_AGAIN}")
+
+
+def read_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
+    """Read what a checkpoint is from its small files, and check that the others are what their names say.
+
+    Raises:
+        ModelError: not a folder with an XLM-RoBERTa checkpoint in BGE-M3's layout, or one with a damaged file.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise ModelError(
+            f"{folder} is not a model folder (no config.json); give the folder of a checkpoint such as BAAI/bge-m3"
+        )
+    config = _read_object(path)
     if config.get("model_type") != "xlm-roberta":
         raise ModelError(
             f"{folder}: model_type is {config.get('model_type')!r}; m3 runs XLM-RoBERTa checkpoints such as BAAI/bge-m3"
@@ -131,55 +243,93 @@ def read_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
         raise ModelError(f"{folder} holds no weights; expected one of {', '.join(_WEIGHTS)}")
     if not (folder / "tokenizer.json").exists() and not (folder / "sentencepiece.bpe.model").exists():
         raise ModelError(f"{folder} holds no tokenizer; expected tokenizer.json")
-    heads = [output for output, file in HEAD_FILES.items() if (folder / file).exists()]
-    try:
-        return Checkpoint(
-            folder=folder,
-            name=name or folder.resolve().name,
-            num_layers=int(config["num_hidden_layers"]),
-            hidden_size=int(config["hidden_size"]),
-            num_heads=int(config["num_attention_heads"]),
-            vocab_size=int(config["vocab_size"]),
-            num_positions=int(config["max_position_embeddings"]),
-            pad_token_id=int(config.get("pad_token_id", 1)),
-            layer_norm_eps=float(config.get("layer_norm_eps", 1e-5)),
-            pooling=_read_pooling(folder),
-            outputs=("dense", *(output for output in ("sparse", "colbert") if output in heads)),
-            weight_files=weights,
+    small = [folder / file for file in (*TOKENIZER_FILES, *HEAD_FILES.values())]
+    for file in (*weights, *(file for file in small if file.exists())):
+        check_content(file)
+    outputs: list[Output] = ["dense", *(output for output, file in HEAD_FILES.items() if (folder / file).exists())]
+    shape = _read_shape(path, config)
+    return Checkpoint(
+        folder=folder,
+        name=name or folder.resolve().name,
+        pad_token_id=_read_number(path, config, "pad_token_id", least=0, default=1),
+        layer_norm_eps=_read_epsilon(path, config),
+        pooling=_read_pooling(folder),
+        outputs=tuple(outputs),
+        weight_files=weights,
+        **shape,
+    )
+
+
+def _read_shape(path: Path, config: dict[str, Any]) -> dict[str, int]:
+    shape = {
+        member: _read_number(path, config, key, least=least)
+        for member, key, least in (
+            ("num_layers", "num_hidden_layers", 1),
+            ("hidden_size", "hidden_size", 1),
+            ("num_heads", "num_attention_heads", 1),
+            ("vocab_size", "vocab_size", 1),
+            ("num_positions", "max_position_embeddings", _LEAST_POSITIONS),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'}: {error!r} is missing or not a number") from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = orjson.loads(path.read_bytes())
-    except FileNotFoundError as error:
+    }
+    if shape["hidden_size"] % shape["num_heads"]:
         raise ModelError(
-            f"{folder} is not a model folder (no config.json); give the folder of a checkpoint such as BAAI/bge-m3"
-        ) from error
+            f"{path}: num_attention_heads is {shape['num_heads']}, which does not divide "
+            f"hidden_size {shape['hidden_size']}; {DOWNLOAD_AGAIN}"
+        )
+    return shape
+
+
+def _read_number(path: Path, config: dict[str, Any], key: str, *, least: int, default: int | None = None) -> int:
+    number = config.get(key, default)
+    if type(number) is not int or not least <= number <= _MOST:
+        found = "missing" if number is None else repr(number)[:40]
+        raise ModelError(f"{path}: {key} is {found}, expected a whole number from {least} up; {DOWNLOAD_AGAIN}")
+    return number
+
+
+def _read_epsilon(path: Path, config: dict[str, Any]) -> float:
+    number = config.get("layer_norm_eps", 1e-5)
+    if type(number) not in (int, float) or not 0 <= number < 1:
+        raise ModelError(f"{path}: layer_norm_eps is {repr(number)[:40]}, expected a small number; {DOWNLOAD_AGAIN}")
+    return float(number)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a small file that holds a JSON object."""
+    check_content(path)
+    try:
+        content = orjson.loads(path.read_bytes())
     except (OSError, orjson.JSONDecodeError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} is not a JSON object")
-    return config
+        raise ModelError(f"{path} cannot be read: {first_line(error)}; {DOWNLOAD_AGAIN}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is not a JSON object; {DOWNLOAD_AGAIN}")
+    return content
 
 
 def _find_weights(folder: Path) -> tuple[Path, ...]:
     """Return the weight files, safetensors before pickled ones, the parts of an index in name order."""
     for name in _WEIGHTS:
         path = folder / name
-        if not path.exists():
-            continue
-        if not name.endswith(".index.json"):
-            return (path,)
-        parts = sorted(set(orjson.loads(path.read_bytes())["weight_map"].values()))
-        missing = [part for part in parts if not (folder / part).exists()]
-        if missing:
-            raise ModelError(f"{path} names {missing[0]}, which is not there; download the checkpoint again")
-        return tuple(folder / part for part in parts)
+        if path.exists():
+            return _list_parts(path) if name.endswith(".index.json") else (path,)
     return ()
+
+
+def _list_parts(index: Path) -> tuple[Path, ...]:
+    """Return the weight files that an index names."""
+    names = _read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ModelError(f"{index} has no weight_map, which names the weight files; {DOWNLOAD_AGAIN}")
+    for part in names.values():
+        if not isinstance(part, str) or Path(part).name != part or part == "..":
+            raise ModelError(
+                f"{index} names {part!r}, expected a file of the same folder; get the checkpoint from its publisher"
+            )
+    parts = tuple(index.parent / part for part in sorted(set(names.values())))
+    missing = [part.name for part in parts if not part.exists()]
+    if missing:
+        raise ModelError(f"{index} names {missing[0]}, which is missing; {DOWNLOAD_AGAIN}")
+    return parts
 
 
 def _read_pooling(folder: Path) -> Pooling:
@@ -187,7 +337,7 @@ def _read_pooling(folder: Path) -> Pooling:
     path = folder / POOLING_FILE
     if not path.exists():
         return "cls"
-    config = orjson.loads(path.read_bytes())
+    config = _read_object(path)
     if isinstance(mode := config.get("pooling_mode"), str):  # sentence-transformers 5 and later
         names = [mode]
     else:

@@ -31,8 +31,8 @@ def compress_matrices(matrices: TokenMatrices, form: ColbertForm) -> TokenMatric
         return matrices
     protected = np.zeros(len(matrices.vectors), np.bool_)
     protected[matrices.indptr[1:][np.diff(matrices.indptr) > 0] - 1] = True
-    if form.by_weight:
-        mask = choose_vectors(matrices, min_weight=form.min_weight, top_k=form.top_k)
+    if form.top_k is not None:
+        mask = choose_vectors(matrices, top_k=form.top_k)
         matrices, protected = keep_vectors(matrices, mask), protected[mask]
     if form.pool > 1:
         matrices = pool_vectors(matrices, factor=form.pool, protected=protected)
@@ -44,10 +44,7 @@ def compress_matrices(matrices: TokenMatrices, form: ColbertForm) -> TokenMatric
 
 
 def bound_vectors(num_vectors: NDArray[Any], form: ColbertForm) -> NDArray[np.int64]:
-    """Return how many vectors [R] are stored at most of rows that have so many [R] before.
-
-    How many a least weight leaves out only the model tells.
-    """
+    """Return how many vectors [R] are stored at most of rows that have so many [R] before."""
     vectors = num_vectors.astype(np.int64)
     if form.top_k is not None:
         vectors = np.minimum(vectors, form.top_k)

@@ -34,6 +34,8 @@ from m3cli.records import Batch, Embeddings, Output
 
 NOT_A_NUMBER = "not a number in the output"
 OUT_OF_MEMORY = "out of memory"
+FAULTS = ("", "NaN or infinity", "a vector of length 0")
+_NOT_FINITE, _NO_LENGTH = 1, 2
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class _Launched:
 
     batch: Batch
     outputs: Fetched
-    "what `run_heads` makes, and `finite` [N]: whether a token's state holds numbers only"
+    "what `run_heads` makes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +69,14 @@ class _Made:
 
     batch: Batch
     embeddings: Embeddings
-    whole: NDArray[np.bool_]
-    "[B] whether a row holds numbers only"
+    faults: NDArray[np.uint8]
+    "[B] what is wrong with a row, an index of FAULTS; 0: nothing"
+
+    @property
+    def whole(self) -> NDArray[np.bool_]:
+        """[B] whether a row can be written."""
+        whole: NDArray[np.bool_] = self.faults == 0
+        return whole
 
 
 class BatchEncoder:
@@ -201,7 +209,6 @@ class BatchEncoder:
             else:
                 states, layout = run_model(model, batch)
             made = run_heads(model, batch, states, layout, self._wanted)
-            made["finite"] = torch.isfinite(states[: len(batch.input_ids)].sum(-1, dtype=torch.float32))
             return _Launched(batch=batch, outputs=fetch(made, self._stream))
         except (RuntimeError, MemoryError) as error:
             if lacks_memory(error):
@@ -227,12 +234,12 @@ class BatchEncoder:
         if len(good):
             yield pick_rows(made.embeddings, good, rows=made.embeddings.rows[good])
         for place in np.flatnonzero(~made.whole).tolist():
-            yield self._encode_exactly(_single_out(made.batch, place))
+            yield self._encode_exactly(_single_out(made.batch, place), fault=int(made.faults[place]))
 
-    def _encode_exactly(self, batch: Batch) -> Embeddings | FailedRow:
-        detail = f"NaN or infinity in {_name(self.model.dtype)}"
+    def _encode_exactly(self, batch: Batch, *, fault: int) -> Embeddings | FailedRow:
+        tried = _name(self.model.dtype)
         if self._load_float32 is not None:
-            detail += " and in float32"
+            tried += " and in float32"
             try:
                 if self._exact is None:
                     _log.warning("a row is not a number in %s; trying it in float32", _name(self.model.dtype))
@@ -248,34 +255,34 @@ class BatchEncoder:
             made = _collect(launched)
             if made.whole.all():
                 return made.embeddings
-        return FailedRow(row=int(batch.rows[0]), reason=NOT_A_NUMBER, detail=detail)
+            fault = int(made.faults[0])
+        return FailedRow(row=int(batch.rows[0]), reason=NOT_A_NUMBER, detail=f"{FAULTS[fault]} in {tried}")
 
 
 def _collect(launched: _Launched) -> _Made:
     """Wait for a batch, and return what came of it."""
     outputs, batch = launched.outputs.wait(), launched.batch
     made = build_embeddings(batch, outputs)
-    return _Made(batch=batch, embeddings=made, whole=_find_whole_rows(outputs["finite"], made, batch))
+    return _Made(batch=batch, embeddings=made, faults=_find_faults(outputs["finite"], made, batch))
 
 
-def _find_whole_rows(finite: NDArray[np.bool_], made: Embeddings, batch: Batch) -> NDArray[np.bool_]:
-    """Return which rows [B] hold numbers only, in their hidden states as in what was made of them."""
-    whole: NDArray[np.bool_] = np.logical_and.reduceat(finite, batch.cu_seqlens[:-1])
-    if made.dense_vecs is not None:
-        whole &= np.isfinite(made.dense_vecs).all(axis=1)
-    if (lexical := made.lexical_weights) is not None:
-        _mark(whole, lexical.indptr, np.flatnonzero(~np.isfinite(lexical.values)))
+def _find_faults(finite: NDArray[np.bool_], made: Embeddings, batch: Batch) -> NDArray[np.uint8]:
+    """Return what is wrong with each row [B]: numbers in its states or in what was made of them, or a zero vector."""
+    faults = np.zeros(len(batch.rows), np.uint8)
+    if (dense := made.dense_vecs) is not None:
+        faults[~dense.any(axis=1)] = _NO_LENGTH
+        faults[~np.isfinite(dense).all(axis=1)] = _NOT_FINITE
     if (colbert := made.colbert_vecs) is not None:
         # Divided by its norm, a vector with NaN in it is NaN, and one with infinity is NaN and zeros: those whose first
         # number is neither are whole, and the others few.
         first = colbert.vectors[:, 0]
         suspects = np.flatnonzero(~np.isfinite(first) | (first == 0))
-        _mark(whole, colbert.indptr, suspects[~np.isfinite(colbert.vectors[suspects]).all(axis=1)])
-    return whole
-
-
-def _mark(whole: NDArray[np.bool_], indptr: NDArray[np.int64], places: NDArray[np.int64]) -> None:
-    whole[np.searchsorted(indptr, places, side="right") - 1] = False
+        vectors = colbert.vectors[suspects]
+        rows = np.searchsorted(colbert.indptr, suspects, side="right") - 1
+        faults[rows[~vectors.any(axis=1)]] = _NO_LENGTH
+        faults[rows[~np.isfinite(vectors).all(axis=1)]] = _NOT_FINITE
+    faults[~np.logical_and.reduceat(finite, batch.cu_seqlens[:-1])] = _NOT_FINITE
+    return faults
 
 
 def _single_out(batch: Batch, place: int) -> Batch:

@@ -59,9 +59,10 @@ def run_heads(
 
     Returns:
         on the device, what `build_embeddings` takes: dense_vecs [B, C]; lexical_keys [N] int64 and lexical_values [N]
-        float32; colbert_vecs [N - B, D] and vector_weights [N - B] float32.
+        float32; colbert_vecs [N - B, D] and vector_weights [N - B] float32. And finite [N]: whether a token's state
+        and its lexical weight are numbers.
     """
-    made = {}
+    made = {"finite": torch.isfinite(last_hidden_state[: len(batch.input_ids)].sum(-1, dtype=torch.float32))}
     with_vectors = "colbert" in wanted.outputs
     vector_weights = with_vectors and wanted.vector_weights
     if "dense" in wanted.outputs:
@@ -73,6 +74,7 @@ def run_heads(
     if "sparse" in wanted.outputs or vector_weights:
         assert model.sparse_linear is not None
         weights = weigh_positions(last_hidden_state, input_ids, model.sparse_linear, special_ids=wanted.special_ids)
+        made["finite"] &= torch.isfinite(weights)
         if "sparse" in wanted.outputs:
             made["lexical_keys"], made["lexical_values"] = find_maxima(weights, input_ids, rows)
         if vector_weights:
@@ -117,7 +119,7 @@ def find_maxima(
     Returns:
         keys [N] int64, (row << 32) | token id, ascending, none twice, then NO_KEY; and their weights [N] float32.
     """
-    keys = ((rows.long() << 32) | input_ids).masked_fill_(~(weights > 0), NO_KEY)  # what is no number goes too
+    keys = ((rows.long() << 32) | input_ids).masked_fill_(~(weights > 0), NO_KEY)  # NaN goes too
     keys, order = torch.sort(keys)
     is_first = torch.ones_like(keys)
     is_first[1:] = keys[1:] != keys[:-1]

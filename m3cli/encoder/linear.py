@@ -3,6 +3,9 @@
 On a CPU in bfloat16 and float32 weights are laid out once for oneDNN, and gelu is done while a tile is still in cache:
 torch's plain `linear` lays bfloat16 out anew at every call, leaves float32 to MKL, which is slower on AMD's processors,
 and its gelu reads and writes the widest tensor of the layer once more. Everywhere else it is torch's own `linear`.
+
+The operator's overloads are called by name: without one torch tries them in turn, and formats the tensors into the
+error text of each that does not fit.
 """
 
 from __future__ import annotations
@@ -29,21 +32,27 @@ class Linear:
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Map [N, in] to [N, out]."""
         if self.packed:
-            made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, "none", [], "")
+            made: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
+                states, self.weight, self.bias, "none", [], ""
+            )
             return made
         return F.linear(states, self.weight, self.bias)
 
     def apply_gelu(self, states: torch.Tensor) -> torch.Tensor:
         """Map [N, in] to [N, out], then gelu (the exact one, with erf)."""
         if self.packed:
-            made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, "gelu", [], "none")
+            made: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
+                states, self.weight, self.bias, "gelu", [], "none"
+            )
             return made
         return F.gelu(F.linear(states, self.weight, self.bias))
 
     def apply_add(self, states: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
         """Map [N, in] to [N, out], then add [N, out]."""
         if self.packed:
-            made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(states, addend, self.weight, self.bias, "add")
+            made: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+                states, addend, self.weight, self.bias, "add"
+            )
             return made
         return F.linear(states, self.weight, self.bias).add_(addend)
 

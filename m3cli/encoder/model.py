@@ -9,6 +9,7 @@ Shapes: B sequences, N tokens, C hidden width, I intermediate width, H heads.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,14 @@ from numpy.typing import NDArray
 
 from m3cli.config import Dtype
 from m3cli.encoder.attention import SequenceLayout, attend, lay_out, pad_borders
-from m3cli.encoder.checkpoint import HEAD_FILES, POSITION_OFFSET, Checkpoint
+from m3cli.encoder.checkpoint import (
+    DOWNLOAD_AGAIN,
+    HEAD_FILES,
+    POSITION_OFFSET,
+    Checkpoint,
+    check_content,
+    first_line,
+)
 from m3cli.encoder.device import is_emulated, lacks_memory, resolve_dtype, state_dtype
 from m3cli.encoder.int8 import Int8Linear, make_int8_linear
 from m3cli.encoder.linear import Linear, make_linear
@@ -47,6 +55,11 @@ float32 while they are quantised. From 32 MiB on glibc maps fresh pages for ever
 a bfloat16 matmul (420 to 360 GFLOP/s on one core), and twenty times what quantising did."""
 
 _PREFIXES = ("roberta.", "model.", "encoder_model.", "")
+_ZIP = b"PK"
+_MAGICS = (_ZIP, b"\x80\x02")
+"first bytes of what torch saves: the zip form of torch 1.6 and later, which can be mapped, and the older pickles"
+_FOREIGN_CODE = re.compile("unsupported global|unsupported class|can only (build|create)", re.IGNORECASE)
+"in what torch says of a pickle that calls something else than tensors take"
 
 Norm = tuple[torch.Tensor, torch.Tensor]
 
@@ -170,7 +183,7 @@ class _Tensors:
         """Return a tensor after checking its shape; None stands for any size."""
         tensor = self._tensors.get(self._prefix + name)
         if tensor is None:
-            raise ModelError(f"{self._folder}: the weights hold no {name}; this is no whole XLM-RoBERTa checkpoint")
+            raise ModelError(f"{self._folder}: the weights hold no {name}, which XLM-RoBERTa has; {DOWNLOAD_AGAIN}")
         sizes = tuple(tensor.shape)
         if len(sizes) != len(shape) or any(want not in (None, have) for have, want in zip(sizes, shape, strict=True)):
             wanted = "x".join("any" if size is None else str(size) for size in shape)
@@ -188,7 +201,7 @@ def _read_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
             try:
                 tensors.update(load_file(path))
             except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path} cannot be read: {error}; download the checkpoint again") from error
+                raise ModelError(f"{path} cannot be read: {first_line(error)}; {DOWNLOAD_AGAIN}") from error
         else:
             tensors.update(read_pickled(path))
     return tensors
@@ -198,22 +211,24 @@ def read_pickled(path: Path) -> dict[str, torch.Tensor]:
     """Read tensors from torch's own format; a file that carries code is refused, never run."""
     from pickle import UnpicklingError  # noqa: PLC0415, TID251  only the name of what torch raises
 
+    check_content(path)
+    with path.open("rb") as file:
+        magic = file.read(2)
+    if magic not in _MAGICS:
+        raise ModelError(f"{path} is not a file of tensors; {DOWNLOAD_AGAIN}")
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_map(path))
-    except UnpicklingError as error:
-        raise ModelError(f"{path} carries code and is refused; get the checkpoint from its publisher") from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{path} cannot be read: {reason}; download the checkpoint again") from error
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=magic == _ZIP)
+    except Exception as error:  # torch's unpickler raises nearly anything for a damaged file
+        if lacks_memory(error):
+            raise
+        if _FOREIGN_CODE.search(str(error)):
+            raise ModelError(f"{path} carries code and is refused; get the checkpoint from its publisher") from error
+        # Of its own errors the unpickler says that they go away if code is let in.
+        reason = "it is damaged" if isinstance(error, UnpicklingError) else first_line(error)
+        raise ModelError(f"{path} cannot be read: {reason}; {DOWNLOAD_AGAIN}") from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ModelError(f"{path} is not a dictionary of tensors; get the checkpoint from its publisher")
     return content
-
-
-def _can_map(path: Path) -> bool:
-    """Whether torch can map the file: the zip form of torch 1.6 and later, not the older one."""
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
 
 
 def _read_head(

@@ -1,7 +1,7 @@
 """The vectors of a row's tokens that weigh the most: M3 gives the signal for free, its lexical weights.
 
 A token's weight is the one at its position, before the maximum over the row that the sparse output takes. `</s>` has
-none, so it is the first to go. Each row that has vectors keeps at least one, that of its heaviest token.
+none, so it is the first to go.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def keep_vectors(matrices: TokenMatrices, mask: NDArray[np.bool_]) -> TokenMatri
     return take_vectors(matrices, kept[matrices.indptr], mask)
 
 
-def choose_vectors(matrices: TokenMatrices, *, min_weight: float = 0.0, top_k: int | None = None) -> NDArray[np.bool_]:
-    """Return which vectors [V] are of tokens of at least `min_weight` and among the `top_k` heaviest of their row.
+def choose_vectors(matrices: TokenMatrices, *, top_k: int) -> NDArray[np.bool_]:
+    """Return which vectors [V] are of the `top_k` heaviest tokens of their row.
 
     Of equal weights the earlier token is taken.
     """
@@ -30,8 +30,5 @@ def choose_vectors(matrices: TokenMatrices, *, min_weight: float = 0.0, top_k: i
     order = np.lexsort((np.arange(len(weights)), -weights, row))
     rank = np.empty(len(weights), np.int64)
     rank[order] = np.arange(len(weights)) - np.repeat(matrices.indptr[:-1], lengths)
-    mask: NDArray[np.bool_] = weights >= min_weight
-    if top_k is not None:
-        mask &= rank < top_k
-    mask |= rank == 0
+    mask: NDArray[np.bool_] = rank < top_k
     return mask

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from m3cli.config import Dtype
 from m3cli.encoder.batcher import split_batch
-from m3cli.encoder.checkpoint import Checkpoint
+from m3cli.encoder.checkpoint import DOWNLOAD_AGAIN, Checkpoint, first_line
 from m3cli.encoder.device import lacks_memory
 from m3cli.encoder.model import Model, load_model, read_pickled, run_model
 from m3cli.errors import ModelError
@@ -148,4 +148,4 @@ def _read_mapped(path: Path) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys() if name.startswith(_HEAD)}  # noqa: SIM118  no dict
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {error}; download the checkpoint again") from error
+        raise ModelError(f"{path} cannot be read: {first_line(error)}; {DOWNLOAD_AGAIN}") from error

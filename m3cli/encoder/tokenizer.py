@@ -20,7 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as Backend
 
-from m3cli.encoder.checkpoint import TOKENIZER_FILES, Checkpoint
+from m3cli.encoder.checkpoint import DOWNLOAD_AGAIN, TOKENIZER_FILES, Checkpoint, first_line
 from m3cli.errors import ModelError
 
 _HASH_LENGTH = 32
@@ -62,7 +62,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     found = {name: backend.token_to_id(name) for name in ("<s>", "</s>", "<pad>", "<unk>")}
     specials = {name: token_id for name, token_id in found.items() if token_id is not None}
     if len(specials) < len(found) or [specials["<s>"], specials["</s>"]] != backend.encode("").ids:
-        raise ModelError(f"{checkpoint.folder}: its tokenizer does not put <s> and </s> around a text as XLM-R's does")
+        raise ModelError(
+            f"{checkpoint.folder}: its tokenizer does not put <s> and </s> around a text as XLM-R's does; "
+            f"{DOWNLOAD_AGAIN}"
+        )
     return Tokenizer(
         backend=backend,
         serialisation_hash=xxhash.xxh3_128_hexdigest(serialised.encode()),
@@ -79,9 +82,10 @@ def _build_backend(checkpoint: Checkpoint) -> str:
         # The folder is local by now; remote code is never run.
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
         backend: Backend = tokenizer.backend_tokenizer
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{checkpoint.folder}: its tokenizer cannot be loaded: {reason}") from error
+    except Exception as error:  # the Rust backend raises plain ones, transformers nearly anything for a damaged file
+        raise ModelError(
+            f"{checkpoint.folder}: its tokenizer cannot be loaded: {first_line(error)}; {DOWNLOAD_AGAIN}"
+        ) from error
     backend.no_truncation()
     backend.no_padding()
     return str(backend.to_str())
@@ -111,6 +115,8 @@ def _read_cache(path: Path) -> str | None:
 def _write_cache(path: Path, serialised: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(xxhash.xxh3_128_hexdigest(serialised.encode()) + serialised, encoding="utf-8")
+        path.unlink(missing_ok=True)
+        with path.open("x", encoding="utf-8") as file:  # a new file: what a link names is not written to
+            file.write(xxhash.xxh3_128_hexdigest(serialised.encode()) + serialised)
     except OSError:
         pass  # a cache that cannot be written (read-only home) only costs time

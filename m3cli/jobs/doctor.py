@@ -33,7 +33,7 @@ def examine(*, model: str | None = None, revision: str | None = None, device: st
     """Examine machine and checkpoint.
 
     Returns:
-        plain JSON values: machine, checkpoint and recommendation (None if no checkpoint is at hand), card, problem.
+        plain JSON values: machine, checkpoint and recommendation (None if no checkpoint is found), card, problem.
 
     Raises:
         ModelError: the model that was asked for is not there or cannot be loaded.
@@ -42,12 +42,12 @@ def examine(*, model: str | None = None, revision: str | None = None, device: st
     chosen = machine.resolve_device(device)
     report: dict[str, Any] = {"machine": examine_machine(chosen), "checkpoint": None, "recommendation": None}
     report |= {"card": [], "problem": ""}
-    asked = model or os.environ.get("M3_MODEL")
-    if not asked:
-        # Looking for the default model is no reason to download 2 GB.
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    asked = model or os.environ.get("M3_MODEL") or None
     try:
-        checkpoint = open_checkpoint(EncodeRequest(inputs=(), model=model, revision=revision))
+        # Looking for the default model is no reason to download 2 GB.
+        checkpoint = open_checkpoint(
+            EncodeRequest(inputs=(), model=model, revision=revision), download=asked is not None
+        )
     except ModelError as error:
         if asked:
             raise

@@ -138,7 +138,7 @@ def rerank_run(
     kind = ranking_format(request.out)
     check_writable(request.out)
     checkpoint = open_checkpoint(
-        EncodeRequest(inputs=(), model=request.model or DEFAULT_RERANKER, revision=request.revision)
+        EncodeRequest(inputs=(), model=request.model or DEFAULT_RERANKER, revision=request.revision), heads=False
     )
     max_length = request.max_length or min(DEFAULT_LENGTH, checkpoint.max_length)
     if max_length > checkpoint.max_length:

@@ -49,15 +49,14 @@ _PLAIN = (
 "flags whose settled value is a member of EncodeConfig of the same name"
 _NEEDED: dict[str, Output] = {**OUTPUT_OF, "mcls": "dense"}
 "of each flag that is about one output, that output"
-_OTHER_NAMES = {"colbert_top_k": "/--colbert-max-vectors"}
 MOST = (1 << 31) - 1
-"that a number of tokens, vectors or weight can be"
+"that a number of tokens or vectors can be"
 
 
-def open_checkpoint(request: EncodeRequest) -> Checkpoint:
+def open_checkpoint(request: EncodeRequest, *, download: bool = True, heads: bool = True) -> Checkpoint:
     """Find and read the checkpoint that was typed, or that M3_MODEL names, or BAAI/bge-m3."""
     model = name_model(request) or DEFAULT_MODEL
-    folder = find_checkpoint(model, revision=request.revision)
+    folder = find_checkpoint(model, revision=request.revision, download=download, heads=heads)
     return read_checkpoint(folder, name=None if folder == Path(model).expanduser() else model)
 
 
@@ -79,7 +78,7 @@ def settle_run(
 
     refuse_endless(request)
     device = machine.resolve_device(request.device)
-    outputs = request.outputs or checkpoint.outputs
+    outputs = request.outputs or ALL_OUTPUTS
     longest = checkpoint.max_length
     if request.mcls:
         longest = fit_length(longest, every=request.mcls)
@@ -145,7 +144,8 @@ def check_outputs(outputs: Sequence[Output], checkpoint: Checkpoint) -> None:
     if missing:
         raise ModelError(
             f"{checkpoint.folder} has no head for {' and '.join(missing)} (no {missing[0]}_linear.pt); "
-            f"use --outputs {','.join(checkpoint.outputs)} or a checkpoint such as BAAI/bge-m3"
+            f"name the outputs that it gives with --outputs {','.join(checkpoint.outputs)}, "
+            "or use a checkpoint such as BAAI/bge-m3"
         )
 
 
@@ -156,17 +156,16 @@ def check_colbert(request: EncodeRequest, checkpoint: Checkpoint) -> None:
             f"--colbert-dtype binary: signs are stored eight to a byte, and the vectors of {checkpoint.name} are "
             f"{checkpoint.hidden_size} wide; use int8"
         )
-    chosen = next((name for name in ("colbert_min_weight", "colbert_top_k") if getattr(request, name)), None)
-    if chosen is not None and "sparse" not in checkpoint.outputs:
+    if request.colbert_top_k is not None and "sparse" not in checkpoint.outputs:
         raise UsageError(
-            f"{spell_flag(chosen)} {getattr(request, chosen)} goes by lexical weights, and {checkpoint.folder} has no "
+            f"--colbert-top-k {request.colbert_top_k} goes by lexical weights, and {checkpoint.folder} has no "
             "head for them (no sparse_linear.pt); use --colbert-pool, or a checkpoint such as BAAI/bge-m3"
         )
 
 
 def refuse_endless(request: EncodeRequest) -> None:
-    """Refuse numbers that arrays and run.json cannot hold, infinity and what is no number among them."""
-    for name in ("mcls", "colbert_pool", "colbert_min_weight", "colbert_top_k"):
+    """Refuse numbers that arrays and run.json cannot hold."""
+    for name in ("mcls", "colbert_pool", "colbert_top_k"):
         value = getattr(request, name)
         if value is not None and not value <= MOST:
             raise UsageError(f"{spell_flag(name)} {value}: at most {MOST}")
@@ -296,8 +295,8 @@ def _refuse_other(flag: str, typed: object, settled: object, out: str) -> None:
 
 
 def spell_flag(name: str) -> str:
-    """Return a flag as it is typed, with its other name where it has one."""
-    return f"--{name.replace('_', '-')}{_OTHER_NAMES.get(name, '')}"
+    """Return a flag as it is typed."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _spell(value: object) -> str:

@@ -262,12 +262,11 @@ def find_oversized(chunks: Chunks, limit: MatrixLimit | None) -> Iterator[Failed
     merged = merge_chunks(chunks)
     sizes = limit.find_bytes(merged.num_tokens)
     for number in np.flatnonzero(sizes > MAX_MATRIX_BYTES).tolist():
-        least = " at most" if limit.form.min_weight else ""
         yield FailedRow(
             row=int(np.searchsorted(chunks.document, merged.document[number])),
             reason=TOO_LARGE,
             detail=f"merged, its {merged.num_tokens[number]:,} tokens make a ColBERT matrix of {sizes[number]:,} bytes"
-            f"{least}, and Parquet holds {MAX_MATRIX_BYTES:,}; use --format npy, --long-docs chunk or both, "
+            f", and Parquet holds {MAX_MATRIX_BYTES:,}; use --format npy, --long-docs chunk or both, "
             "or --colbert-dtype, --colbert-pool or --colbert-top-k for a smaller one",
         )
 

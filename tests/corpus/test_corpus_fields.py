@@ -162,7 +162,7 @@ def test_the_look_goes_on_until_a_row_can_be_read(
         assert triple(resolve_fields(sources, stdin=stdin)) == wanted
         assert stdin.read(1 << 24) == body
         return
-    pack = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}[ending]
+    pack: dict[str, Any] = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}[ending]
     (tmp_path / f"a{ending}").write_bytes(pack(body))
     assert triple(resolve(tmp_path)) == wanted
 
@@ -220,7 +220,7 @@ def test_a_file_without_tabs_is_not_taken_for_tsv(tmp_path: Path) -> None:
     for line in (b"one\n", b"text\n"):
         (tmp_path / "one.tsv").write_bytes(line)
         found = resolve(tmp_path / "one.tsv")
-        assert (triple(found), found.tsv_columns, found.tsv_header) == ((None, None, "1"), ("1",), False)
+        assert (triple(found), found.columns, found.header) == ((None, None, "1"), ("1",), False)
 
 
 def test_tsv_columns_can_be_named_or_counted() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import XLMRobertaModel
 
+from m3cli.config import Dtype
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.heads import pool_rows
 from m3cli.encoder.model import OCTAVE_STEPS, TOKEN_STEP, fill_up, load_model, run_model
@@ -142,6 +143,21 @@ def test_cut_off_weights_are_named(tiny_m3: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes((tiny_m3 / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(ModelError, match="download the checkpoint again"):
         load_model(read_checkpoint(folder), device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_forward_formats_no_tensor(tiny_m3: Path, monkeypatch: pytest.MonkeyPatch, dtype: Dtype) -> None:
+    """torch writes tensors into the error texts of overloads that it tries in vain, at every call."""
+    model = load_model(read_checkpoint(tiny_m3), device="cpu", dtype=dtype)
+    formatted: list[torch.Tensor] = []
+
+    def format_tensor(tensor: torch.Tensor) -> str:
+        formatted.append(tensor)
+        return "tensor"
+
+    monkeypatch.setattr(torch.Tensor, "__repr__", format_tensor)
+    run_model(model, pack([0, 5, 6, 2]))
+    assert len(formatted) == 0
 
 
 @given(st.integers(1, 300_000))

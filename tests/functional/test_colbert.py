@@ -23,7 +23,7 @@ SETTINGS = [
     ("--colbert-dtype", "binary"),
     ("--colbert-pool", "2"),
     ("--colbert-top-k", "5", "--colbert-dtype", "int8"),
-    ("--colbert-min-weight", "0.01", "--colbert-pool", "2", "--colbert-dtype", "binary"),
+    ("--colbert-top-k", "9", "--colbert-pool", "2", "--colbert-dtype", "binary"),
 ]
 
 
@@ -117,9 +117,9 @@ def test_scores_of_folders_are_near_those_of_float16(m3_here: M3, tiny_m3: Path,
 
 def test_a_flag_that_the_folder_was_made_without_is_named(m3_here: M3, tiny_m3: Path, corpus: Path) -> None:
     assert m3_here("encode", corpus, "--model", tiny_m3, "--out", "whole.m3").returncode == 0
-    refused = m3_here("encode", corpus, "--model", tiny_m3, "--out", "whole.m3", "--colbert-max-vectors", 3)
+    refused = m3_here("encode", corpus, "--model", tiny_m3, "--out", "whole.m3", "--colbert-top-k", 3)
     assert refused.returncode == 10
-    assert "whole.m3 was made without --colbert-top-k/--colbert-max-vectors, this run asks for 3" in refused.stderr
+    assert "whole.m3 was made without --colbert-top-k, this run asks for 3" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -131,15 +131,12 @@ def test_a_flag_that_the_folder_was_made_without_is_named(m3_here: M3, tiny_m3: 
         (("--colbert-pool", "99999999999999999999"), "--colbert-pool 99999999999999999999: at most"),
         (
             ("--colbert-top-k", "99999999999999999999"),
-            "--colbert-top-k/--colbert-max-vectors 99999999999999999999: at most",
+            "--colbert-top-k 99999999999999999999: at most",
         ),
-        (("--colbert-min-weight", "inf"), "--colbert-min-weight inf: at most"),
-        (("--colbert-min-weight", "nan"), "--colbert-min-weight nan: expected a number from 0 up"),
-        (("--colbert-min-weight", "-0.5"), "--colbert-min-weight -0.5: expected a number from 0 up"),
-        (("--outputs", "dense", "--colbert-max-vectors", "3"), "/--colbert-max-vectors 3 needs colbert"),
+        (("--outputs", "dense", "--colbert-top-k", "3"), "--colbert-top-k 3 needs colbert"),
         (("--mcls", "99999999999999999999"), "--mcls 99999999999999999999: at most"),
         (("--colbert-dtype", "int4"), "expected float16, int8, binary"),
-        (("--colbert-max-vectors", "0"), "--colbert"),
+        (("--colbert-top-k", "0"), "--colbert"),
     ],
 )
 def test_bad_combinations_are_usage_errors(

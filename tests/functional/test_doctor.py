@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from m3cli.encoder.checkpoint import read_checkpoint
-from m3cli.jobs import model_card
+from m3cli.errors import ModelError
+from m3cli.jobs import doctor, model_card
 from m3cli.jobs.model_card import Figure, is_bge_m3, recompute_card
 from tests.conftest import Completed
 
@@ -43,6 +45,25 @@ def test_report_to_read_and_no_model(m3: Callable[..., Completed], tiny_m3: Path
     assert bare.returncode == 0
     assert "matmul" in bare.stdout
     assert m3("doctor", "--model", "nowhere").returncode == 5
+
+
+def test_no_download_of_the_default_model_leaves_the_process_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[object] = []
+
+    def open_none(request: object, **settings: object) -> None:
+        asked.append(settings)
+        raise ModelError("none")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(doctor, "open_checkpoint", open_none)
+    monkeypatch.setattr(doctor, "examine_machine", lambda device: {})
+    assert doctor.examine(device="cpu")["problem"] == "none"
+    with pytest.raises(ModelError):
+        doctor.examine(model="org/model", device="cpu")
+    assert asked == [{"download": False}, {"download": True}]
+    assert "HF_HUB_OFFLINE" not in os.environ
 
 
 def test_every_published_figure_is_computed(tiny_m3: Path) -> None:

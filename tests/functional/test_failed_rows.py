@@ -232,3 +232,29 @@ def test_a_query_that_cannot_be_encoded_is_counted_and_the_others_are_searched_f
     done = m3_here(*arguments, POISON)
     assert (done.returncode, done.stdout) == (5, "")
     assert "1 of 1 query cannot be encoded; the first, 'query': " in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("head", "value", "fault"),
+    [("sparse", float("nan"), "NaN or infinity"), ("colbert", 0.0, "a vector of length 0")],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_head_that_gives_no_numbers_is_told(
+    m3_here: M3, tmp_path: Path, tiny_m3: Path, head: str, value: float, fault: str, dtype: str
+) -> None:
+    shutil.copytree(tiny_m3, tmp_path / "model")
+    path = tmp_path / "model" / f"{head}_linear.pt"
+    torch.save({name: torch.full_like(part, value) for name, part in torch.load(path).items()}, path)
+    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8")
+    flags = ("--model", tmp_path / "model", "--dtype", dtype)
+    done = m3_here("encode", "c.jsonl", *flags)
+    assert done.returncode == 4
+    tried = "bfloat16 and in float32" if dtype == "bfloat16" else "float32"
+    assert f"not a number in the output ({fault} in {tried}); use another checkpoint" in done.stderr
+    assert m3_here("encode", "c.jsonl", *flags, "--outputs", "dense", "--out", "dense.m3").returncode == 0
+
+    (tmp_path / "pairs.tsv").write_text("query\tpassage\none\ttwo\n", encoding="utf-8")
+    done = m3_here("score", "pairs.tsv", *flags)
+    assert done.returncode == 3
+    assert done.stdout.splitlines()[1] == "one\ttwo" + "\t" * 5
+    assert "not a number in the output (row 1)" in done.stderr

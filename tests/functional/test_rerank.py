@@ -109,6 +109,7 @@ def test_a_title_of_a_query_is_not_read_to_the_reranker(
     ("changed", "code", "words"),
     [
         ({"--model": "{tiny}"}, 5, "it scores no pairs; give a cross-encoder"),
+        ({"--model": "org/none"}, 5, "reached: hf download org/none --local-dir none, then --model none"),
         ({"--max-length": "9000"}, 2, "--max-length 9000: cross-encoder holds at most 8192 tokens"),
         ({"--queries": "corpus.jsonl"}, 4, "--queries corpus.jsonl has none of the queries of run.trec (such as 'q1')"),
         ({"--corpus": "queries.tsv"}, 4, "--corpus queries.tsv has none of the documents of run.trec (such as 'd1')"),

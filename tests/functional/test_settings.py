@@ -189,3 +189,23 @@ def test_a_run_that_goes_on_says_what_its_limit_leaves_out(encode: M3, tmp_path:
     done = encode("a.jsonl", "--progress", "log")
     assert done.returncode == 0
     assert "a.m3 was begun with --limit 4" in done.stderr
+
+
+def test_outputs_that_a_checkpoint_does_not_give_are_left_out_by_name_only(
+    m3_here: M3, tiny_m3: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bare").mkdir()
+    for path in tiny_m3.iterdir():
+        if not path.name.endswith("_linear.pt"):
+            (tmp_path / "bare" / path.name).symlink_to(path)
+    write("a.jsonl", "1")
+    for command in ("encode", "plan"):
+        done = m3_here(command, "a.jsonl", "--model", "bare")
+        assert (done.returncode, done.stdout) == (5, "")
+        assert "bare has no head for sparse and colbert (no sparse_linear.pt)" in done.stderr
+        assert "name the outputs that it gives with --outputs dense" in done.stderr
+    assert not Path("a.m3").exists()
+    assert m3_here("encode", "a.jsonl", "--model", "bare", "--outputs", "dense").returncode == 0
+    assert m3_here("encode", "a.jsonl", "--model", "bare").returncode == 0, "the folder has chosen"
+    done = m3_here("search", "a.m3", "--model", "bare", "--queries", "words", "-k", 1)
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1)

@@ -54,7 +54,6 @@ def test_what_is_stored_counts() -> None:
     assert find(chunks, top_k=10**9)
     assert not find(chunks, top_k=41)
     assert not find(chunks, pool=2)
-    assert "490 bytes at most," in find(chunks, min_weight=0.1)[0].detail
 
 
 def test_without_a_limit_nothing_is_too_large() -> None:

@@ -114,7 +114,7 @@ def test_manifest_only_when_every_shard_is_done(tmp_path: Path) -> None:
 
 def test_shards_that_the_input_no_longer_has_are_not_left_out_of_a_manifest(tmp_path: Path) -> None:
     with open_run_folder(tmp_path / "out") as folder:
-        folder.write_run({})
+        folder.write_run(samples.make_run())
         for index in range(3):
             write_entry(tmp_path / "out", index)
         with pytest.raises(ForeignFolder, match="out has 3 shards, the input now has 2: it is shorter than it was"):
