@@ -64,7 +64,7 @@ def test_explain_as_json(m3: Callable[..., Completed], tiny_m3: Path, pairs: Pat
     [
         (["--weights", "1,x,1"], 2, "--weights '1,x,1': expected three numbers"),
         (["--weights", "0,0,0"], 2, "they sum to 0"),
-        (["--weights", "1e308,1e308,1e308"], 2, "their sum is too large"),
+        (["--weights", "1e308,1e308,1e308"], 2, "expected three numbers from 0 to"),
         (["--weights", "1,2"], 2, "expected three numbers"),
         (["--weights", "nan,1,1"], 2, "expected three numbers"),
         (["--modes", "dense,bm25"], 2, "--modes 'dense,bm25'"),
