@@ -162,8 +162,8 @@ def test_the_look_goes_on_until_a_row_can_be_read(
         assert triple(resolve_fields(sources, stdin=stdin)) == wanted
         assert stdin.read(1 << 24) == body
         return
-    pack = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}[ending]
-    (tmp_path / f"a{ending}").write_bytes(pack(body))
+    packers: dict[str, Any] = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}
+    (tmp_path / f"a{ending}").write_bytes(packers[ending](body))
     assert triple(resolve(tmp_path)) == wanted
 
 
