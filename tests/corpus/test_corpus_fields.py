@@ -56,7 +56,7 @@ def triple(fields: Fields) -> tuple[str | None, str | None, str]:
 def test_fields_of_known_corpora_are_found(row: dict[str, Any], expected: tuple[str | None, str | None, str]) -> None:
     fields = resolve_text(orjson.dumps(row))
     assert triple(fields) == expected
-    assert (fields.kept, fields.columns, fields.header) == ((), (), False)
+    assert (fields.kept, fields.tsv_columns, fields.tsv_header) == ((), (), False)
 
 
 def test_messages_name_the_flags_of_the_command() -> None:
@@ -162,8 +162,8 @@ def test_the_look_goes_on_until_a_row_can_be_read(
         assert triple(resolve_fields(sources, stdin=stdin)) == wanted
         assert stdin.read(1 << 24) == body
         return
-    pack: Any = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}[ending]
-    (tmp_path / f"a{ending}").write_bytes(pack(body))
+    packers: dict[str, Any] = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}
+    (tmp_path / f"a{ending}").write_bytes(packers[ending](body))
     assert triple(resolve(tmp_path)) == wanted
 
 
@@ -205,7 +205,7 @@ def test_tsv_first_line_is_a_header_only_if_it_names_the_fields(
 ) -> None:
     fields = resolve_text(body)
     assert triple(fields) == expected
-    assert (fields.columns, fields.header) == (columns, header)
+    assert (fields.tsv_columns, fields.tsv_header) == (columns, header)
 
 
 def test_a_file_without_tabs_is_not_taken_for_tsv(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_file_without_tabs_is_not_taken_for_tsv(tmp_path: Path) -> None:
     for line in (b"one\n", b"text\n"):
         (tmp_path / "one.tsv").write_bytes(line)
         found = resolve(tmp_path / "one.tsv")
-        assert (triple(found), found.columns, found.header) == ((None, None, "1"), ("1",), False)
+        assert (triple(found), found.tsv_columns, found.tsv_header) == ((None, None, "1"), ("1",), False)
 
 
 def test_tsv_columns_can_be_named_or_counted() -> None:
@@ -231,7 +231,7 @@ def test_tsv_columns_can_be_named_or_counted() -> None:
     assert triple(resolve_text(wide, text_field="4", id_field="2", title_field="3")) == ("2", "3", "4")
     assert triple(resolve_text("a\tb\n", text_field="1")) == (None, None, "1")
     named = resolve_text("nr\tsatz\n1\tone\n", text_field="satz", id_field="nr")
-    assert (triple(named), named.header) == (("nr", None, "satz"), True)
+    assert (triple(named), named.tsv_header) == (("nr", None, "satz"), True)
     with pytest.raises(CorpusError, match=r"no row has the field 'satz'; the first rows have 1, 2"):
         resolve_text("1\tone\n", text_field="satz")
 

@@ -178,7 +178,7 @@ def test_duplicate_ids_are_kept_and_told(m3_here: M3, tmp_path: Path, tiny_m3: P
     done = _encode_lines(m3_here, tmp_path / "c.jsonl", lines, tiny_m3, "--shard-size", "64")
     assert done.returncode == 0, done.stderr
     assert len(read_ids(tmp_path / "c.m3")) == 8
-    assert "3 name several documents each" in done.stderr
+    assert "3 stand for several documents each" in done.stderr
     assert len(list((tmp_path / "c.m3" / "rows").iterdir())) > 1
 
 
@@ -365,8 +365,8 @@ def test_documents_that_fail_one_shard_at_a_time_are_judged_together(
 def test_a_first_row_longer_than_the_limit_is_skipped(m3_here: M3, tmp_path: Path, tiny_m3: Path, ending: str) -> None:
     first = b'{"text": "' + b"x" * (65 << 20) + b'"}\n'
     rows = first + b"".join(_row(docid=str(n), contents=f"row {n}") + b"\n" for n in range(3))
-    pack: Any = {"": bytes, ".gz": lambda raw: gzip.compress(raw, 1), ".zst": zstandard.compress}[ending]
-    (tmp_path / f"c.jsonl{ending}").write_bytes(pack(rows))
+    packers: dict[str, Any] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+    (tmp_path / f"c.jsonl{ending}").write_bytes(packers[ending](rows))
     done = m3_here("encode", f"c.jsonl{ending}", "--model", tiny_m3, "--outputs", "dense")
     assert done.returncode == 3, done.stderr
     assert read_ids(tmp_path / "c.m3") == ["0", "1", "2"]
