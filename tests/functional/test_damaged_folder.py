@@ -21,6 +21,8 @@ import pytest
 from m3cli.store.sealed import seal_json
 from tests.conftest import Completed
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a flipped bit of a vector may make it infinite
+
 M3 = Callable[..., Completed]
 VALUES: tuple[object, ...] = (None, "x", -1, 1e99, [], {}, True)
 MISSING = object()
@@ -90,6 +92,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_m3: Path) -> Callable[[
             flags = ("--shard-size", 256, "--max-length", 16, "--format", form, "--keep-fields", "lang")
             done = m3_here("encode", root / "a.jsonl", "--out", root / form, "--model", tiny_m3, *flags)
             assert done.returncode == 3, done.stderr
+            found = m3_here("search", root / form, "-q", "some words", "--model", tiny_m3)
+            assert found.returncode == 0, found.stderr
             made[form] = root / form
         return made[form]
 
@@ -102,7 +106,7 @@ def try_all(m3_here: M3, folder: Path, model: Path, source: Path) -> dict[str, C
     for command, arguments in {
         "info": ("info", "X.m3"),
         "check": ("check", "X.m3"),
-        "search": ("search", "X.m3", "some words", "--model", model),
+        "search": ("search", "X.m3", "-q", "some words", "--model", model, "--progress", "none"),
         "plan": ("plan", source, "--out", "X.m3", "--model", model),
         "encode": ("encode", source, "--out", "X.m3", "--model", model, "--progress", "none"),
     }.items():
