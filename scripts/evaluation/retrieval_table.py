@@ -24,9 +24,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import make_demo_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+import make_demo_model
 from evaluation import retrieval_set
 from m3cli.cli.app import run as run_m3
 

@@ -37,11 +37,11 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import torch
-from demo_model import checkpoint
-from demo_model.folder import HEADS_FILE
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoTokenizer
 
+from demo_model import checkpoint
+from demo_model.folder import HEADS_FILE
 from evaluation.debian import CACHE, SourceError, fetch_packages, read_members, read_version
 
 PAIRS_PER_LANGUAGE = 100

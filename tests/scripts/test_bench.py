@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from benchmarks.peers import group_padded
 from benchmarks.speed import Shape, count_flops
-
 from tests.conftest import ROOT, build_sample
 
 

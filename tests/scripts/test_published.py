@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from evaluation.published import BENCHMARKS, METHODS, MissingData, draw_table
 
+from evaluation.published import BENCHMARKS, METHODS, MissingData, draw_table
 from tests.conftest import ROOT
 
 # Of each: title, text, and a question in the same language that it answers.

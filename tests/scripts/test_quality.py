@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from evaluation import long_set
 from evaluation.retrieval_set import MAX_BYTES, MIN_BYTES, Entry, Page, choose_entries, main, read_page, write_set
 from evaluation.retrieval_table import OVERLAP, measure_all
