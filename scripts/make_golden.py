@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Writes what FlagEmbedding gives for the demo checkpoint, for tests to hold m3 against.
+"""Write FlagEmbedding's numbers for the demo checkpoint, the reference of m3's parity tests.
 
     scripts/make_golden.py CHECKPOINT [--out FILE]          default: tests/parity/golden_demo.json
 
 The model card's four sentences and a few in other languages: token ids, lexical weights by token string, and every
-score of `compute_score` with weights 0.4, 0.2, 0.4, pair by pair (so that no passage is padded and nothing is floored),
-float32 on a CPU. To be run again whenever the demo model's heads are trained anew. Needs FlagEmbedding, a development
+score of `compute_score` with weights 0.4, 0.2, 0.4, pair by pair (so that no passage is padded),
+float32 on a CPU. Run it again whenever the demo model's heads are trained again. Needs FlagEmbedding, a development
 dependency.
 """
 

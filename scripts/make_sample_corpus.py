@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Makes a real multilingual corpus, as JSON lines, from the message catalogues inside the wheels of Django and Sphinx.
+"""Make a real multilingual corpus, as JSON lines, from the message catalogues inside the wheels of Django and Sphinx.
 
     scripts/make_sample_corpus.py OUT.jsonl [--documents N]
 
-Nothing is fetched: the text is what `pip install django sphinx` has put on this machine (both BSD licensed). One line
-each::
+Nothing is fetched: the text is that of the installed packages Django and Sphinx (both BSD licensed). One line each::
 
     {"id": "django/admin/fr/0012", "title": "", "text": "...", "lang": "fr", "source": "django/admin"}
 
@@ -16,13 +15,13 @@ each::
 - A *page* joins, up to 120, the sentences of one source file (`django/core/fr/db-models-fields`) or of a whole
   catalogue (`django/core/fr/all`). It has a title and is long: many pages are beyond 512 tokens. Pages of the same
   thing in several languages have the same suffix.
-- Placeholders for numbers become numbers (10, 20, ...); a message with other placeholders is left out, as it would
-  read as torn. Formatting tags, HTML entities and reST's double backquotes go; line breaks become spaces.
+- Placeholders for numbers become numbers (10, 20, ...); a message with other placeholders is left out. Formatting
+  tags, HTML entities and reST's double backquotes are removed; line breaks become spaces.
 - --documents N takes whole messages with all their translations, in an order that is fixed but mixed, until N rows
   are reached. The rows are mixed too: every part of the file has short and long rows of all languages.
 
-The same packages and the same N give the same bytes. Progress and faults go to standard error; exit code 1 is a
-fault.
+The same packages and the same N give the same bytes. Progress and errors go to standard error; exit code 1 is
+an error.
 """
 
 # ruff: noqa: RUF001  - punctuation of other scripts is meant
@@ -43,12 +42,12 @@ from typing import Any
 
 DEFAULT_DOCUMENTS = 2400
 MIN_ENGLISH_CHARS = 25  # shorter messages are labels, not sentences
-MIN_UNENDED_CHARS = 40  # so are those up to here that end without a full stop
+MIN_UNENDED_CHARS = 40  # so are those up to this length without a full stop
 MIN_LANGUAGES = 6
 MIN_PAGE_SENTENCES, MAX_PAGE_SENTENCES = 8, 120
 PAGE_SHARE = 0.08  # of all rows
 
-# Our name of a language -> the folder's name in Django, and in Sphinx.
+# Language -> the folder's name in Django, and in Sphinx.
 LANGUAGES = {
     "ar": ("ar", "ar"),
     "bn": ("bn", "bn"),
@@ -83,7 +82,7 @@ BLOCK_TAG = re.compile(r"</?(?:p|br|li|ul|ol|h\d)\b[^<>]*>", re.IGNORECASE)
 
 
 class SampleCorpusError(Exception):
-    """A fault the person can do something about; its text is the one line that is shown."""
+    """An error that the user can fix; its text is the one line that is shown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +100,7 @@ class Message:
 
     source: str
     number: int
-    origin: str  # the source file that says it, without its suffix: "forms-fields"
+    origin: str  # the source file of the message, without its suffix: "forms-fields"
     texts: dict[str, str]
 
 
@@ -125,7 +124,7 @@ def find_catalogues() -> list[Catalogue]:
 
 def read_messages(catalogue: Catalogue) -> Iterator[Message]:
     """Yield the sentences of a catalogue, in template order, each in every language that has it."""
-    from babel.messages.pofile import read_po  # noqa: PLC0415  - babel comes with Sphinx, whose absence is said in one line
+    from babel.messages.pofile import read_po  # noqa: PLC0415  - babel comes with Sphinx, whose absence is one line
 
     with catalogue.template.open("rb") as file:
         template = read_po(file)
@@ -145,7 +144,7 @@ def read_messages(catalogue: Catalogue) -> Iterator[Message]:
 
 
 def clean(text: str) -> str | None:
-    """Return the text as a person would read it, or None where it needs words put in."""
+    """Return the text as a person would read it, or None if a placeholder needs words."""
     text = html.unescape(BLOCK_TAG.sub(" ", INLINE_TAG.sub("", text))).replace("``", "")
     numbers = itertools.count(10, 10)
     torn = False
@@ -239,7 +238,7 @@ def _mixed(documents: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def write_corpus(path: Path, documents: Sequence[dict[str, str]]) -> None:
-    """Write the rows as JSON lines, in the place of ``path`` only when all are written."""
+    """Write the rows as JSON lines; ``path`` appears when all are written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     building = path.with_name(f".{path.name}.building")
     with building.open("w", encoding="utf-8", newline="\n") as lines:

@@ -1,13 +1,17 @@
-"""Every Python snippet of the README runs, and all of them read the same numbers."""
+"""The snippets of README.md and of the store's page run, and all of them read the same numbers."""
 
 from __future__ import annotations
 
+import gzip
+import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pytest
 
@@ -17,8 +21,18 @@ from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
-README = (ROOT / "README.md").read_text()
-FOUND = re.findall(r"^([^\n]+)\n<!-- run -->\n```python\n(.*?)```", README, re.DOTALL | re.MULTILINE)
+PAGES = (ROOT / "README.md", ROOT / "m3cli" / "store" / "README.md")
+"pages whose snippets are run"
+
+
+def find_blocks(page: Path, language: str) -> list[tuple[str, str]]:
+    """Return the blocks of a page that are marked to be run, with the line above the mark."""
+    pattern = rf"^([^\n]*)\n<!-- run -->\n```{language}\n(.*?)```"
+    return re.findall(pattern, page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+FRONT = find_blocks(PAGES[0], "python")
+FOUND = find_blocks(PAGES[1], "python")
 SNIPPETS, COLBERT_SNIPPETS = FOUND[:5], FOUND[5:]
 
 
@@ -28,6 +42,7 @@ def folders(tiny_m3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("readme")
     subprocess.run([sys.executable, ROOT / "scripts/make_sample_corpus.py", place / "corpus.jsonl"], check=True)
     common = ["corpus.jsonl", "--model", str(tiny_m3), "--limit", "400", "--shard-size", "16K", "--progress", "none"]
+    common += ["--keep-text"]
     for arguments in ([], ["--format", "npy", "--out", "npy.m3"]):
         subprocess.run([sys.executable, "-m", "m3cli", "encode", *common, *arguments], check=True, cwd=place)
     common[0] = "../corpus.jsonl"
@@ -45,7 +60,7 @@ def run_snippet(code: str) -> dict[str, Any]:
     return names
 
 
-def test_the_readme_reads_with_all_five_ways() -> None:
+def test_the_page_reads_a_folder_in_five_ways() -> None:
     assert [name.split(",")[0] for name, _ in SNIPPETS] == [
         "pyarrow",
         "polars",
@@ -71,11 +86,58 @@ def test_snippet_reads_the_same_numbers(
 
 
 def test_every_python_snippet_is_run() -> None:
-    assert README.count("```python\n") == len(FOUND)
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert text.count("```python\n") == len(find_blocks(page, "python"))
     assert [name for name, _ in COLBERT_SNIPPETS] == [
         "numpy and pyarrow, whatever the vectors are stored as",
         "numpy, with `--format npy`",
     ]
+
+
+@pytest.mark.parametrize(("name", "code"), FRONT, ids=[name for name, _ in FRONT])
+def test_snippet_of_the_front_page_reads_the_same_numbers(
+    name: str, code: str, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folders)
+    expected, read = run_snippet(SNIPPETS[0][1]), run_snippet(code)
+    assert np.array_equal(read["dense"], expected["dense"])
+    if "matrix" in read:
+        assert np.array_equal(read["matrix"], expected["matrix"])
+        assert read["weights"] == pytest.approx(expected["weights"], abs=0)
+
+
+def test_the_query_in_sql_finds_the_sentence_itself_first(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folders)
+    ((_, query),) = find_blocks(PAGES[0], "sql")
+    ids = [row[0] for row in duckdb.sql("SELECT id FROM 'corpus.m3/rows/*.parquet'").fetchall()]
+    # The corpus is cut short here, so another sentence is asked for.
+    found = duckdb.sql(query.replace("django/auth/en/0070", ids[0])).fetchall()
+    assert len(found) == 8
+    assert found[0][:2] == (pytest.approx(1, abs=1e-3), ids[0])
+
+
+def test_the_commands_of_the_front_page_run(tiny_m3: Path, tmp_path: Path) -> None:
+    rows = [{"id": f"d{number}", "text": f"Document {number} about passwords."} for number in range(4)]
+    queries = [{"id": "q1", "text": "A question about passwords?"}]
+    for stem, each in (("corpus", rows), ("queries", queries)):
+        (tmp_path / f"{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
+    (tmp_path / "big.jsonl.gz").write_bytes(gzip.compress((tmp_path / "corpus.jsonl").read_bytes()))
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td2\t1\n")
+    (tmp_path / "pairs.tsv").write_text("What is it?\tA password.\n")
+    command = tmp_path / "bin" / "m3"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m m3cli "$@"\n')
+    command.chmod(0o755)
+    paths = {"PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "M3_MODEL": str(tiny_m3)}
+    blocks = find_blocks(PAGES[0], "sh")
+    assert len(blocks) == 2
+    for _, code in blocks:
+        words = ["bash", "-eo", "pipefail", "-c", code]
+        environment = {**os.environ, **paths}
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "binary"])
@@ -92,9 +154,3 @@ def test_snippet_decodes_what_vectors_are_stored_as(
     exact = run_snippet(SNIPPETS[0][1])["matrix"].astype(np.float32)
     cosines = (read * exact).sum(axis=1) / np.linalg.norm(exact, axis=1)
     assert cosines.min() > {"float16": 0.999, "int8": 0.999, "binary": 0.6}[dtype]
-
-
-def test_the_picture_is_there_and_shows_a_run() -> None:
-    picture = (ROOT / "scripts" / "pictures" / "encode.svg").read_text()
-    assert "<svg" in picture
-    assert "fingerprint" in picture

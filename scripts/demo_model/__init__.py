@@ -1,1 +1,1 @@
-"""The rooms of ``scripts/make_demo_model.py``: one noun each, imported by that script only."""
+"""Parts of ``scripts/make_demo_model.py``, imported by that script only."""

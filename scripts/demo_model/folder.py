@@ -1,24 +1,23 @@
-"""How the checkpoint's folder comes to be in one step, and how a whole one is told from a half-built or another one.
+"""Publish a checkpoint folder in one step, and recognise a complete one.
 
-``demo_model.json``, written last, holds the *recipe*: everything the bytes depend on. Nothing here needs torch, so that
-"it is there already" is said at once.
+``demo_model.json``, written last, holds the *recipe*: everything that the bytes depend on. Nothing here imports torch,
+so that a complete folder is reported at once.
 """
 
 import contextlib
 import fcntl
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
-
-from demo_model.progress import DemoModelError
 
 Weights = Literal["safetensors", "bin"]
 Recipe = Mapping[str, str | int | bool]
 
 RECIPE_FILE = "demo_model.json"
-HEADS_FILE = Path(__file__).with_name("heads.json")  # no part of the checkpoint: what its heads are made of
+HEADS_FILE = Path(__file__).with_name("heads.json")  # source of the demo model's heads
 WEIGHT_FILES: dict[Weights, str] = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
 OTHER_FILES = (
     "1_Pooling/config.json",
@@ -34,22 +33,31 @@ OTHER_FILES = (
 )
 
 
-def is_whole(folder: Path, recipe: Recipe, *, weights: Weights) -> bool:
-    """Say whether ``folder`` holds every file of the checkpoint that ``recipe`` describes."""
+class DemoModelError(Exception):
+    """An error that the user can fix; its text is the one line that is shown."""
+
+
+def say(line: str) -> None:
+    """Print one line of progress on standard error."""
+    print(f"make_demo_model: {line}", file=sys.stderr, flush=True)
+
+
+def is_complete(folder: Path, recipe: Recipe, *, weights: Weights) -> bool:
+    """Return whether ``folder`` holds every file of the checkpoint that ``recipe`` describes."""
     return _read_recipe(folder) == recipe and all(
         (folder / name).is_file() for name in (*OTHER_FILES, WEIGHT_FILES[weights])
     )
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuse to build over anything that this script has not made."""
+    """Raise if ``folder`` exists and was not made by this script."""
     if folder.exists() and _read_recipe(folder) is None and (not folder.is_dir() or any(folder.iterdir())):
         raise DemoModelError(f"{folder} exists and was not made by this script: remove it or name another folder")
 
 
 @contextlib.contextmanager
-def held(out: Path) -> Iterator[None]:
-    """Keep other builds of ``out`` waiting; the lock's file stays, as removing it would let two of them in."""
+def locked(out: Path) -> Iterator[None]:
+    """Lock ``out`` against other builds; the lock file stays, since removing it would admit two of them."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.with_name(f".{out.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -58,9 +66,9 @@ def held(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def published(out: Path, recipe: Recipe) -> Iterator[Path]:
-    """Give a new sibling folder to fill; it takes the place of ``out`` if the block ends well, and goes if it does not.
+    """Yield a new sibling folder; it replaces ``out`` if the block succeeds and is removed if it raises.
 
-    The sibling's name is fixed, so that the next build clears what a killed one has left.
+    The sibling's name is fixed, so that the next build removes what a killed one left.
     """
     building, replaced = (out.with_name(f".{out.name}.{state}") for state in ("building", "replaced"))
     try:
@@ -76,7 +84,7 @@ def published(out: Path, recipe: Recipe) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write one JSON file as the hub's are written, making its folder where it has none."""
+    """Write one JSON file in the hub's style; create its folder."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 

@@ -1,0 +1,1 @@
+"""The benches of `scripts/bench`: each prints a table and writes JSON with --json."""

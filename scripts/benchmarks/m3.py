@@ -1,0 +1,127 @@
+"""m3's own stages in memory, its tokenizer and its forward pass alone, and the machine's matmul rates.
+
+Of the benches only this module and `stored` import m3cli's internals.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from benchmarks.contest import Group, Made, Runner
+from m3cli.ahead import map_lanes
+from m3cli.config import Dtype
+from m3cli.encoder.batcher import batch_rows, pack_rows
+from m3cli.encoder.checkpoint import read_checkpoint
+from m3cli.encoder.chunker import Cutting, chunk_documents
+from m3cli.encoder.device import auto_batch_tokens, auto_threads, plan_lanes, set_threads
+from m3cli.encoder.encode import BatchEncoder, FailedRow
+from m3cli.encoder.measure import measure_matmul
+from m3cli.encoder.model import fill_up, load_model, run_model
+from m3cli.encoder.tokenizer import load_tokenizer
+from m3cli.encoder.window import order_rows
+from m3cli.records import Document, Output
+
+OUTPUTS: tuple[Output, ...] = ("dense", "sparse", "colbert")
+WARM_UP_BATCHES = 20
+
+
+def load_m3(folder: Path, dtype: str, outputs: str = ",".join(OUTPUTS), *, device: str) -> Runner:
+    """Return a run of tokenising, batching, encoding and ordering, one after the other.
+
+    Batches run in parallel as in `m3 encode`, which overlaps the other stages with them; here nothing overlaps.
+    """
+    checkpoint = read_checkpoint(folder)
+    tokenizer = load_tokenizer(checkpoint)
+    model = load_model(checkpoint, device=device, dtype=cast("Dtype", dtype))
+    threads = auto_threads()
+    parallel = plan_lanes(threads, device=device)
+    set_threads(threads // parallel)
+    cutting = Cutting(max_length=checkpoint.default_max_length, long_docs="truncate")
+    budget = auto_batch_tokens(device)
+    wanted = cast("tuple[Output, ...]", tuple(outputs.split(",")))
+    encoder = BatchEncoder(model, outputs=wanted, special_ids=tokenizer.special_ids)
+    if parallel > 1:
+        encoder.spread = partial(map_lanes, lanes=parallel, name="encoding")
+
+    def run(group: Group) -> Made:
+        clock = [time.perf_counter()]
+        chunks = chunk_documents(make_documents(group.texts), tokenizer, cutting)
+        clock.append(time.perf_counter())
+        groups = batch_rows(chunks.num_tokens, max_batch_tokens=budget, lanes=parallel)
+        batches = [pack_rows(chunks, rows) for rows in groups]
+        clock.append(time.perf_counter())
+        parts = [part for part in encoder.encode_all(batches) if not isinstance(part, FailedRow)]
+        clock.append(time.perf_counter())
+        order_rows(parts, start=0, stop=chunks.num_rows)
+        clock.append(time.perf_counter())
+        spent = (after - before for before, after in pairwise(clock))
+        return Made(
+            positions=sum(fill_up(len(batch.input_ids), device=model.device) for batch in batches),
+            stages=dict(zip(("tokenising", "batching", "encoding", "ordering"), spent, strict=True)),
+        )
+
+    return run
+
+
+def load_tokenizer_alone(folder: Path) -> Runner:
+    """Return a run of the backend's `encode_batch_fast`, which uses all cores."""
+    backend = load_tokenizer(read_checkpoint(folder)).backend
+
+    def run(group: Group) -> Made:
+        backend.encode_batch_fast(group.texts)
+        return Made(positions=group.tokens)
+
+    return run
+
+
+def make_documents(texts: list[str]) -> list[Document]:
+    """Make documents of texts."""
+    return [
+        Document(id="", position=place, text=text, text_hash=(0, 0), has_own_id=True)
+        for place, text in enumerate(texts)
+    ]
+
+
+def measure_rates(device: str) -> dict[str, float]:
+    """Return FLOP/s by dtype of [4096 x 1024] . [1024 x 4096], BGE-M3's widest matmul."""
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16") if device == "cpu" else ("float32", "bfloat16", "float16")
+    return {dtype: measure_matmul(device, dtype) for dtype in dtypes}
+
+
+def measure_tokenizer(model: Path, texts: list[str]) -> float:
+    """Return the tokens/s of the tokenizer's backend alone."""
+    backend = load_tokenizer(read_checkpoint(model)).backend
+    began = time.perf_counter()
+    encodings = backend.encode_batch_fast(texts)
+    seconds = time.perf_counter() - began
+    return sum(len(encoding.ids) for encoding in encodings) / seconds
+
+
+@torch.inference_mode()
+def measure_forward(folder: Path, texts: Sequence[str], *, dtype: str) -> float:
+    """Return the tokens/s of the model alone over packed batches, as many at once as `m3 encode` runs."""
+    checkpoint = read_checkpoint(folder)
+    model = load_model(checkpoint, device="cpu", dtype=cast("Dtype", dtype))
+    cutting = Cutting(max_length=checkpoint.default_max_length)
+    chunks = chunk_documents(make_documents(list(texts)), load_tokenizer(checkpoint), cutting)
+    threads = auto_threads()
+    parallel = plan_lanes(threads, device="cpu")
+    rows = batch_rows(chunks.num_tokens, max_batch_tokens=auto_batch_tokens("cpu"), lanes=parallel)
+    batches = [pack_rows(chunks, some) for some in rows]
+    set_threads(threads // parallel)
+    run = partial(run_model, model)
+    try:
+        deque(map_lanes(run, batches[:WARM_UP_BATCHES], lanes=parallel, name="forward"), maxlen=0)
+        began = time.perf_counter()
+        deque(map_lanes(run, batches, lanes=parallel, name="forward"), maxlen=0)
+        return len(chunks.input_ids) / (time.perf_counter() - began)
+    finally:
+        set_threads(threads)

@@ -1,1 +1,0 @@
-"""The parts of train_demo_heads.py: what the heads are trained on, and how."""

@@ -1,0 +1,1 @@
+"""Measure retrieval quality: data sets, tables, the published protocol, the demo model's heads."""

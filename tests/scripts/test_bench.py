@@ -1,0 +1,81 @@
+"""`scripts/bench`: every bench runs on a small input and prints its table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.peers import group_padded
+from benchmarks.speed import Shape, count_flops
+from tests.conftest import ROOT, build_sample
+
+
+def bench(name: str, *arguments: object) -> str:
+    paths = {"PYTHONPATH": f"{ROOT / 'scripts'}:{ROOT}"}
+    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=600, env={**os.environ, **paths}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "arguments", "shown"),
+    [
+        ("speed", ["--documents", 4, "--only", "m3 bfloat16"], "m3 bfloat16"),
+        ("lengths", ["--lengths", 16, "--tokens", 64], "m3 int8"),
+        ("growth", ["--sizes", "20,30", "--repeat", 1], "30 rows"),
+        ("growth", ["--documents", "--sizes", "0.01", "--rows", 10], "0.01 MB"),
+        ("host", ["--rows", 50, "--repeat", 1, "--shards", 3], "nothing to do"),
+        ("score", ["--pairs", 8, "--queries", 2, "--reference-pairs", 4, "--batch-sizes", 4], "m3 bfloat16"),
+    ],
+)
+def test_a_bench_of_a_model(name: str, arguments: list[object], shown: str, tiny_m3: Path, tmp_path: Path) -> None:
+    json_path = tmp_path / "numbers.json"
+    out = bench(name, "--model", tiny_m3, "--corpus", build_sample(), "--json", json_path, *arguments)
+    assert shown in out
+    assert {"date", "machine"} <= set(json.loads(json_path.read_text()))
+
+
+def test_the_bench_of_search(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    small = ("--rows", 50, "--dims", 8, "--queries", 1, "--top-k", 5, "--rounds", 1)
+    assert "8, npy" in bench("search", *small, "--work", tmp_path)
+
+
+def test_the_bench_of_the_writer(tmp_path: Path) -> None:
+    assert "parquet zstd" in bench("writer", tmp_path, "--mib", 1, "--rounds", 1)
+
+
+def test_flops_are_those_of_the_matmuls() -> None:
+    length = 5
+    matmuls = [
+        *[(length, 8, 8)] * 4,  # query, key, value, output
+        (length, 8, 32),
+        (length, 32, 8),
+        (length, 8, length),  # scores over all heads
+        (length, length, 8),  # sums of values
+    ]
+    one = 3 * sum(2 * rows * inner * columns for rows, inner, columns in matmuls)
+    assert count_flops(Shape(layers=3, width=8, inner=32), [length, length]) == 2 * one
+
+
+def test_padded_groups_hold_each_row_once_within_the_budget() -> None:
+    lengths = [3, 300, 17, 40, 41, 5]
+    groups = group_padded(lengths, budget=120)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    assert all(len(group) == 1 or len(group) * max(lengths[row] for row in group) <= 120 for group in groups)
+
+
+@pytest.mark.parametrize("script", ["bench", "quality"])
+def test_an_unknown_name_lists_what_there_is(script: str) -> None:
+    done = subprocess.run([ROOT / "scripts" / script, "nothing"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"scripts/{script} " in done.stderr
