@@ -118,7 +118,7 @@ def test_words_that_are_avoided_are_found() -> None:
     page = ROOT / ".cache" / "words.md"
     page.parent.mkdir(exist_ok=True)
     page.write_text("We recommend the option.\nThe value is set" + "tled in ref" + "use_x, be" + "side.\n")
-    command = [sys.executable, ROOT / "scripts" / "check_words.py", page]
+    command = [sys.executable, str(ROOT / "scripts" / "check_words.py"), str(page)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     page.unlink()
     assert done.returncode == 1

@@ -110,9 +110,9 @@ def test_snippet_of_the_front_page_reads_the_same_numbers(
 def test_the_query_in_sql_finds_the_sentence_itself_first(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folders)
     ((_, query),) = find_blocks(PAGES[0], "sql")
-    ids = [row[0] for row in duckdb.sql("SELECT id FROM 'corpus.m3/rows/*.parquet'").fetchall()]
+    ids = [row[0] for row in duckdb.execute("SELECT id FROM 'corpus.m3/rows/*.parquet'").fetchall()]
     # The corpus is cut short here, so another sentence is asked for.
-    found = duckdb.sql(query.replace("django/auth/en/0070", ids[0])).fetchall()
+    found = duckdb.execute(query.replace("django/auth/en/0070", ids[0])).fetchall()
     assert len(found) == 8
     assert found[0][:2] == (pytest.approx(1, abs=1e-3), ids[0])
 
