@@ -79,7 +79,7 @@ class Progress:
     def show_plan(self, plan: RunPlan) -> None:
         """Show what is about to be done."""
         if self.mode in ("bar", "log"):
-            from m3cli.panel import plan_panel, print_panel  # noqa: PLC0415  rich is slow, and not always needed
+            from m3cli.tables import plan_panel, print_panel  # noqa: PLC0415  rich is slow, and not always needed
 
             print_panel(plan_panel(plan), self._stream)
         self._log(
@@ -133,7 +133,7 @@ class Progress:
     def show_summary(self, summary: RunSummary) -> None:
         """Show what was done."""
         if self.mode in ("bar", "log"):
-            from m3cli.panel import print_panel, summary_panel  # noqa: PLC0415
+            from m3cli.tables import print_panel, summary_panel  # noqa: PLC0415
 
             print_panel(summary_panel(summary), self._stream)
         self._log(

@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from m3cli.store import commit, staging
+from m3cli.store import commit
+from m3cli.store import commit as staging
 
 LOCKS_AND_RUN_OF_THE_DAY = ("_m3/lock", "_m3/tmp", "_m3/metrics.json")
 

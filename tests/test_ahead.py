@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3cli.ahead import has_stragglers, map_lanes, run_ahead
+from m3cli.concurrency import has_stragglers, map_lanes, run_ahead
 
 
 class Broken(Exception):

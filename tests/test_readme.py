@@ -15,7 +15,7 @@ import duckdb
 import numpy as np
 import pytest
 
-from m3cli.retrieval.maxsim import decode_vectors
+from m3cli.retrieval.scores import decode_vectors
 from m3cli.store.reader import open_folder, read_shard
 from tests.conftest import ROOT
 

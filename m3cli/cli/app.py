@@ -20,18 +20,16 @@ from typing import Annotated, Any, cast
 import typer
 
 import m3cli
-from m3cli.cli.check import check
 from m3cli.cli.doctor import doctor
-from m3cli.cli.encode import encode
+from m3cli.cli.encode import encode, plan
 from m3cli.cli.eval import eval_runs
-from m3cli.cli.info import info
-from m3cli.cli.plan import plan
+from m3cli.cli.folders import check, info
+from m3cli.cli.options import check_numbers
 from m3cli.cli.rerank import rerank
 from m3cli.cli.score import score
 from m3cli.cli.search import search
 from m3cli.cli.signals import catch_sigterm
 from m3cli.cli.terminal import OneLine, describe_end, prepare_streams, tell_end
-from m3cli.cli.values import check_numbers
 from m3cli.errors import EXIT_DONE, EXIT_INTERRUPTED, OutputError, UsageError, is_utf8
 
 app = typer.Typer(

@@ -7,18 +7,18 @@ from typing import Any
 
 import typer
 
-from m3cli.cli import flags
+from m3cli.cli import options
+from m3cli.cli.options import auto
 from m3cli.cli.terminal import print_json
-from m3cli.cli.values import auto
 from m3cli.errors import EXIT_DONE, ModelError
 
 
 def doctor(
     *,
-    model: flags.Model = None,
-    revision: flags.Revision = None,
-    device: flags.Device = None,
-    as_json: flags.AsJson = False,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    device: options.Device = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Say what this machine and this checkpoint can do, and recompute the model card's published scores.
 
@@ -36,7 +36,7 @@ def doctor(
 
 
 def _print_report(report: dict[str, Any]) -> None:
-    from m3cli.panel import draw_table, open_console  # noqa: PLC0415  rich is slow
+    from m3cli.tables import draw_table, open_console  # noqa: PLC0415  rich is slow
 
     console = open_console(sys.stdout)
     console.print(draw_table("machine", _machine_lines(report["machine"])))
@@ -61,7 +61,7 @@ def _print_report(report: dict[str, Any]) -> None:
 
 
 def _machine_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
-    from m3cli.panel import format_bytes  # noqa: PLC0415
+    from m3cli.tables import format_bytes  # noqa: PLC0415
 
     lines = []
     for device in found["devices"]:
@@ -90,7 +90,7 @@ def _checkpoint_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _card_table(card: list[dict[str, Any]], *, judged: bool) -> Any:
-    from m3cli.panel import draw_table  # noqa: PLC0415
+    from m3cli.tables import draw_table  # noqa: PLC0415
 
     passed = sum(figure["status"] == "pass" for figure in card)
     count = sum(figure["status"] != "not this model" for figure in card)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import asdict
 from typing import Any, get_args
 
 import typer
 
-from m3cli.cli import flags
-from m3cli.cli.signals import limit_runtime, stop
-from m3cli.cli.terminal import open_stdin, show_run
-from m3cli.cli.values import (
+from m3cli.cli import options
+from m3cli.cli.options import (
     DTYPES,
     auto,
     check_choices,
@@ -20,6 +20,8 @@ from m3cli.cli.values import (
     parse_size,
     parse_worker,
 )
+from m3cli.cli.signals import limit_runtime, stop
+from m3cli.cli.terminal import open_stdin, print_json, show_run
 from m3cli.config import ColbertDtype, EncodeRequest, Format, LongDocs, Split, VectorCompression, VectorDtype
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -34,48 +36,48 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def encode(
-    inputs: flags.Inputs,
+    inputs: options.Inputs,
     *,
-    out: flags.Out = None,
-    model: flags.Model = None,
-    revision: flags.Revision = None,
-    outputs: flags.Outputs = None,
-    format: flags.Format = None,  # noqa: A002  the flag's name
-    dense_dtype: flags.DenseDtype = None,
-    colbert_dtype: flags.ColbertDtype = None,
-    colbert_pool: flags.ColbertPool = None,
-    colbert_top_k: flags.ColbertTopK = None,
-    compression: flags.Compression = None,
-    input_format: flags.InputFormat = "auto",
-    id_field: flags.IdField = None,
-    text_field: flags.TextField = None,
-    title_field: flags.TitleField = None,
-    title_sep: flags.TitleSep = None,
-    keep_fields: flags.KeepFields = None,
-    keep_text: flags.KeepText = None,
-    prefix: flags.Prefix = None,
-    limit: flags.Limit = None,
-    max_row_bytes: flags.MaxRowBytes = None,
-    max_length: flags.MaxLength = None,
-    long_docs: flags.LongDocs = None,
-    overlap: flags.Overlap = None,
-    split: flags.Split = None,
-    mcls: flags.Mcls = None,
-    dtype: flags.Dtype = None,
-    device: flags.Device = None,
-    max_batch_tokens: flags.MaxBatchTokens = None,
-    shard_size: flags.ShardSize = None,
-    worker: flags.Worker = None,
-    verify_input: flags.VerifyInput = False,
-    no_space_check: flags.NoSpaceCheck = False,
-    since_run: flags.SinceRun = None,
-    gone: flags.Gone = None,
-    dedupe: flags.Dedupe = None,
-    max_skipped: flags.MaxSkipped = None,
-    max_runtime: flags.MaxRuntime = None,
-    progress: flags.ProgressMode = "auto",
-    metrics: flags.Metrics = None,
-    log_file: flags.LogFile = None,
+    out: options.Out = None,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    outputs: options.Outputs = None,
+    format: options.Format = None,  # noqa: A002  the flag's name
+    dense_dtype: options.DenseDtype = None,
+    colbert_dtype: options.ColbertDtype = None,
+    colbert_pool: options.ColbertPool = None,
+    colbert_top_k: options.ColbertTopK = None,
+    compression: options.Compression = None,
+    input_format: options.InputFormat = "auto",
+    id_field: options.IdField = None,
+    text_field: options.TextField = None,
+    title_field: options.TitleField = None,
+    title_sep: options.TitleSep = None,
+    keep_fields: options.KeepFields = None,
+    keep_text: options.KeepText = None,
+    prefix: options.Prefix = None,
+    limit: options.Limit = None,
+    max_row_bytes: options.MaxRowBytes = None,
+    max_length: options.MaxLength = None,
+    long_docs: options.LongDocs = None,
+    overlap: options.Overlap = None,
+    split: options.Split = None,
+    mcls: options.Mcls = None,
+    dtype: options.DtypeName = None,
+    device: options.Device = None,
+    max_batch_tokens: options.MaxBatchTokens = None,
+    shard_size: options.ShardSize = None,
+    worker: options.Worker = None,
+    verify_input: options.VerifyInput = False,
+    no_space_check: options.NoSpaceCheck = False,
+    since_run: options.SinceRun = None,
+    gone: options.Gone = None,
+    dedupe: options.Dedupe = None,
+    max_skipped: options.MaxSkipped = None,
+    max_runtime: options.MaxRuntime = None,
+    progress: options.ProgressMode = "auto",
+    metrics: options.Metrics = None,
+    log_file: options.LogFile = None,
 ) -> None:
     """Encode a corpus into a folder of vectors; run again, it goes on where it stopped.
 
@@ -125,7 +127,7 @@ def encode(
         verify_input=verify_input,
         space_check=not no_space_check,
     )
-    from m3cli.jobs.encode import encode_corpus  # noqa: PLC0415  pyarrow, not for --help
+    from m3cli.jobs.encode.command import encode_corpus  # noqa: PLC0415  pyarrow, not for --help
 
     with limit_runtime(seconds, spelt=max_runtime or ""), show_run(progress) as shown:
         code = encode_corpus(request, progress=shown, stdin=open_stdin(inputs), stop=stop)
@@ -136,3 +138,85 @@ def make_request(**typed: Any) -> EncodeRequest:
     """Check choices and make the request."""
     check_choices(typed, _CHOICES)
     return EncodeRequest(**typed)
+
+
+def plan(
+    inputs: options.Inputs,
+    *,
+    out: options.Out = None,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    outputs: options.Outputs = None,
+    format: options.Format = None,  # noqa: A002  the flag's name
+    dense_dtype: options.DenseDtype = None,
+    colbert_dtype: options.ColbertDtype = None,
+    colbert_pool: options.ColbertPool = None,
+    colbert_top_k: options.ColbertTopK = None,
+    compression: options.Compression = None,
+    input_format: options.InputFormat = "auto",
+    id_field: options.IdField = None,
+    text_field: options.TextField = None,
+    title_field: options.TitleField = None,
+    title_sep: options.TitleSep = None,
+    keep_fields: options.KeepFields = None,
+    keep_text: options.KeepText = None,
+    prefix: options.Prefix = None,
+    limit: options.Limit = None,
+    max_row_bytes: options.MaxRowBytes = None,
+    max_length: options.MaxLength = None,
+    long_docs: options.LongDocs = None,
+    overlap: options.Overlap = None,
+    split: options.Split = None,
+    mcls: options.Mcls = None,
+    dtype: options.DtypeName = None,
+    device: options.Device = None,
+    shard_size: options.ShardSize = None,
+    since_run: options.SinceRun = None,
+    dedupe: options.Dedupe = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show what an encode would do: shards, documents, tokens, bytes on disk, and what is done already.
+
+    Nothing is written. Documents and tokens are estimated from a sample of the input.
+    """
+    request = make_request(
+        inputs=tuple(inputs),
+        out=out,
+        model=model,
+        revision=revision,
+        outputs=parse_outputs(outputs),
+        format=format,
+        dense_dtype=dense_dtype,
+        colbert_dtype=colbert_dtype,
+        colbert_pool=colbert_pool,
+        colbert_top_k=colbert_top_k,
+        compression=compression,
+        input_format=input_format,
+        id_field=id_field,
+        text_field=text_field,
+        title_field=title_field,
+        title_sep=title_sep,
+        keep_fields=parse_names(keep_fields),
+        keep_text=keep_text,
+        prefix=prefix,
+        limit=limit,
+        max_row_bytes=parse_size("--max-row-bytes", max_row_bytes),
+        max_length=max_length,
+        long_docs=long_docs,
+        overlap=overlap,
+        split=split,
+        mcls=mcls,
+        dtype=auto(dtype),
+        device=auto(device),
+        shard_size=parse_size("--shard-size", shard_size),
+        since_run=since_run,
+        dedupe=dedupe,
+    )
+    from m3cli.jobs.plan import plan_corpus  # noqa: PLC0415  pyarrow and torch, not for --help
+    from m3cli.tables import plan_panel, print_panel  # noqa: PLC0415
+
+    found = plan_corpus(request, stdin=open_stdin(inputs))
+    if as_json:
+        print_json(asdict(found))
+    else:
+        print_panel(plan_panel(found, title="m3 plan"), sys.stdout)

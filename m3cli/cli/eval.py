@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from m3cli.cli import flags
+from m3cli.cli import options
+from m3cli.cli.options import parse_names
 from m3cli.cli.terminal import open_stdin, print_json
-from m3cli.cli.values import parse_names
 from m3cli.errors import UsageError, count_noun, spell_printable
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def eval_runs(
     measures: Annotated[
         str, typer.Option(help="Any that trec_eval has, such as nDCG@10,P@5,Success@1,MAP@100.")
     ] = "nDCG@10,Recall@100,MRR@10,MAP",
-    as_json: flags.AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure runs against judgements: nDCG@10, Recall@100, MRR@10, MAP, and whether a run differs from the first.
 
@@ -54,7 +54,7 @@ def eval_runs(
 
 
 def _print_table(found: Evaluation) -> None:
-    from m3cli.panel import draw_table, open_console  # noqa: PLC0415  rich is slow
+    from m3cli.tables import draw_table, open_console  # noqa: PLC0415  rich is slow
 
     rows = [
         [

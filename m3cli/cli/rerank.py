@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from m3cli.cli import flags
+from m3cli.cli import options
+from m3cli.cli.options import DTYPES, auto, check_choices
 from m3cli.cli.terminal import open_results, open_stdin, show_run
-from m3cli.cli.values import DTYPES, auto, check_choices
 
 _TEXTS, _RERANKING = "Texts", "Re-ranking"
 
@@ -71,20 +71,23 @@ def rerank(
             help="Cross-encoder, a folder or hub id; by default BAAI/bge-reranker-v2-m3.", rich_help_panel="Model"
         ),
     ] = None,
-    revision: flags.Revision = None,
-    dtype: flags.Dtype = None,
-    device: flags.Device = None,
-    max_batch_tokens: flags.MaxBatchTokens = None,
-    progress: flags.ProgressMode = "auto",
+    revision: options.Revision = None,
+    dtype: options.DtypeName = None,
+    device: options.Device = None,
+    max_batch_tokens: options.MaxBatchTokens = None,
+    progress: options.ProgressMode = "auto",
 ) -> None:
     """Put the best documents of a run in order anew, by a cross-encoder that reads query and passage together.
 
     Only they are in the new run. A document whose text is not found is left out and counted; then the exit code is 3.
     """
     check_choices({"dtype": dtype}, {"dtype": DTYPES})
-    from m3cli.corpus.field_flags import FieldFlags  # noqa: PLC0415
-    from m3cli.jobs.rerank import RerankRequest, rerank_run  # noqa: PLC0415  torch, not for --help
-    from m3cli.jobs.texts_by_id import TextSource  # noqa: PLC0415
+    from m3cli.config import FieldFlags  # noqa: PLC0415
+    from m3cli.jobs.rerank import (  # noqa: PLC0415  torch, not for --help
+        RerankRequest,
+        TextSource,
+        rerank_run,
+    )
 
     request = RerankRequest(
         run=run,

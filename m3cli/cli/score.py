@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 import typer
 
-from m3cli.cli import flags
+from m3cli.cli import options
+from m3cli.cli.options import DTYPES, auto, check_choices, parse_names
 from m3cli.cli.terminal import open_results, open_stdin, show_run
-from m3cli.cli.values import DTYPES, auto, check_choices, parse_names
-from m3cli.errors import UsageError
+from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError
 
 _PAIRS, _SCORES, _FOLDERS, _SPEED = "Pairs", "Scores", "From encoded folders", "Speed"
 _CHUNKS = ("max", "mean", "first")
@@ -73,12 +75,12 @@ def score(
         str | None,
         typer.Option(help="max (default), mean or first: of a document's chunks.", rich_help_panel=_FOLDERS),
     ] = None,
-    model: flags.Model = None,
-    revision: flags.Revision = None,
-    dtype: flags.Dtype = None,
-    device: flags.Device = None,
-    max_batch_tokens: flags.MaxBatchTokens = None,
-    progress: flags.ProgressMode = "auto",
+    model: options.Model = None,
+    revision: options.Revision = None,
+    dtype: options.DtypeName = None,
+    device: options.Device = None,
+    max_batch_tokens: options.MaxBatchTokens = None,
+    progress: options.ProgressMode = "auto",
 ) -> None:
     """Score pairs of query and passage: dense, sparse, colbert and their weighted averages, in the input's order.
 
@@ -86,7 +88,7 @@ def score(
     """
     check_choices({"dtype": dtype, "chunks": chunks}, {"dtype": DTYPES, "chunks": _CHUNKS})
     settled_weights, settled_modes = parse_weights(weights), parse_modes(modes)
-    from m3cli.jobs.score import ScoreRequest, score_pairs  # noqa: PLC0415  pyarrow, not for --help
+    from m3cli.jobs.score.command import ScoreRequest, score_pairs  # noqa: PLC0415  pyarrow, not for --help
 
     request = ScoreRequest(
         pairs=pairs,
@@ -110,8 +112,7 @@ def score(
     with show_run(progress) as shown:
         stdin = open_stdin([pairs])
         if explain:
-            from m3cli.cli.explain import print_explanations  # noqa: PLC0415
-            from m3cli.jobs.explain import explain_pairs  # noqa: PLC0415  torch
+            from m3cli.jobs.score.explain import explain_pairs  # noqa: PLC0415  torch
 
             code = print_explanations(explain_pairs(request, progress=shown, stdin=stdin))
         else:
@@ -121,7 +122,7 @@ def score(
 
 def parse_modes(text: str | None) -> tuple[str, ...] | None:
     """Read 'sparse,dense' into the order of the output's columns; None stays None."""
-    from m3cli.retrieval.modes import MODES  # noqa: PLC0415  numpy, not for --help
+    from m3cli.retrieval.scores import MODES  # noqa: PLC0415  numpy, not for --help
 
     names = parse_names(text)
     if names is None:
@@ -146,3 +147,45 @@ def parse_weights(text: str) -> tuple[float, float, float]:
     if sum(numbers) == 0:
         raise UsageError(f"--weights {text!r}: they sum to 0, and an average is divided by their sum")
     return numbers[0], numbers[1], numbers[2]
+
+
+_TABLES = (
+    ("shared_tokens", "tokens that both sides have", ("token", "query_weight", "passage_weight", "product")),
+    ("best_matches", "best match of each query token", ("query_token", "passage_token", "similarity")),
+)
+
+
+def print_explanations(explained: Iterable[dict[str, Any]]) -> int:
+    """Print each pair as it comes.
+
+    Returns:
+        the exit code: 0, or 3 if some rows are no pairs.
+    """
+    import orjson  # noqa: PLC0415  not for --help
+
+    faults = 0
+    for pair in explained:
+        faults += pair["fault"] is not None
+        if sys.stdout.isatty():
+            _print_tables(pair)
+        else:
+            sys.stdout.buffer.write(orjson.dumps(pair, option=orjson.OPT_APPEND_NEWLINE))
+            sys.stdout.flush()
+    return EXIT_ROWS_SKIPPED if faults else EXIT_DONE
+
+
+def _print_tables(pair: dict[str, Any]) -> None:
+    from m3cli.tables import draw_table, open_console  # noqa: PLC0415  rich is slow
+
+    console = open_console(sys.stdout)
+    scores = "  ".join(f"{mode} {_spell(value)}" for mode, value in pair["scores"].items())
+    lines = [("query", pair["query"]), ("passage", pair["passage"]), ("scores", pair["fault"] or scores)]
+    console.print(draw_table(f"\nrow {pair['row']}", lines))
+    for member, title, columns in _TABLES:
+        if member in pair:
+            rows = [[_spell(row[name]) for name in columns] for row in pair[member]]
+            console.print(draw_table(title, rows, columns=[name.replace("_", " ") for name in columns]))
+
+
+def _spell(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

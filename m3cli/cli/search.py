@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from m3cli.cli import flags
+from m3cli.cli import options
+from m3cli.cli.options import DTYPES, auto, check_choices, parse_names
 from m3cli.cli.score import parse_weights
 from m3cli.cli.terminal import open_results, open_stdin, show_run
-from m3cli.cli.values import DTYPES, auto, check_choices, parse_names
 from m3cli.errors import UsageError
 from m3cli.records import Output
 
@@ -131,12 +131,12 @@ def search(
             rich_help_panel=_BM25,
         ),
     ] = None,
-    model: flags.Model = None,
-    revision: flags.Revision = None,
-    dtype: flags.Dtype = None,
-    device: flags.Device = None,
-    max_batch_tokens: flags.MaxBatchTokens = None,
-    progress: flags.ProgressMode = "auto",
+    model: options.Model = None,
+    revision: options.Revision = None,
+    dtype: options.DtypeName = None,
+    device: options.Device = None,
+    max_batch_tokens: options.MaxBatchTokens = None,
+    progress: options.ProgressMode = "auto",
 ) -> None:
     """Search an encoded folder, exactly: every row is scored, in one pass; documents by their best chunk.
 
@@ -145,8 +145,8 @@ def search(
     chosen = {"mode": mode, "fusion": fusion, "level": level, "format": ranking_format, "tokenizer": tokenizer}
     check_choices({**chosen, "dtype": dtype}, _CHOICES)
     settled_weights = None if weights is None else parse_weights(weights)
-    from m3cli.jobs.search import search_corpus  # noqa: PLC0415  pyarrow, not for --help
-    from m3cli.jobs.search_request import SearchRequest  # noqa: PLC0415
+    from m3cli.config import SearchRequest  # noqa: PLC0415
+    from m3cli.jobs.search.command import search_corpus  # noqa: PLC0415  pyarrow, not for --help
 
     request = SearchRequest(
         folder=folder,
@@ -191,7 +191,7 @@ def _parse_sources(text: str | None) -> tuple[Output, ...] | None:
 
 
 def _print_hits(hits: Sequence[Any]) -> None:
-    from m3cli.panel import hits_table, open_console  # noqa: PLC0415  rich is slow
+    from m3cli.tables import hits_table, open_console  # noqa: PLC0415  rich is slow
 
     console = open_console(sys.stdout)
     for found in hits:

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from m3cli import ahead
-from m3cli.jobs.stopping import Stop
+from m3cli import concurrency as ahead
+from m3cli.jobs.encode.lifecycle import Stop
 
 GRACE = 10.0
 "seconds that the shard in hand has after --max-runtime"

@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from m3cli.cli.values import check_choices
+from m3cli.cli.options import check_choices
 from m3cli.errors import EXIT_INTERRUPTED, M3Error, escape_controls, spell_printable
 
 if TYPE_CHECKING:

@@ -1,20 +1,367 @@
-"""Pairs of query and passage, texts or ids, from a file or standard input: every row comes out, in order.
+"""Which file the pairs come from, its format, and which columns are query and passage.
 
-TSV (no quoting), CSV (quoting as Python's csv module has it), JSONL, Parquet, and TREC runs, whose columns are ids.
-A row that gives no pair is still a row: it carries the reason in `fault`, one of a few fixed phrases. Wholly blank
-lines are no rows. The first line of TSV and CSV is a header only if it names both columns.
+The format goes by the ending, else by the first bytes; columns go by their names, in TSV and CSV without a header by
+their number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import csv
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
-from m3cli.corpus.pair_rows import ReadRow, read_rows
-from m3cli.corpus.pair_source import PairColumns, PairSource
-from m3cli.corpus.rows import Fault, name_type
-from m3cli.corpus.streams import PeekableStream
+from m3cli.config import MAX_ROW_BYTES
+from m3cli.corpus.lines import BOM, LineStream
+from m3cli.corpus.parquet import name_parquet_faults, open_parquet, read_parquet_schema
+from m3cli.corpus.rows import INVALID_UTF8, TOO_LONG, WRONG_COLUMNS, Fault, name_type, parse_json_line, split_cells
+from m3cli.corpus.sources import check_local_input, find_sources, split_endings
+from m3cli.corpus.streams import ByteStream, PeekableStream, read_head
+from m3cli.corpus.trec import RUN_COLUMNS, split_run_line
+from m3cli.errors import CorpusError, UsageError, count_noun, is_utf8, refuse_unreachable
+from m3cli.records import Source
+
+PairsFormat = Literal["tsv", "csv", "jsonl", "parquet", "trec"]
+
+QUERY_NAMES = ("query", "question", "q", "sentence1", "sentence_1", "text1", "anchor")
+PASSAGE_NAMES = ("passage", "document", "doc", "text", "answer", "p", "sentence2", "sentence_2", "text2", "positive")
+QUERY_ID_NAMES = ("query_id", "query-id", "qid", "topic", *QUERY_NAMES)
+PASSAGE_ID_NAMES = ("doc_id", "docid", "passage_id", "pid", "corpus_id", "corpus-id", "docno", "id", *PASSAGE_NAMES)
+
+_ENDINGS: dict[str, PairsFormat] = {
+    ".tsv": "tsv",
+    ".csv": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".trec": "trec",
+    ".run": "trec",
+}
+_PEEK_BYTES = 1 << 20
+_PEEK_ROWS = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairSource:
+    """A pairs file."""
+
+    source: Source
+    format: PairsFormat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairColumns:
+    """The columns of a pairs file."""
+
+    names: tuple[str, ...]
+    "all of them, in order; of JSONL those of the first rows"
+    query: str
+    passage: str
+    header: bool
+    "whether the first line names the columns and is no row; TSV and CSV only"
+    schema: Any
+    "pyarrow.Schema of a Parquet file, None of others"
+
+
+def find_pairs(given: str, *, input_format: str = "auto", stdin: PeekableStream | None = None) -> PairSource:
+    """Find the file and its format; standard input is only peeked at.
+
+    Raises:
+        UsageError: a folder, an address, or a format that is not known.
+        CorpusError: no such file, an empty one, or one whose format cannot be told.
+    """
+    if input_format not in ("auto", *get_args(PairsFormat)):
+        raise UsageError(f"--input-format {input_format}: it is one of auto, {', '.join(get_args(PairsFormat))}")
+    check_local_input(given)
+    if given != "-":
+        path = Path(given)
+        refuse_unreachable(path, CorpusError)
+        if path.is_dir():
+            raise UsageError(f"{given} is a folder: give one file of pairs, or '-' for standard input")
+        if not path.exists():
+            raise CorpusError(f"{given}: no such file")
+        if path.is_file() and path.stat().st_size == 0:
+            raise CorpusError(f"{given} is empty: there are no pairs to score")
+    elif stdin is not None and not stdin.peek(1):
+        raise CorpusError("standard input is empty: there are no pairs to score")
+    known = _ENDINGS.get(split_endings(given)[0]) if input_format == "auto" else input_format
+    # To the rooms that open files, all that comes in lines of cells is TSV.
+    forced = {"csv": "tsv", "trec": "tsv", None: "auto"}.get(known, known) or "auto"
+    if known is None and given != "-" and read_magic(given) != b"PAR1":
+        forced = "tsv"
+    (source,) = find_sources((given,), input_format=forced, stdin=stdin)
+    if known is None:
+        known = source.format if source.format == "parquet" else _sniff(source, stdin)
+    return PairSource(source=source, format=known)  # type: ignore[arg-type]
+
+
+def read_magic(path: str) -> bytes:
+    """Return the first four bytes of a file, none if it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(4)
+    except OSError:
+        return b""
+
+
+def _sniff(source: Source, stdin: PeekableStream | None) -> PairsFormat:
+    line = _first_lines(source, stdin)[0]
+    cells = split_run_line(line.decode(errors="replace"))
+    if line.lstrip().startswith(b"{"):
+        return "jsonl"
+    if len(cells) == len(RUN_COLUMNS) and cells[1] == "Q0":
+        return "trec"
+    if b"\t" in line:
+        return "tsv"
+    if b"," in line:
+        return "csv"
+    raise CorpusError(
+        f"{source.name}: its first line has neither tab nor comma and is no JSON: "
+        f"say what it is with --input-format {'|'.join(get_args(PairsFormat))}"
+    )
+
+
+def resolve_columns(
+    pairs: PairSource,
+    *,
+    query_field: str | None = None,
+    passage_field: str | None = None,
+    ids: bool = False,
+    stdin: PeekableStream | None = None,
+) -> PairColumns:
+    """Tell which columns are query and passage.
+
+    Raises:
+        CorpusError: a column that is not there, or none that is known by its name.
+    """
+    given = (query_field, passage_field)
+    known = (QUERY_ID_NAMES, PASSAGE_ID_NAMES) if ids else (QUERY_NAMES, PASSAGE_NAMES)
+    if pairs.format == "trec":
+        return _choose(pairs, RUN_COLUMNS, given, (("query_id",), ("doc_id",)))
+    if pairs.format == "parquet":
+        schema = read_parquet_schema(pairs.source)
+        return _choose(pairs, tuple(schema.names), given, known, schema=schema)
+    if pairs.format == "jsonl":
+        return _choose(pairs, _json_names(pairs.source, stdin), given, known)
+    return _resolve_cells(pairs, given, known, stdin)
+
+
+def _json_names(source: Source, stdin: PeekableStream | None) -> tuple[str, ...]:
+    names: dict[str, None] = {}
+    for line in _first_lines(source, stdin):
+        row = parse_json_line(line)
+        if isinstance(row, dict):
+            names.update(dict.fromkeys(row))
+    return tuple(names)
+
+
+def _resolve_cells(
+    pairs: PairSource,
+    given: tuple[str | None, str | None],
+    known: tuple[tuple[str, ...], tuple[str, ...]],
+    stdin: PeekableStream | None,
+) -> PairColumns:
+    """Resolve the columns of TSV or CSV, whose first line may be a header or a row."""
+    line = _first_lines(pairs.source, stdin)[0].decode(errors="replace")
+    first = split_cells(line) if pairs.format == "tsv" else tuple(next(csv.reader([line]), ()))
+    found = [
+        name in first if name is not None else any(cell.strip().casefold() in names for cell in first)
+        for name, names in zip(given, known, strict=True)
+    ]
+    if all(found):
+        return _choose(pairs, first, given, known, header=True)
+    numbers = [name or str(place) for place, name in enumerate(given, start=1)]
+    for flag, name in zip(("--query-field", "--passage-field"), numbers, strict=True):
+        if not name.isdecimal() or not 1 <= int(name) <= len(first):
+            wanted = (
+                f"no column {name!r} ({flag})" if not name.isdecimal() else f"only {count_noun(len(first), 'column')}"
+            )
+            raise CorpusError(
+                f"{pairs.source.name} has {wanted}; its first line is {_show(first)}: a header names both columns, "
+                "without one they are given by number, the first being 1"
+            )
+    if numbers[0] == numbers[1]:
+        raise UsageError(
+            f"query and passage are both column {numbers[0]}: name two with --query-field, --passage-field"
+        )
+    names = {numbers[0]: "query", numbers[1]: "passage"}
+    columns = tuple(names.get(str(place), str(place)) for place in range(1, len(first) + 1))
+    return PairColumns(names=columns, query="query", passage="passage", header=False, schema=None)
+
+
+def _choose(
+    pairs: PairSource,
+    names: tuple[str, ...],
+    given: tuple[str | None, str | None],
+    known: tuple[tuple[str, ...], tuple[str, ...]],
+    *,
+    header: bool = False,
+    schema: Any = None,
+) -> PairColumns:
+    twice = [name for place, name in enumerate(names) if name in names[:place]]
+    if twice:
+        raise CorpusError(f"{pairs.source.name} has two columns {twice[0]!r}: rename one of them")
+    chosen: list[str] = []
+    for what, name, candidates in zip(("query", "passage"), given, known, strict=True):
+        folded = {each.strip().casefold(): each for each in reversed(names) if each not in chosen}
+        column = name if name is not None else next((folded[each] for each in candidates if each in folded), None)
+        if column is None or column not in names:
+            asked = f"no column {name!r}" if name is not None else f"no column that is known for the {what}"
+            guess = difflib.get_close_matches(name or what, names, n=1, cutoff=0.5)
+            hint = f" (did you mean {guess[0]!r}?)" if guess else ""
+            raise CorpusError(
+                f"{pairs.source.name} has {asked}; it has {_show(names)}: name it with --{what}-field{hint}"
+            )
+        chosen.append(column)
+    if chosen[0] == chosen[1]:
+        raise UsageError(f"query and passage are both {chosen[0]!r}: name two with --query-field and --passage-field")
+    return PairColumns(names=names, query=chosen[0], passage=chosen[1], header=header, schema=schema)
+
+
+def _first_lines(source: Source, stdin: PeekableStream | None) -> list[bytes]:
+    head = read_head(source, _PEEK_BYTES, stdin=stdin).removeprefix(BOM)
+    lines = head.split(b"\n")
+    if len(head) == _PEEK_BYTES and len(lines) > 1:
+        lines.pop()
+    found = [line.removesuffix(b"\r") for line in lines if line.removesuffix(b"\r")][:_PEEK_ROWS]
+    if not found:
+        raise CorpusError(f"{source.name} has only blank lines: there are no pairs to score")
+    return found
+
+
+def _show(names: Sequence[str]) -> str:
+    return ", ".join(name[:40] for name in names[:20]) + (" ..." if len(names) > 20 else "") or "no fields"
+
+
+NO_FIELDS: dict[str, Any] = {}
+_PARQUET_ROWS = 1024
+"rows of a Parquet file that are decoded together"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadRow:
+    """A row as it was read."""
+
+    row: dict[str, Any]
+    fault: str = ""
+    raw: bytes = b""
+    batch: Any = None
+    "(pyarrow.RecordBatch, row in it), Parquet only"
+
+
+def read_rows(source: PairSource, columns: PairColumns, *, stdin: PeekableStream | None) -> Iterator[ReadRow]:
+    """Yield all rows of a pairs file."""
+    if source.format == "parquet":
+        yield from _read_parquet(source)
+        return
+    with ByteStream(source.source, stdin=stdin) as stream:
+        if source.format == "csv":
+            yield from _read_csv(source, columns, stream)
+        else:
+            yield from _read_lines(_parser(source, columns), stream, header=columns.header)
+
+
+def _read_lines(parse: Callable[[bytes], ReadRow], stream: ByteStream, *, header: bool) -> Iterator[ReadRow]:
+    lines = LineStream(stream, offset=0, max_row_bytes=MAX_ROW_BYTES)
+    first = True
+    for block in lines.take(sys.maxsize):
+        if block.part == "rest":
+            continue
+        if block.part == "head":
+            if not (first and header):
+                yield ReadRow(row=NO_FIELDS, fault=TOO_LONG)
+            first = False
+            continue
+        raw = block.raw.removeprefix(BOM) if block.offset == 0 else block.raw
+        for line in raw.split(b"\n"):
+            row = line.removesuffix(b"\r")
+            if not row:
+                continue
+            if not (first and header):
+                yield parse(row)
+            first = False
+
+
+def _parser(source: PairSource, columns: PairColumns) -> Callable[[bytes], ReadRow]:
+    if source.format == "jsonl":
+        return _parse_json
+    if source.format == "trec":
+        return _parse_trec
+    names = columns.names
+    return lambda line: _parse_cells(line, names)
+
+
+def _parse_json(line: bytes) -> ReadRow:
+    row = parse_json_line(line)
+    return ReadRow(row=NO_FIELDS, fault=row.reason) if isinstance(row, Fault) else ReadRow(row=row, raw=line)
+
+
+def _parse_cells(line: bytes, names: tuple[str, ...]) -> ReadRow:
+    try:
+        text, fault = line.decode(), ""
+    except UnicodeDecodeError:
+        text, fault = line.decode(errors="replace"), INVALID_UTF8
+    return _name_cells(split_cells(text), names, fault)
+
+
+def _parse_trec(line: bytes) -> ReadRow:
+    return _name_cells(tuple(split_run_line(line.decode(errors="surrogateescape"))), RUN_COLUMNS, "")
+
+
+def _name_cells(cells: tuple[str, ...], names: tuple[str, ...], fault: str) -> ReadRow:
+    if len(cells) != len(names):
+        fault = fault or WRONG_COLUMNS
+    # Cells beyond the columns stay with the last one, so that nothing of the row is lost.
+    kept = cells if len(cells) <= len(names) else (*cells[: len(names) - 1], " ".join(cells[len(names) - 1 :]))
+    row = dict(zip(names, (*kept, *[""] * (len(names) - len(kept))), strict=True))
+    if not all(map(is_utf8, cells)):
+        fault = INVALID_UTF8
+        row = {name: cell.encode(errors="surrogateescape").decode(errors="replace") for name, cell in row.items()}
+    return ReadRow(row=row, fault=fault)
+
+
+def _read_csv(source: PairSource, columns: PairColumns, stream: ByteStream) -> Iterator[ReadRow]:
+    """Read CSV strictly: where a quote is not closed, or text follows it, rows cannot be told apart any more."""
+    csv.field_size_limit(MAX_ROW_BYTES)
+    reader = csv.reader(_decode_lines(stream), strict=True)
+    first = columns.header
+    try:
+        for cells in reader:
+            if cells and not first:
+                yield _name_cells(tuple(cells), columns.names, "")
+            first = first and not cells
+    except csv.Error as error:
+        raise CorpusError(
+            f"{source.source.name}, line {reader.line_num}: {error}; mend the quoting, "
+            "or convert the file to JSONL or Parquet"
+        ) from error
+
+
+def _decode_lines(stream: ByteStream) -> Iterator[str]:
+    rest = b""
+    first = True
+    while block := stream.read(1 << 20):
+        lines = (rest + block).split(b"\n")
+        rest = lines.pop()
+        for line in lines:
+            yield (line.removeprefix(BOM) if first else line).decode(errors="surrogateescape") + "\n"
+            first = False
+        if len(rest) > MAX_ROW_BYTES:
+            break  # one line without end: the csv module refuses it for its length
+    if rest:
+        yield (rest.removeprefix(BOM) if first else rest).decode(errors="surrogateescape")
+
+
+def _read_parquet(source: PairSource) -> Iterator[ReadRow]:
+    with open_parquet(source.source) as file, name_parquet_faults(source.source):
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+            for place, row in enumerate(batch.to_pylist()):
+                yield ReadRow(row=row, batch=(batch, place))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from m3cli.corpus.field_flags import ENCODE_FLAGS, FieldFlags
+from m3cli.config import ENCODE_FLAGS, FieldFlags
 from m3cli.corpus.rows import INVALID_UTF8, TOO_LONG, Fault, RawRow
 from m3cli.corpus.streams import name_faults
 from m3cli.errors import CorpusError

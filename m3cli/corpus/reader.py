@@ -19,7 +19,6 @@ import pyarrow as pa
 import xxhash
 
 from m3cli.config import MAX_ROW_BYTES
-from m3cli.corpus.jsonl import parse_json_line
 from m3cli.corpus.lines import Block, LineStream, split_rows
 from m3cli.corpus.parquet import (
     GroupCursor,
@@ -30,10 +29,8 @@ from m3cli.corpus.parquet import (
     split_table,
 )
 from m3cli.corpus.plan import Plan, plan_source
-from m3cli.corpus.rows import Fault, Gathered, Row, gather_documents
+from m3cli.corpus.rows import Fault, Gathered, Row, gather_documents, parse_json_line, parse_text_line, parse_tsv_line
 from m3cli.corpus.streams import ByteStream, PeekableStream, check_unchanged, find_inode
-from m3cli.corpus.text import parse_text_line
-from m3cli.corpus.tsv import parse_tsv_line
 from m3cli.records import Fields, Shard, ShardText, Source
 
 Action = Literal["read", "hash", "skip"]

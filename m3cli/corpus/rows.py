@@ -6,8 +6,9 @@ kept with one of the fixed phrases below, never raised.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,3 +197,52 @@ def _skip_row(
         detail=fault.detail,
         row=raw[:ROW_HEAD_BYTES],
     )
+
+
+def parse_json_line(line: bytes) -> Row | Fault:
+    """Parse one line."""
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        return _explain(line, error)
+    return row if type(row) is dict else Fault(reason=NOT_AN_OBJECT, detail=f"it is {name_type(row)}")
+
+
+def _explain(line: bytes, error: orjson.JSONDecodeError) -> Fault:
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as wrong:
+        return Fault(reason=INVALID_UTF8, detail=f"{wrong.reason} at byte {wrong.start} of the row")
+    # orjson refuses what Python's parser lets through: escapes of half a character, which no UTF-8 can hold.
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(json.loads(text), ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return Fault(reason=LONE_SURROGATE, detail=f"at character {error.pos} of the row")
+        except (ValueError, RecursionError):
+            pass
+    return Fault(reason=INVALID_JSON, detail=error.msg)
+
+
+def split_cells(line: str) -> tuple[str, ...]:
+    r"""Return the cells of a line, which may still end in \r or \n."""
+    return tuple(line.removesuffix("\n").removesuffix("\r").split("\t"))
+
+
+def parse_tsv_line(line: bytes, *, columns: Sequence[str]) -> Row | Fault:
+    """Parse one line with the cells of these columns."""
+    try:
+        cells = split_cells(line.decode())
+    except UnicodeDecodeError as wrong:
+        return Fault(reason=INVALID_UTF8, detail=f"{wrong.reason} at byte {wrong.start} of the row")
+    if len(cells) != len(columns):
+        return Fault(reason=WRONG_COLUMNS, detail=f"it has {len(cells)} instead of {len(columns)}")
+    return dict(zip(columns, cells, strict=True))
+
+
+def parse_text_line(line: bytes, *, text_field: str) -> Row | Fault:
+    """Parse one line."""
+    try:
+        return {text_field: line.decode().removesuffix("\r")}
+    except UnicodeDecodeError as wrong:
+        return Fault(reason=INVALID_UTF8, detail=f"{wrong.reason} at byte {wrong.start} of the row")

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from m3cli.config import VectorDtype
 from m3cli.encoder.batcher import split_batch
 from m3cli.encoder.device import lacks_memory
+from m3cli.encoder.embeddings import pick_rows
 from m3cli.encoder.heads import Wanted, build_embeddings, run_heads
 from m3cli.encoder.mcls import pool_as_cls, run_with_added
 from m3cli.encoder.model import Model, run_model
-from m3cli.encoder.picking import pick_rows
 from m3cli.encoder.transfer import Fetched, fetch, open_stream
 from m3cli.errors import ModelTooLarge
 from m3cli.records import Batch, Embeddings, Output

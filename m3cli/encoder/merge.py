@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3cli.config import ColbertForm, LongDocs, VectorDtype
-from m3cli.encoder.picking import join_chunks, pick_chunks, pick_rows
-from m3cli.encoder.pruning import choose_vectors, keep_vectors
+from m3cli.encoder.colbert import choose_vectors, keep_vectors
+from m3cli.encoder.embeddings import join_chunks, pick_chunks, pick_rows
 from m3cli.records import Chunks, Embeddings, LexicalWeights, TokenMatrices
 
 DOCUMENT_ROW = -1

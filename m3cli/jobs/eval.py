@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from m3cli.corpus.qrels import read_qrels
 from m3cli.corpus.streams import PeekableStream
-from m3cli.corpus.trec import read_run
+from m3cli.corpus.trec import read_qrels, read_run
 from m3cli.errors import CorpusError, UsageError, count_noun
 from m3cli.retrieval.measures import (
     Values,

@@ -11,13 +11,12 @@ from m3cli.config import RunConfig
 from m3cli.corpus.plan import Plan
 from m3cli.corpus.sources import find_sources
 from m3cli.errors import ForeignFolder, UsageError
-from m3cli.jobs.input_again import find_input, read_texts
-from m3cli.jobs.opening import plan_run
+from m3cli.jobs.encode.resolve import plan_run
+from m3cli.jobs.reread import find_input, read_texts
 from m3cli.records import Source
-from m3cli.store.describe import FolderDescription, describe
 from m3cli.store.layout import TEXT_COLUMN
 from m3cli.store.lookup import RowLookup
-from m3cli.store.reader import OutputFolder, iter_parts, open_folder, read_shard
+from m3cli.store.reader import FolderDescription, OutputFolder, describe, iter_parts, open_folder, read_shard
 
 _log = logging.getLogger(__name__)
 

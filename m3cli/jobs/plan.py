@@ -10,10 +10,16 @@ from m3cli.corpus.sources import count_unread, find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder import device as machine
 from m3cli.encoder.tokenizer import load_tokenizer
-from m3cli.jobs.estimate import Estimate, estimate_corpus
-from m3cli.jobs.opening import choose_out, make_form, plan_run, settle
-from m3cli.jobs.run import adopt_run, open_checkpoint, refuse_other_checkpoint
-from m3cli.jobs.space import count_needed, find_free_bytes
+from m3cli.jobs.encode.estimate import Estimate, count_needed, estimate_corpus, find_free_bytes
+from m3cli.jobs.encode.resolve import (
+    adopt_run,
+    choose_out,
+    make_form,
+    open_checkpoint,
+    plan_run,
+    refuse_other_checkpoint,
+    settle,
+)
 from m3cli.records import DoneEntry, RunPlan
 from m3cli.store.folder import read_done_to_resume, read_run_to_resume
 

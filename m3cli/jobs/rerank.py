@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,21 +21,26 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.config import EncodeRequest
+from m3cli.config import EncodeRequest, FieldFlags
+from m3cli.corpus.fields import kept_schema, resolve_fields
+from m3cli.corpus.plan import plan_shards
+from m3cli.corpus.reader import Action, read_shards
+from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.corpus.trec import read_run
 from m3cli.encoder import device as machine
 from m3cli.encoder.reranker import PAIR_SPECIALS, Reranker, join_pair, load_reranker, score_batch
 from m3cli.encoder.texts import TokenisedTexts, pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
-from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, CorpusError, UsageError, count_noun
+from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, CorpusError, UsageError, count_noun, refuse_unreachable
+from m3cli.jobs.encode.resolve import open_checkpoint
 from m3cli.jobs.paths import check_paths
-from m3cli.jobs.run import open_checkpoint
-from m3cli.jobs.texts_by_id import TextSource
 from m3cli.progress import Progress
-from m3cli.records import QueryHits, Rankings
+from m3cli.records import QueryHits, Rankings, Shard
 from m3cli.store.commit import check_writable, publish_beside
-from m3cli.store.ranking import JsonRanking, ranking_format
+from m3cli.store.lookup import iter_passages
+from m3cli.store.reader import open_folder
+from m3cli.store.results import JsonRanking, ranking_format
 
 DEFAULT_RERANKER = "BAAI/bge-reranker-v2-m3"
 DEFAULT_LENGTH = 1024
@@ -317,3 +322,75 @@ def _describe_query(query: str, ranked: list[tuple[str, float]], *, text: str) -
 
 def _sigmoid(logit: float) -> float:
     return float(1 / (1 + np.exp(-np.float64(logit))))
+
+
+_FLAGS = FieldFlags(format=None)
+_SHARD_BYTES = 8 << 20
+"of text, held while they are looked through"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSource:
+    """Where texts are; fields are those of `m3 encode`, None: found by themselves."""
+
+    given: str
+    flag: str
+    "for messages"
+    id_field: str | None = None
+    text_field: str | None = None
+    title_field: str | None = None
+    title_sep: str = "\n"
+    field_flags: FieldFlags = _FLAGS
+    "for messages"
+
+    def find_texts(self, wanted: Collection[str]) -> Iterator[tuple[str, str]]:
+        """Yield id and text of each wanted document that is there; of several with one id the first.
+
+        Raises:
+            UsageError: standard input, which cannot be read twice, or a folder without texts.
+            CorpusError: it cannot be read.
+        """
+        if self.given == "-":
+            raise UsageError(f"{self.flag} -: texts are looked up by id, more than once; give a file or a folder")
+        refuse_unreachable(Path(self.given, "_m3"), CorpusError)
+        left = set(wanted)
+        for name, text in self._iter_folder(left) if Path(self.given, "_m3").is_dir() else self._iter_files(left):
+            if name in left:
+                left.remove(name)
+                yield name, text
+            if not left:
+                return
+
+    def _iter_folder(self, wanted: Collection[str]) -> Iterator[tuple[str, str]]:
+        yield from iter_passages(open_folder(Path(self.given)), wanted)
+
+    def _iter_files(self, wanted: Collection[str]) -> Iterator[tuple[str, str]]:
+        sources = find_sources([self.given], format_flag=self.field_flags.format)
+        fields = resolve_fields(
+            sources,
+            id_field=self.id_field,
+            text_field=self.text_field,
+            title_field=self.title_field,
+            flags=self.field_flags,
+        )
+        if fields.id is None:
+            raise UsageError(
+                f"{self.flag} {self.given}: its rows have no field that is known for ids; "
+                f"name it with {self.field_flags.id}"
+            )
+        shards = read_shards(
+            sources,
+            plan=plan_shards(sources, fields=fields, shard_size=_SHARD_BYTES),
+            fields=fields,
+            schema=kept_schema(sources, fields),
+            title_sep=self.title_sep,
+            ask=_read,
+        )
+        for shard in shards:
+            for document in shard.documents:
+                if document.id in wanted:
+                    yield document.id, document.text
+
+
+def _read(_shard: Shard) -> Action:
+    return "read"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from m3cli.errors import UsageError
-from m3cli.retrieval.search.top import Rows, TopRows
+from m3cli.retrieval.top import Rows, TopRows
 
 K1, B = 0.9, 0.4
 _CHARACTER = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"

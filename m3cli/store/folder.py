@@ -19,11 +19,14 @@ from m3cli.config import RunConfig
 from m3cli.errors import DamageFound, ForeignFolder, OutputError
 from m3cli.records import Chunks, DoneEntry, Manifest, ShardText
 from m3cli.store.commit import commit_shard, make_folder, output_errors, publish_bytes, publish_json
-from m3cli.store.entries import (
+from m3cli.store.documents import (
     find_links,
+    hash_file,
     is_ours,
     list_wrong_lengths,
     manifest_document,
+    name_check,
+    name_repair,
     read_entries,
     read_manifest,
     read_run,
@@ -40,8 +43,6 @@ from m3cli.store.layout import (
     worker_name,
 )
 from m3cli.store.lock import RunLock, hold_lock
-from m3cli.store.reading import name_check, name_repair
-from m3cli.store.sealed import hash_file
 from m3cli.store.shard import ShardWriter
 
 

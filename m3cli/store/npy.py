@@ -17,9 +17,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from m3cli.records import Document, Embeddings, LexicalWeights
-from m3cli.store.commit import output_errors
+from m3cli.store.commit import StagedFile, output_errors
 from m3cli.store.layout import RowForm, vector_layout
-from m3cli.store.staging import StagedFile
 
 
 class ArrayFile:

@@ -6,7 +6,8 @@ parquet format is read a row group (64 MiB of vectors) at a time by `iter_parts`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,16 @@ from numpy.typing import NDArray
 from m3cli.config import ALL_OUTPUTS, RunConfig
 from m3cli.errors import DamageFound, OutputError, UsageError, refuse_unreachable
 from m3cli.records import DoneEntry, Embeddings, LexicalWeights, Manifest, Output, ShardCounts, TokenMatrices
-from m3cli.store.blobs import read_blobs
-from m3cli.store.entries import (
+from m3cli.store.documents import (
     find_misplaced,
     is_ours,
     list_wrong_lengths,
+    name_check,
+    name_repair,
     read_entries,
     read_manifest,
     read_run,
+    reading,
 )
 from m3cli.store.layout import (
     RUN_NAME,
@@ -41,7 +44,7 @@ from m3cli.store.layout import (
     scales_name,
 )
 from m3cli.store.pages import DensePages
-from m3cli.store.reading import name_check, name_repair, reading
+from m3cli.store.verify.rows import hash_ids
 
 _DENSE = VECTOR_COLUMNS["dense"]
 
@@ -291,3 +294,105 @@ def _from_files(root: Path, index: int, outputs: Sequence[Output], first: int, s
 def _map_array(path: Path) -> NDArray[Any]:
     array: NDArray[Any] = np.load(path, mmap_mode="r")
     return array
+
+
+def read_blobs(array: pa.Array, size: int) -> tuple[NDArray[np.int64], NDArray[np.uint8] | None]:
+    """Return where rows begin [R + 1] among items of `size` bytes, and the bytes of all items.
+
+    None in place of the bytes: a value is missing, or no whole number of items.
+    """
+    if not len(array):
+        return np.zeros(1, np.int64), np.empty(0, np.uint8)
+    _, places, data = array.buffers()
+    offsets = np.frombuffer(places, np.int64)[array.offset : array.offset + len(array) + 1]
+    indptr = (offsets - offsets[0]) // size
+    if array.null_count or (np.diff(offsets) % size).any():
+        return indptr, None
+    return indptr, np.frombuffer(data or b"", np.uint8)[offsets[0] : offsets[-1]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderDescription:
+    """What `m3 info` shows."""
+
+    run: dict[str, Any]
+    "members of run.json"
+    complete: bool
+    num_shards: int
+    "done so far"
+    counts: ShardCounts
+    bytes: dict[str, int]
+    '"rows", "dense", "sparse", "colbert" as far as they are there, and "_m3" for hashes and skipped rows'
+    token_histogram: dict[int, int]
+    "rows by length: a key k counts rows of k/2 < num_tokens <= k, k a power of two, ascending"
+
+
+def describe(folder: OutputFolder) -> FolderDescription:
+    """Describe the done shards of a folder."""
+    sizes: Counter[str] = Counter()
+    lengths: Counter[int] = Counter()
+    for index, entry in folder.entries.items():
+        sizes.update(_file_bytes(entry))
+        check_lengths(folder, index)
+        with reading(folder.path, index):
+            _read_rows(folder.path / rows_name(index), sizes=sizes, lengths=lengths)
+    return FolderDescription(
+        run=folder.run.to_json(),
+        complete=folder.manifest is not None,
+        num_shards=len(folder.entries),
+        counts=folder.counts,
+        bytes={name: sizes[name] for name in ("rows", *VECTOR_COLUMNS, "_m3") if name in sizes},
+        token_histogram=dict(sorted(lengths.items())),
+    )
+
+
+def _file_bytes(entry: DoneEntry) -> Counter[str]:
+    outputs = {folder: output for output, folder in VECTOR_COLUMNS.items()}
+    sizes: Counter[str] = Counter()
+    for record in entry.files:
+        top = record.name.partition("/")[0]
+        sizes[outputs.get(top, top)] += record.length
+    return sizes
+
+
+def _read_rows(path: Path, *, sizes: Counter[str], lengths: Counter[int]) -> None:
+    """Count rows by length, and move the bytes of vector columns from "rows" to their outputs."""
+    columns = [*VECTOR_COLUMNS.items(), ("colbert", SCALES_COLUMN)]
+    with pq.ParquetFile(path) as file:
+        tokens = file.read(columns=["num_tokens"], use_threads=False).column("num_tokens").to_numpy()
+        metadata = file.metadata
+        for output, column in columns:
+            if column in file.schema_arrow.names:
+                moved = sum(
+                    chunk.total_compressed_size
+                    for group in range(metadata.num_row_groups)
+                    for chunk in map(metadata.row_group(group).column, range(metadata.num_columns))
+                    if chunk.path_in_schema.partition(".")[0] == column
+                )
+                sizes[output] += moved
+                sizes["rows"] -= moved
+    if len(tokens):
+        powers, counts = np.unique(np.ceil(np.log2(tokens)).astype(np.int64), return_counts=True)
+        lengths.update({1 << int(power): int(count) for power, count in zip(powers, counts, strict=True)})
+
+
+def read_id_hashes(root: Path, shards: Iterable[int]) -> dict[int, NDArray[np.int64]]:
+    """Read the hashed id of each document, by shard."""
+    return {
+        index: np.concatenate([np.empty(0, np.int64), *(hashed for _, hashed in iter_ids(root, [index]))])
+        for index in shards
+    }
+
+
+def iter_ids(root: Path, shards: Iterable[int]) -> Iterator[tuple[Any, NDArray[np.int64]]]:
+    """Yield the ids of documents, an Arrow column at a time, with their hashes, which hold for this process."""
+    for index in shards:
+        with reading(root, index):
+            file = pq.ParquetFile(root / rows_name(index))
+        with file:
+            for group in range(file.num_row_groups):
+                with reading(root, index):
+                    table = file.read_row_group(group, columns=["id", "chunk_index"], use_threads=False)
+                    ids = table.column("id").take(np.flatnonzero(table.column("chunk_index").to_numpy() == 0))
+                    hashes = hash_ids(ids)
+                yield ids, hashes

@@ -16,6 +16,7 @@ import orjson
 import pyarrow as pa
 
 from m3cli.records import Chunks, DoneEntry, Embeddings, ShardCounts, ShardText, SkippedRow
+from m3cli.store.commit import StagedFile
 from m3cli.store.layout import (
     RowForm,
     colbert_name,
@@ -28,9 +29,7 @@ from m3cli.store.layout import (
     skipped_name,
 )
 from m3cli.store.npy import ColbertFiles, DenseFile, LexicalFile, write_hashes
-from m3cli.store.parquet import RowsFile
-from m3cli.store.rows import build_rows
-from m3cli.store.staging import StagedFile
+from m3cli.store.parquet import RowsFile, build_rows
 
 SKIPPED_ROW_BYTES = 64 << 10
 

@@ -16,17 +16,16 @@ from typing import cast
 import torch
 
 from benchmarks.contest import Group, Made, Runner
-from m3cli.ahead import map_lanes
+from m3cli.concurrency import map_lanes
 from m3cli.config import Dtype
 from m3cli.encoder.batcher import batch_rows, pack_rows
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
-from m3cli.encoder.device import auto_batch_tokens, auto_threads, plan_lanes, set_threads
+from m3cli.encoder.device import auto_batch_tokens, auto_threads, measure_matmul, plan_lanes, set_threads
+from m3cli.encoder.embeddings import order_rows
 from m3cli.encoder.encode import BatchEncoder, FailedRow
-from m3cli.encoder.measure import measure_matmul
 from m3cli.encoder.model import fill_up, load_model, run_model
 from m3cli.encoder.tokenizer import load_tokenizer
-from m3cli.encoder.window import order_rows
 from m3cli.records import Document, Output
 
 OUTPUTS: tuple[Output, ...] = ("dense", "sparse", "colbert")

@@ -14,7 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from m3cli.config import CheckpointConfig, EncodeConfig, RunConfig, Runtime
-from m3cli.jobs.search_folder import Target, search_single
+from m3cli.jobs.search.vectors import Target, search_single
 from m3cli.records import Chunks, Document, Embeddings, Fields, Shard, ShardText, Source, TokenMatrices
 from m3cli.store.folder import RunFolder, open_run_folder
 from m3cli.store.layout import RowForm

@@ -30,17 +30,16 @@ from scipy.stats import kendalltau
 
 from m3cli.config import ColbertForm, EncodeRequest
 from m3cli.encoder import device as machine
-from m3cli.encoder.compression import compress_matrices
+from m3cli.encoder.colbert import compress_matrices
+from m3cli.encoder.embeddings import join_embeddings, pick_rows
 from m3cli.encoder.encode import BatchEncoder, FailedRow
-from m3cli.encoder.join import join_embeddings
 from m3cli.encoder.model import load_model
-from m3cli.encoder.picking import pick_rows
 from m3cli.encoder.texts import pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import load_tokenizer
-from m3cli.jobs.run import open_checkpoint
+from m3cli.jobs.encode.resolve import open_checkpoint
 from m3cli.records import Embeddings, TokenMatrices
-from m3cli.retrieval.maxsim import decode_vectors
 from m3cli.retrieval.measures import measure_queries, parse_measures
+from m3cli.retrieval.scores import decode_vectors
 
 MAX_LENGTH = 512
 MEASURE = "nDCG@10"

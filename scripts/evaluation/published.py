@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m3cli.errors import M3Error
-from m3cli.jobs.texts_by_id import TextSource
+from m3cli.jobs.rerank import TextSource
 
 METHODS = ("dense", "sparse", "multi-vec", "dense+sparse", "all")
 DEPTH = 1000

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from m3cli.corpus.field_flags import FieldFlags
+from m3cli.config import FieldFlags
 from m3cli.corpus.fields import kept_schema, resolve_fields
 from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import PeekableStream
@@ -56,7 +56,7 @@ def triple(fields: Fields) -> tuple[str | None, str | None, str]:
 def test_fields_of_known_corpora_are_found(row: dict[str, Any], expected: tuple[str | None, str | None, str]) -> None:
     fields = resolve_text(orjson.dumps(row))
     assert triple(fields) == expected
-    assert (fields.kept, fields.tsv_columns, fields.tsv_header) == ((), (), False)
+    assert (fields.kept, fields.columns, fields.header) == ((), (), False)
 
 
 def test_messages_name_the_flags_of_the_command() -> None:
@@ -151,7 +151,7 @@ def test_a_first_row_that_is_a_book_is_looked_at(end: bytes) -> None:
 def test_the_look_goes_on_until_a_row_can_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, before: bytes
 ) -> None:
-    monkeypatch.setattr("m3cli.corpus.peek.MAX_ROW_BYTES", 3 << 20)
+    monkeypatch.setattr("m3cli.corpus.fields.MAX_ROW_BYTES", 3 << 20)
     body = before + b'{"docid":"1","contents":"one"}\n' * 3
     wanted = (None if before.startswith(b'{"contents') else "docid", None, "contents")
     if ending == "stdin":
@@ -176,7 +176,7 @@ def test_no_more_of_a_pipe_is_read_than_is_needed() -> None:
 
 
 def test_a_first_row_that_is_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m3cli.corpus.peek.MAX_ROW_BYTES", 3 << 20)
+    monkeypatch.setattr("m3cli.corpus.fields.MAX_ROW_BYTES", 3 << 20)
     body = b'{"a":"' + b"x" * (3 << 20) + b'","text":"b"}\n'
     assert resolve_text(body, text_field="text").text == "text"
     with pytest.raises(CorpusError, match=r"its first row is longer than 3,145,728 bytes.*--text-field"):
@@ -205,7 +205,7 @@ def test_tsv_first_line_is_a_header_only_if_it_names_the_fields(
 ) -> None:
     fields = resolve_text(body)
     assert triple(fields) == expected
-    assert (fields.tsv_columns, fields.tsv_header) == (columns, header)
+    assert (fields.columns, fields.header) == (columns, header)
 
 
 def test_a_file_without_tabs_is_not_taken_for_tsv(tmp_path: Path) -> None:
@@ -220,10 +220,10 @@ def test_a_file_without_tabs_is_not_taken_for_tsv(tmp_path: Path) -> None:
     for line in (b"one\n", b"text\n"):
         (tmp_path / "one.tsv").write_bytes(line)
         found = resolve(tmp_path / "one.tsv")
-        assert (triple(found), found.tsv_columns, found.tsv_header) == ((None, None, "1"), ("1",), False)
+        assert (triple(found), found.columns, found.header) == ((None, None, "1"), ("1",), False)
 
 
-def test_tsv_columns_can_be_named_or_counted() -> None:
+def test_columns_can_be_named_or_counted() -> None:
     wide = "7\thttp\tt\tone\n"
     with pytest.raises(CorpusError, match=r"stdin has 4 columns and no header.*--text-field N"):
         resolve_text(wide)
@@ -231,7 +231,7 @@ def test_tsv_columns_can_be_named_or_counted() -> None:
     assert triple(resolve_text(wide, text_field="4", id_field="2", title_field="3")) == ("2", "3", "4")
     assert triple(resolve_text("a\tb\n", text_field="1")) == (None, None, "1")
     named = resolve_text("nr\tsatz\n1\tone\n", text_field="satz", id_field="nr")
-    assert (triple(named), named.tsv_header) == (("nr", None, "satz"), True)
+    assert (triple(named), named.header) == (("nr", None, "satz"), True)
     with pytest.raises(CorpusError, match=r"no row has the field 'satz'; the first rows have 1, 2"):
         resolve_text("1\tone\n", text_field="satz")
 

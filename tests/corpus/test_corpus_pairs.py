@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from m3cli.corpus.pair_source import PairColumns, find_pairs, resolve_columns
-from m3cli.corpus.pairs import Pair, WindowLimits, cut_windows, read_pairs
+from m3cli.corpus.pairs import Pair, PairColumns, WindowLimits, cut_windows, find_pairs, read_pairs, resolve_columns
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import CorpusError, M3Error, UsageError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from m3cli.corpus.qrels import read_qrels
+from m3cli.corpus.trec import read_qrels
 from m3cli.errors import CorpusError
 
 PARSED = {"q1": {"a": 1, "b": 0}, "2": {"c": 2}}

@@ -6,7 +6,7 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3cli.encoder.borders import Border, rate_borders
+from m3cli.encoder.segments import Border, rate_borders
 
 
 def rate(text: str) -> list[int]:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from m3cli.config import ColbertForm
-from m3cli.encoder.compression import compress_matrices
-from m3cli.encoder.window import order_rows
+from m3cli.encoder.colbert import compress_matrices
+from m3cli.encoder.embeddings import order_rows
 from m3cli.records import Embeddings, TokenMatrices
 
 LENGTHS = [5, 1, 12]

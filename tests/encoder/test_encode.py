@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from m3cli.ahead import map_lanes
+from m3cli.concurrency import map_lanes
 from m3cli.encoder import encode as encoding
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.encode import NOT_A_NUMBER, OUT_OF_MEMORY, BatchEncoder, FailedRow

@@ -11,11 +11,11 @@ from m3cli.encoder.batcher import pack_batches
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
 from m3cli.encoder.device import resolve_dtype
+from m3cli.encoder.embeddings import order_rows
 from m3cli.encoder.encode import BatchEncoder, FailedRow
-from m3cli.encoder.int8 import can_run_int8, make_int8_linear
+from m3cli.encoder.linear import can_run_int8, make_int8_linear
 from m3cli.encoder.model import load_model
 from m3cli.encoder.tokenizer import load_tokenizer
-from m3cli.encoder.window import order_rows
 from m3cli.errors import UsageError
 from m3cli.records import Document, Embeddings
 from tests.conftest import build_sample

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3cli.config import ColbertForm, LongDocs
+from m3cli.encoder.embeddings import order_rows, pick_rows
 from m3cli.encoder.merge import Merger, plan_rows
-from m3cli.encoder.picking import pick_rows
-from m3cli.encoder.window import order_rows
 from m3cli.records import Chunks, Embeddings, LexicalWeights, TokenMatrices
 
 DIM = 4

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from m3cli.encoder.picking import pick_rows
+from m3cli.encoder.embeddings import pick_rows
 from m3cli.records import Embeddings, LexicalWeights, TokenMatrices
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 
-from m3cli.encoder import pooling
-from m3cli.encoder.pooling import pool_vectors
+from m3cli.encoder import colbert as pooling
+from m3cli.encoder.colbert import pool_vectors
 from m3cli.records import TokenMatrices
 
 

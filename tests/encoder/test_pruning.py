@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3cli.encoder.pruning import choose_vectors, keep_vectors
+from m3cli.encoder.colbert import choose_vectors, keep_vectors
 from m3cli.records import TokenMatrices
 
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from m3cli.encoder.quantising import quantise_binary, quantise_int8
+from m3cli.encoder.colbert import quantise_binary, quantise_int8
 from m3cli.records import TokenMatrices
-from m3cli.retrieval.maxsim import decode_vectors
+from m3cli.retrieval.scores import decode_vectors
 
 
 def make(count: int, dim: int) -> np.ndarray:

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3cli.config import Split
-from m3cli.encoder.borders import Border
-from m3cli.encoder.split import REACH_PART, Window, cut_windows
+from m3cli.encoder.chunker import REACH_PART, Window, cut_windows
+from m3cli.encoder.segments import Border
 from m3cli.errors import UsageError
 
 PLAIN = st.lists(st.integers(Border.INSIDE_WORD, Border.PARAGRAPH), max_size=400)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3cli.encoder.batcher import batch_rows
-from m3cli.encoder.window import order_rows
+from m3cli.encoder.embeddings import order_rows
 from m3cli.records import Embeddings, LexicalWeights, TokenMatrices
 from tests.encoder.test_batcher import LENGTHS
 

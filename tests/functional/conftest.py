@@ -11,7 +11,7 @@ import pytest
 from m3cli.cli.app import run
 from m3cli.config import EncodeRequest, Format
 from m3cli.encoder import model, tokenizer
-from m3cli.jobs.encode import encode_corpus
+from m3cli.jobs.encode.command import encode_corpus
 from m3cli.progress import Progress
 from tests.conftest import Completed, load_once
 from tests.functional.corpora import FORMATS, SHARD_BYTES, Encode, write_corpus

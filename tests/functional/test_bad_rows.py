@@ -347,7 +347,7 @@ def test_documents_that_fail_one_shard_at_a_time_are_judged_together(
     m3_here: M3, tmp_path: Path, tiny_m3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first documents fail late, in shards of one row: skipped if a later one is encoded, else the run ends."""
-    monkeypatch.setattr("m3cli.jobs.stages.MAX_MATRIX_BYTES", 2000)
+    monkeypatch.setattr("m3cli.jobs.encode.pipeline.MAX_MATRIX_BYTES", 2000)
     long = _row(id="long", text="many words " * 40)
     flags = ("--shard-size", 16, "--long-docs", "merge")
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([long, long, GOOD_LINE]))

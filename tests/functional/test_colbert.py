@@ -175,7 +175,7 @@ def test_plan_names_the_price_of_each_choice(m3_here: M3, tiny_m3: Path, corpus:
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that has room for int8 vectors and not for float16."""
-    monkeypatch.setattr("m3cli.jobs.space.find_free_bytes", lambda folder: 300_000)
+    monkeypatch.setattr("m3cli.jobs.encode.estimate.find_free_bytes", lambda folder: 300_000)
     monkeypatch.setattr("m3cli.jobs.plan.find_free_bytes", lambda folder: 300_000)
 
 
@@ -204,7 +204,7 @@ def test_workers_count_what_all_of_them_will_write(
 ) -> None:
     words = ("encode", corpus, "--model", tiny_m3, *FLAGS, "--out", "out.m3", "--worker", worker)
     needed = json.loads(m3_here("plan", *words[1:6], "--shard-size", "2K", "--json").stdout)["bytes_needed"]
-    monkeypatch.setattr("m3cli.jobs.space.find_free_bytes", lambda folder: int(0.7 * needed))
+    monkeypatch.setattr("m3cli.jobs.encode.estimate.find_free_bytes", lambda folder: int(0.7 * needed))
     assert m3_here(*words).returncode == 6
 
 
@@ -241,7 +241,7 @@ def test_a_merged_matrix_is_skipped_only_where_the_folder_cannot_hold_it(
 def test_a_corpus_of_nothing_but_such_matrices_is_told_what_helps(
     m3_here: M3, tiny_m3: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("m3cli.jobs.stages.MAX_MATRIX_BYTES", 100 * 64 * 2)
+    monkeypatch.setattr("m3cli.jobs.encode.pipeline.MAX_MATRIX_BYTES", 100 * 64 * 2)
     corpus.write_text(json.dumps({"id": "long", "text": "word " * 150}) + "\n")
     refused = m3_here("encode", corpus, "--model", tiny_m3, *FLAGS, "--long-docs", "merge", "--out", "out.m3")
     assert refused.returncode == 4

@@ -23,7 +23,7 @@ import pytest
 from m3cli.config import CheckRequest, Format
 from m3cli.jobs.check import check_folder
 from m3cli.progress import FileMeter
-from m3cli.store.entries import is_ours
+from m3cli.store.documents import is_ours
 from m3cli.store.layout import RUN_NAME
 from tests.conftest import ROOT, Completed
 from tests.crash import Steps, crash_at, folder_bytes

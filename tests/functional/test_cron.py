@@ -19,7 +19,7 @@ import torch
 from m3cli.cli import signals
 from m3cli.encoder import encode as encoding
 from m3cli.encoder.model import run_model as real_run_model
-from m3cli.jobs import metrics as metrics_module
+from m3cli.jobs.encode import lifecycle as metrics_module
 from m3cli.records import Batch
 from tests.conftest import Completed
 

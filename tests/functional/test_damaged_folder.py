@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 import pytest
 
-from m3cli.store.sealed import seal_json
+from m3cli.store.documents import seal_json
 from tests.conftest import Completed
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a flipped bit of a vector may make it infinite

@@ -22,8 +22,9 @@ import pytest
 
 from m3cli.cli.app import run
 from m3cli.errors import CorpusError, OutputError
-from m3cli.jobs import writing
-from m3cli.store import commit, staging
+from m3cli.jobs.encode import pipeline as writing
+from m3cli.store import commit
+from m3cli.store import commit as staging
 from m3cli.store.layout import MANIFEST_NAME, done_name
 from tests.conftest import ROOT, Completed
 from tests.crash import folder_bytes

@@ -12,8 +12,9 @@ import pytest
 
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.errors import ModelError
-from m3cli.jobs import doctor, model_card
-from m3cli.jobs.model_card import Figure, is_bge_m3, recompute_card
+from m3cli.jobs import doctor
+from m3cli.jobs import doctor as model_card
+from m3cli.jobs.doctor import Figure, is_bge_m3, recompute_card
 from tests.conftest import Completed
 
 

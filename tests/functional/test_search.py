@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m3cli.panel import hits_table, open_console
 from m3cli.records import QueryHits
+from m3cli.tables import hits_table, open_console
 from tests.conftest import ROOT, Completed
 from tests.functional.conftest import EncodeWith
 

@@ -121,9 +121,9 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
 
 INFO = "m3cli.jobs.info.describe_folder"
 JOBS = {
-    "encode": (("c.jsonl",), "m3cli.jobs.encode.encode_corpus"),
-    "score": (("c.tsv",), "m3cli.jobs.score.score_pairs"),
-    "search": (("c.m3", "-q", "words"), "m3cli.jobs.search.search_corpus"),
+    "encode": (("c.jsonl",), "m3cli.jobs.encode.command.encode_corpus"),
+    "score": (("c.tsv",), "m3cli.jobs.score.command.score_pairs"),
+    "search": (("c.m3", "-q", "words"), "m3cli.jobs.search.command.search_corpus"),
     "rerank": (("c.trec", "--queries", "q", "--corpus", "c"), "m3cli.jobs.rerank.rerank_run"),
 }
 "by command: arguments, and what does its work"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from m3cli.retrieval.search.kernels import open_scan, scan_part
-from m3cli.retrieval.search.top import Ranked, TopRows
+from m3cli.retrieval.scan import open_scan, scan_part
+from m3cli.retrieval.top import Ranked, TopRows
 from tests.retrieval.search.test_search_kernels import VOCABULARY, make_embeddings
 
 pytestmark = [

@@ -14,8 +14,8 @@ from m3cli.config import EncodeRequest
 from m3cli.corpus.sources import find_sources
 from m3cli.encoder.chunker import Cutting, chunk_documents
 from m3cli.encoder.tokenizer import Tokenizer
-from m3cli.jobs.estimate import SAMPLE_CHARS, Estimate, estimate_corpus
-from m3cli.jobs.opening import settle
+from m3cli.jobs.encode.estimate import SAMPLE_CHARS, Estimate, estimate_corpus
+from m3cli.jobs.encode.resolve import settle
 from m3cli.records import Chunks, Document
 
 Estimating = Callable[..., Estimate]
@@ -70,7 +70,7 @@ def test_the_work_of_a_book_is_that_of_its_beginning(estimate: Estimating, monke
         lengths.extend(len(document.text) for document in documents)
         return chunk_documents(documents, tokenizer, cutting)
 
-    monkeypatch.setattr("m3cli.jobs.estimate.chunk_documents", chunk)
+    monkeypatch.setattr("m3cli.jobs.encode.command.estimate.chunk_documents", chunk)
     estimate([BOOK] * 4)
     assert sum(lengths) <= 4 * SAMPLE_CHARS
 
@@ -106,7 +106,7 @@ def test_kept_text_kept_fields_and_hashes_are_in_it(
 @pytest.fixture
 def m3_written(tiny_m3: Path, tmp_path: Path) -> Callable[..., Path]:
     """Encode what `estimate` wrote."""
-    from m3cli.jobs.encode import encode_corpus  # noqa: PLC0415
+    from m3cli.jobs.encode.command import encode_corpus  # noqa: PLC0415
     from m3cli.progress import Progress  # noqa: PLC0415
 
     def encode(**flags: object) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from m3cli.errors import CorpusError, FolderLocked
-from m3cli.jobs.metrics import MetricsFile, keep_metrics
+from m3cli.jobs.encode.lifecycle import MetricsFile, keep_metrics
 
 
 def test_labels_are_escaped_and_numbers_stay_exact() -> None:

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3cli.jobs import rerank as module
-from m3cli.jobs.rerank import RerankRequest, _cut_groups, _cut_windows, rerank_run
-from m3cli.jobs.texts_by_id import TextSource
+from m3cli.jobs.rerank import RerankRequest, TextSource, _cut_groups, _cut_windows, rerank_run
 from m3cli.progress import Progress
 
 rankings_of = st.dictionaries(

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from m3cli.errors import DamageFound, ForeignFolder
-from m3cli.store.entries import read_run, run_document
+from m3cli.store.documents import read_run, run_document, seal_json
 from m3cli.store.layout import RUN_NAME
-from m3cli.store.sealed import seal_json
 from tests.store import samples
 
 

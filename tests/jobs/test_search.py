@@ -15,17 +15,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from m3cli.config import ALL_OUTPUTS
+from m3cli.config import ALL_OUTPUTS, SearchRequest
 from m3cli.errors import CorpusError, ForeignFolder, UsageError
-from m3cli.jobs.search import search_corpus
-from m3cli.jobs.search_request import SearchRequest
+from m3cli.jobs.search.command import search_corpus
 from m3cli.progress import Progress
 from m3cli.records import Embeddings, Output
-from m3cli.retrieval.score import score_rows as score_pairs
-from m3cli.retrieval.search import kernels
+from m3cli.retrieval import scan as kernels
+from m3cli.retrieval.scores import score_rows as score_pairs
 from m3cli.store import parquet
 from m3cli.store.folder import open_run_folder
-from m3cli.store.hits import iter_placed
+from m3cli.store.lookup import iter_placed
 from m3cli.store.reader import iter_parts, open_folder
 from tests.store import samples
 
@@ -250,7 +249,7 @@ def test_a_run_reads_no_texts_and_no_spans(folders: Callable[..., Path]) -> None
 
     request = SearchRequest(folder=str(root / "c.m3"), queries=str(root / "q.m3"), device="cpu")
     stdout = io.BytesIO()
-    with mock.patch("m3cli.store.hits.iter_parts", watched):
+    with mock.patch("m3cli.store.lookup.iter_parts", watched):
         assert search_corpus(request, progress=Progress("none"), stdout=stdout) == 0
     assert stdout.getvalue().startswith(b"q0 Q0 d")
     assert {name for names in read for name in names} == {"id", "chunk_index"}
@@ -258,7 +257,7 @@ def test_a_run_reads_no_texts_and_no_spans(folders: Callable[..., Path]) -> None
 
 def test_of_texts_only_the_beginning_is_held(folders: Callable[..., Path]) -> None:
     root = folders()
-    with mock.patch("m3cli.jobs.search_folder.SNIPPET_LENGTH", 3):
+    with mock.patch("m3cli.jobs.search.command.vectors.SNIPPET_LENGTH", 3):
         _, found, _ = run_search(root / "c.m3", root / "q.m3", mode="dense", top_k=1)
     assert len(found[0]["hits"][0]["snippet"]) == 3
 
@@ -292,7 +291,7 @@ def test_equal_scores_come_in_corpus_order(folders: Callable[..., Path], tmp_pat
             dense = part.embeddings.dense_vecs
             yield replace(part, embeddings=replace(part.embeddings, dense_vecs=None if dense is None else dense * 0))
 
-    with mock.patch("m3cli.store.hits.iter_parts", all_alike):
+    with mock.patch("m3cli.store.lookup.iter_parts", all_alike):
         _, found, _ = run_search(root / "c.m3", root / "q.m3", mode="dense", top_k=7)
     assert [hit["id"] for hit in found[0]["hits"]] == ["d00", "d01", "d02", "d03", "d04", "d10", "d11"]
 
@@ -314,8 +313,8 @@ def test_one_part_is_taken_after_the_other(folders: Callable[..., Path]) -> None
         events.append(("scored", sum(kind == "scored" for kind, _ in events)))
 
     with (
-        mock.patch("m3cli.jobs.search_folder.iter_placed", watched),
-        mock.patch("m3cli.jobs.search_folder.scan_part", scanned),
+        mock.patch("m3cli.jobs.search.command.vectors.iter_placed", watched),
+        mock.patch("m3cli.jobs.search.command.vectors.scan_part", scanned),
     ):
         run_search(root / "c.m3", root / "q.m3", mode="dense")
     parts = max(number for kind, number in events if kind == "read") + 1
@@ -337,7 +336,7 @@ def test_re_ranking_reads_only_parts_that_hold_candidates(folders: Callable[...,
                 read.append(len(np.intersect1d(part.places, named["wanted"])))
             yield part
 
-    with mock.patch("m3cli.jobs.search_folder.iter_placed", watched):
+    with mock.patch("m3cli.jobs.search.command.vectors.iter_placed", watched):
         run_search(root / "c.m3", root / "q.m3", mode="hybrid", candidates=1)
     assert read
     assert all(read)
@@ -364,8 +363,8 @@ def test_candidates_are_scored_some_at_a_time(folders: Callable[..., Path]) -> N
         return score_pairs(queries, passages, query_rows, *given, **named)
 
     with (
-        mock.patch("m3cli.jobs.search_folder.BLOCK_PAIRS", 4),
-        mock.patch("m3cli.jobs.search_folder.score_rows", watched),
+        mock.patch("m3cli.jobs.search.command.vectors.BLOCK_PAIRS", 4),
+        mock.patch("m3cli.jobs.search.command.vectors.score_rows", watched),
     ):
         in_blocks = run_search(root / "c.m3", root / "q.m3", mode="hybrid")
     assert max(sizes) <= 4

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from m3cli.errors import OutputError
-from m3cli.jobs.space import find_free_bytes, refuse_full_disk
+from m3cli.jobs.encode.estimate import find_free_bytes, refuse_full_disk
 from m3cli.records import DoneEntry, FileRecord, Shard, ShardCounts
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 
 from m3cli.encoder.encode import FailedRow
-from m3cli.jobs.stages import TokenisedShard, drop_documents, find_originals
+from m3cli.jobs.encode.pipeline import TokenisedShard, drop_documents, find_originals
 from m3cli.records import Chunks, Document, Origins, Shard, ShardText, SkippedRow
 
 

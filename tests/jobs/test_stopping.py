@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from m3cli.errors import CorpusError, Stopped
-from m3cli.jobs.stopping import MIN_ROWS, Stop, refuse_too_many_skipped
+from m3cli.jobs.encode.lifecycle import MIN_ROWS, Stop, refuse_too_many_skipped
 from m3cli.records import ShardCounts
 
 

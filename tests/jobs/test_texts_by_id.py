@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from m3cli.errors import CorpusError, UsageError
-from m3cli.jobs.texts_by_id import TextSource
+from m3cli.jobs.rerank import TextSource
 
 JSONL = (
     '{"_id": "1", "title": "T", "text": "one"}\n{"_id": 2, "text": "two"}\n{"_id": "2", "text": "later"}\n{"_id": "3'

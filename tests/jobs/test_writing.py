@@ -9,7 +9,7 @@ import pytest
 
 from m3cli.config import ColbertForm
 from m3cli.encoder.encode import FailedRow
-from m3cli.jobs.stages import TOO_LARGE, MatrixLimit, find_oversized
+from m3cli.jobs.encode.pipeline import TOO_LARGE, MatrixLimit, find_oversized
 from m3cli.records import Chunks
 
 
@@ -31,7 +31,7 @@ def make_chunks(rows_of: list[int]) -> Chunks:
 
 @pytest.fixture
 def parquet_of_410_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m3cli.jobs.stages.MAX_MATRIX_BYTES", 410)
+    monkeypatch.setattr("m3cli.jobs.encode.pipeline.MAX_MATRIX_BYTES", 410)
 
 
 def find(chunks: Chunks, **form: Any) -> list[FailedRow]:

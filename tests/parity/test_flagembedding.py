@@ -16,9 +16,9 @@ import pytest
 from m3cli.encoder.batcher import pack_batches
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
+from m3cli.encoder.embeddings import order_rows
 from m3cli.encoder.model import load_model, run_model
 from m3cli.encoder.tokenizer import load_tokenizer
-from m3cli.encoder.window import order_rows
 from m3cli.records import Chunks, Document, Embeddings
 from tests.at_once import compute_embeddings
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from m3cli.errors import UsageError
-from m3cli.retrieval.fusion import average_scores, fuse_ranks, settle_weights
-from m3cli.retrieval.modes import combine_scores
+from m3cli.retrieval.scores import average_scores, combine_scores, fuse_ranks, settle_weights
 
 
 def test_weights_of_what_is_there() -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from m3cli.records import LexicalWeights, TokenMatrices
-from m3cli.retrieval import maxsim
-from m3cli.retrieval.maxsim import expand_rows, score_colbert, score_dense, score_sparse
+from m3cli.retrieval import scores as maxsim
+from m3cli.retrieval.scores import expand_rows, score_colbert, score_dense, score_sparse
 
 RANDOM = np.random.default_rng(5)
 DIM = 8

@@ -7,7 +7,7 @@ import pytest
 
 from m3cli.errors import UsageError
 from m3cli.records import Output
-from m3cli.retrieval.modes import MODES, check_weights, combine_scores, modes_of, parts_of
+from m3cli.retrieval.scores import MODES, check_weights, combine_scores, modes_of, parts_of
 
 SCORES: dict[Output, np.ndarray] = {
     "dense": np.array([0.6], np.float32),

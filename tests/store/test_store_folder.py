@@ -13,10 +13,9 @@ import pytest
 from m3cli.errors import ForeignFolder, OutputError
 from m3cli.records import DoneEntry, FileRecord, Shard, ShardCounts
 from m3cli.store.commit import publish_json
-from m3cli.store.entries import entry_document
+from m3cli.store.documents import entry_document, read_json, seal_json
 from m3cli.store.folder import open_run_folder
 from m3cli.store.layout import done_name, rows_name
-from m3cli.store.sealed import read_json, seal_json
 from tests.crash import folder_bytes
 from tests.store import samples
 

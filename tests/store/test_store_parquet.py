@@ -16,7 +16,7 @@ from m3cli.store.folder import open_run_folder
 from m3cli.store.layout import MAX_MATRIX_BYTES, colbert_name, rows_name
 from m3cli.store.parquet import ROW_GROUP_BYTES
 from m3cli.store.reader import iter_parts, open_folder
-from m3cli.store.verify.shard import Expected, check_contents
+from m3cli.store.verify.contents import Expected, check_contents
 from tests.store import samples
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3cli.errors import UsageError
-from m3cli.store.passages import _Document, iter_passages
+from m3cli.store.lookup import _Document, iter_passages
 from m3cli.store.reader import open_folder
 from tests.conftest import Completed
 

@@ -11,7 +11,7 @@ import pytest
 from m3cli.corpus.trec import read_run
 from m3cli.errors import UsageError
 from m3cli.records import QueryHits
-from m3cli.store.ranking import open_ranking, ranking_format
+from m3cli.store.results import open_ranking, ranking_format
 
 
 def make_hits(query: str, ids: tuple[str, ...], scores: list[float]) -> QueryHits:

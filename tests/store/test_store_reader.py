@@ -13,10 +13,9 @@ from m3cli.config import Format
 from m3cli.errors import DamageFound, UsageError
 from m3cli.records import Embeddings
 from m3cli.store import parquet
-from m3cli.store.describe import describe
-from m3cli.store.entries import read_entries
+from m3cli.store.documents import read_entries
 from m3cli.store.folder import open_run_folder
-from m3cli.store.reader import iter_parts, open_folder, read_shard
+from m3cli.store.reader import describe, iter_parts, open_folder, read_shard
 from tests.store import samples
 
 FORMATS: list[Format] = ["parquet", "npy"]

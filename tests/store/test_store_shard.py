@@ -234,7 +234,7 @@ def test_full_disk_is_an_output_error_and_leaves_nothing(tmp_path: Path, format:
 
     form = samples.make_form(format)  # type: ignore[arg-type]
     with (
-        mock.patch("m3cli.store.staging.StagedFile._write_piece", refuse),
+        mock.patch("m3cli.store.commit.StagedFile._write_piece", refuse),
         pytest.raises(OutputError, match="No space left on device; free some space"),
     ):
         write_folder(tmp_path / "out", form)

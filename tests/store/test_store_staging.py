@@ -10,9 +10,9 @@ import pytest
 import xxhash
 
 from m3cli.errors import OutputError
-from m3cli.store import staging
-from m3cli.store.sealed import hash_file
-from m3cli.store.staging import StagedFile
+from m3cli.store import commit as staging
+from m3cli.store.commit import StagedFile
+from m3cli.store.documents import hash_file
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [5, 0, 7], [3 << 20, 1]])

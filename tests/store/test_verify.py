@@ -17,18 +17,13 @@ from m3cli.config import Format
 from m3cli.errors import OutputError
 from m3cli.records import Chunks, DoneEntry, Embeddings, FileRecord, LexicalWeights, ShardText, TokenMatrices
 from m3cli.store.commit import publish_json
-from m3cli.store.entries import entry_document
+from m3cli.store.documents import entry_document, hash_file, read_errors
 from m3cli.store.folder import open_run_folder
 from m3cli.store.layout import MANIFEST_NAME, RUN_NAME, VECTOR_COLUMNS, done_name, rows_name, scales_name
-from m3cli.store.sealed import hash_file, read_errors
-from m3cli.store.verify.faults import Fault
-from m3cli.store.verify.files import check_files
-from m3cli.store.verify.ids import find_duplicate_ids
-from m3cli.store.verify.ledger import read_ledger
-from m3cli.store.verify.listing import find_strays, find_unknown
-from m3cli.store.verify.repair import repair, shards_to_redo
-from m3cli.store.verify.shard import Expected, check_contents
-from m3cli.store.verify.vectors import check_norms
+from m3cli.store.verify.contents import Expected, check_contents, check_norms
+from m3cli.store.verify.ledger import Fault, check_files, read_ledger
+from m3cli.store.verify.listing import find_strays, find_unknown, repair, shards_to_redo
+from m3cli.store.verify.rows import find_duplicate_ids
 from tests.crash import crash_at, folder_bytes
 from tests.store import samples
 

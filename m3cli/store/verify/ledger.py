@@ -1,24 +1,98 @@
-"""What a folder says of itself: run.json, done entries, manifest, each held against its checksum and the others.
-
-The manifest is read before the entries, and entries before anything lies listed: a run that goes on meanwhile only
-adds, so whatever it adds is never taken for damage.
-"""
+"""What is wrong with a folder, and what mends it."""
 
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from m3cli.config import RunConfig
 from m3cli.errors import DamageFound
-from m3cli.records import DoneEntry, Manifest, ShardCounts
-from m3cli.store.entries import find_misplaced, parse_manifest, read_entry, read_run
+from m3cli.records import DoneEntry, FileRecord, Manifest, ShardCounts
+from m3cli.store.documents import (
+    UNREADABLE,
+    find_misplaced,
+    hash_file,
+    parse_manifest,
+    read_entry,
+    read_errors,
+    read_run,
+)
 from m3cli.store.layout import DONE_FOLDER, MANIFEST_NAME, RUN_NAME, done_name
-from m3cli.store.sealed import hash_file
-from m3cli.store.verify.faults import Fault
-from m3cli.store.verify.files import IS_LINK
+
+Cure = Literal["redo", "remove", "manifest", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One thing that is wrong."""
+
+    file: str
+    "path below the folder, with '/'"
+    shard: int | None
+    "the shard it belongs to, None for what belongs to the folder"
+    what: str
+    "what is wrong, for people"
+    cure: Cure
+    "redo: the shard is to be done again; remove: the file belongs to nothing; manifest: is written anew; none: no cure"
+
+
+@dataclass(slots=True)
+class ShardCheck:
+    """What was found in one shard."""
+
+    index: int
+    faults: list[Fault] = field(default_factory=list)
+    id_hashes: list[NDArray[np.int64]] = field(default_factory=list)
+
+    def say(self, name: str, *found: str) -> None:
+        """Note what is wrong with a file."""
+        self.faults += [Fault(file=name, shard=self.index, what=what, cure="redo") for what in found]
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """Note a file that cannot be read as what it is meant to be."""
+        try:
+            yield
+        except UNREADABLE as error:
+            self.say(name, f"cannot be read: {' '.join(str(error).split())}")
+
+
+IS_LINK = "is a symbolic link, which m3 does not make"
+
+
+def check_files(root: Path, entry: DoneEntry) -> list[Fault]:
+    """Hash the files of a shard."""
+    faults = []
+    for record in entry.files:
+        what = _check_file(root / record.name, record)
+        if what:
+            faults.append(Fault(file=record.name, shard=entry.shard.index, what=what, cure="redo"))
+    return faults
+
+
+def _check_file(path: Path, record: FileRecord) -> str | None:
+    try:
+        with read_errors(path):
+            status = path.lstat()
+            if stat.S_ISLNK(status.st_mode):
+                return IS_LINK
+            if not stat.S_ISREG(status.st_mode):
+                return "is not a file"
+            if status.st_size != record.length:
+                return f"has {status.st_size:,} bytes, its done entry says {record.length:,}"
+            digest = hash_file(path)[1]
+    except (FileNotFoundError, DamageFound) as error:
+        return "is missing" if isinstance(error, FileNotFoundError) else str(error).removeprefix(f"{path} ")
+    return None if digest == record.xxh3_128 else "has other bytes than its done entry says: its hash differs"
+
 
 _STEM = re.compile(r"shard-(\d{7,})\.json")
 

@@ -9,14 +9,22 @@ Parquet file in rows/, which every reader of that folder takes for rows.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from m3cli.store.entries import find_links
-from m3cli.store.layout import META, SHARD_FOLDERS, TMP_FOLDER, done_name, is_meta_name, shard_of
-from m3cli.store.verify.faults import Fault
-from m3cli.store.verify.files import IS_LINK
-from m3cli.store.verify.ledger import Ledger
+from m3cli.store.commit import withdraw_files
+from m3cli.store.documents import find_links
+from m3cli.store.layout import (
+    DATA_NAMES,
+    MANIFEST_NAME,
+    META,
+    SHARD_FOLDERS,
+    TMP_FOLDER,
+    done_name,
+    is_meta_name,
+    shard_of,
+)
+from m3cli.store.verify.ledger import IS_LINK, Fault, Ledger
 
 _META_FOLDERS = (TMP_FOLDER, f"{META}/logs", *SHARD_FOLDERS)
 
@@ -70,3 +78,19 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
         return []
     with os.scandir(folder) as items:
         return sorted(items, key=lambda item: item.name)
+
+
+def shards_to_redo(faults: Sequence[Fault]) -> list[int]:
+    """Name the shards that are to be done again."""
+    return sorted({fault.shard for fault in faults if fault.cure == "redo" and fault.shard is not None})
+
+
+def repair(root: Path, faults: Sequence[Fault]) -> list[str]:
+    """Remove what is damaged, of files that m3 names itself; return the names of what was removed."""
+    shards = shards_to_redo(faults)
+    has_lost_manifest = shards or any(fault.cure == "manifest" for fault in faults)
+    gone = withdraw_files(root, [MANIFEST_NAME] if has_lost_manifest else [])
+    gone += withdraw_files(root, [done_name(index) for index in shards])
+    gone += withdraw_files(root, [spell(index) for index in shards for spell in DATA_NAMES])
+    gone += withdraw_files(root, [fault.file for fault in faults if fault.cure == "remove"])
+    return gone

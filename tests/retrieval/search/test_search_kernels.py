@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3cli.records import Embeddings, LexicalWeights, TokenMatrices
-from m3cli.retrieval.maxsim import score_colbert
-from m3cli.retrieval.search import kernels
-from m3cli.retrieval.search.kernels import cut_rows, open_scan
+from m3cli.retrieval import scan as kernels
+from m3cli.retrieval.scan import cut_rows, open_scan
+from m3cli.retrieval.scores import score_colbert
 
 DIM, VOCABULARY = 8, 20
 

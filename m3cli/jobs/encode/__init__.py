@@ -1,0 +1,1 @@
+"""`m3 encode`: resolve the configuration, open the folder, run the pipeline, report."""

@@ -1,0 +1,441 @@
+"""`m3 encode`: a corpus through the model into a folder.
+
+    plan -> reader -> tokenizer -> chunker        a thread that reads one shard ahead
+    batcher -> model -> heads                     a thread that drives the device, a few batches ahead
+    window -> writer -> commit                    this thread
+
+A shard is done when its entry is on disk; whatever stops the program costs the shards in flight and no other.
+"""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from m3cli.concurrency import run_ahead
+from m3cli.config import EncodeRequest, RunConfig
+from m3cli.corpus.sources import count_unread, find_sources
+from m3cli.corpus.streams import PeekableStream, check_unchanged
+from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, Interrupted, UsageError, count_noun
+from m3cli.jobs.encode.estimate import refuse_full_disk
+from m3cli.jobs.encode.increment import Since, open_since
+from m3cli.jobs.encode.lifecycle import MetricsFile, Stop, keep_metrics, refuse_too_many_skipped
+from m3cli.jobs.encode.resolve import (
+    Opened,
+    Settled,
+    choose_out,
+    describe_rest,
+    open_checkpoint,
+    open_run,
+    refuse_other_checkpoint,
+    refuse_other_tokenizer,
+    settle,
+)
+from m3cli.jobs.paths import check_paths, list_own
+from m3cli.progress import Progress, Stopwatch
+from m3cli.records import DoneEntry, RunSummary, ShardCounts
+from m3cli.store.commit import check_writable
+from m3cli.store.folder import damage_stops, open_run_folder, read_run_to_resume
+from m3cli.store.reader import read_id_hashes
+from m3cli.store.verify.rows import find_duplicate_ids
+
+if TYPE_CHECKING:
+    from m3cli.jobs.encode.pipeline import EncodedBatch, TokenisedShard
+
+
+BATCHES_AHEAD = 4
+"finished batches that may wait for the writer"
+GC_THRESHOLD = 200_000
+"""Objects that are made before the garbage collector looks for cycles; Python's own is 700 to 2,000. Documents hold
+none, and with it the reader took 4.4 us a row where it takes 3.0 without (shards of 32 MiB)."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What this run did, counted as shards are committed."""
+
+    counts: ShardCounts = field(default_factory=ShardCounts)
+    reasons: Counter[str] = field(default_factory=Counter)
+    num_shards: int = 0
+    num_taken: int = 0
+    "documents taken over from an older folder"
+    num_files: int = 0
+    num_bytes: int = 0
+
+    def add(self, entry: DoneEntry, shard: TokenisedShard) -> None:
+        """Count a committed shard."""
+        self.counts += entry.counts
+        self.reasons.update(skipped.reason for skipped in shard.text.skipped)
+        self.num_shards += 1
+        self.num_taken += shard.num_taken
+        self.num_files += len(entry.files)
+        self.num_bytes += sum(file.length for file in entry.files)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What goes along with the work of one run: who is told of it, who may end it, what it has come to."""
+
+    progress: Progress
+    watch: Stopwatch
+    stop: Stop
+    metrics: MetricsFile
+    tally: Tally
+
+
+def encode_corpus(
+    request: EncodeRequest, *, progress: Progress, stdin: PeekableStream | None = None, stop: Stop | None = None
+) -> int:
+    """Encode a corpus, or go on where an earlier run stopped.
+
+    Returns:
+        the exit code: 0, or 3 if the folder is complete and rows were skipped.
+    """
+    watch = Stopwatch()
+    files = {"--metrics": request.metrics, "--log-file": request.log_file, "--gone": request.gone}
+    read: dict[str, Sequence[str | None]] = {"INPUT": request.inputs, "--since-run": [request.since_run]}
+    check_paths({"--out": request.out, **files}, read, model=request.model)
+    with keep_metrics(request.metrics, out=request.out or "") as metrics:
+        progress.open_log(request.log_file)
+        check_writable(request.gone)
+        own = list_own(request.inputs, list(files.values()))
+        sources = find_sources(request.inputs, input_format=request.input_format, stdin=stdin, own=own)
+        out = choose_out(request, sources)
+        metrics.out = str(out)
+        with watch.count("loading"):
+            # What can be wrong with corpus, model or disk is said before a folder is made for it.
+            before = read_run_to_resume(out)
+            check_gone(request, before)
+            fresh = None if before else settle(request, sources, stdin)
+            if fresh is not None:
+                fresh = estimate_run(fresh, request, progress)
+                if request.space_check and (estimate := fresh.estimate):
+                    choices = estimate.colbert_choices
+                    refuse_full_disk(out, estimate.bytes_on_disk, num_shards=None, done={}, choices=choices)
+        with open_run_folder(out, worker=request.worker, num_workers=request.num_workers) as folder:
+            metrics.write()
+            opened = open_run(folder, None if fresh is None else fresh.run, request, sources)
+            tally = Tally()
+            if (todo := opened.num_shards) is not None:
+                todo = opened.share.count_todo(todo)
+            if todo == 0:
+                finish(opened, request, progress=progress, stdin=stdin)
+            else:
+                work = Work(progress=progress, watch=watch, stop=stop or Stop(), metrics=metrics, tally=tally)
+                with tell_kept(opened):
+                    encode(opened, request, fresh=fresh, todo=todo, stdin=stdin, work=work)
+            code = judge(opened, request, tally)
+        metrics.numbers["exit_code"] = code
+    return code
+
+
+def check_gone(request: EncodeRequest, before: RunConfig | None) -> None:
+    """Raise UsageError if ids that are gone are asked for, and there is no older folder that had them."""
+    if request.gone and not request.since_run and (before is None or before.since_path is None):
+        raise UsageError(f"--gone {request.gone} needs --since-run: it lists the ids of that folder; give both or none")
+
+
+def estimate_run(settled: Settled, request: EncodeRequest, progress: Progress) -> Settled:
+    """Estimate what a run will come to, if anyone asks."""
+    from m3cli.jobs.encode.estimate import estimate_corpus  # noqa: PLC0415  torch, only where there is work
+
+    if not request.space_check and progress.mode == "none":
+        return settled
+    return replace(settled, estimate=estimate_corpus(settled.run, settled.form, settled.tokenizer))
+
+
+def ready_adopted(opened: Opened, request: EncodeRequest, progress: Progress) -> Settled:
+    """Get ready to go on with a folder that was there before.
+
+    Raises:
+        ForeignFolder: checkpoint or tokenizer are others than the folder's.
+        OutputError: the disk has no room for what is left to do.
+    """
+    from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415  torch, only where there is work
+
+    run = opened.run
+    checkpoint = opened.checkpoint
+    if checkpoint is None:
+        checkpoint = open_checkpoint(request)
+        refuse_other_checkpoint(run, checkpoint, out=opened.name)
+    tokenizer = load_tokenizer(checkpoint)
+    refuse_other_tokenizer(run, tokenizer.serialisation_hash, out=opened.name)
+    settled = Settled(run=run, form=opened.form, checkpoint=checkpoint, tokenizer=tokenizer)
+    settled = estimate_run(settled, request, progress)
+    if request.space_check and (estimate := settled.estimate):
+        sizes = estimate.bytes_on_disk
+        refuse_full_disk(opened.folder.path, sizes, num_shards=opened.num_shards, done=opened.done)
+    return settled
+
+
+def finish(opened: Opened, request: EncodeRequest, *, progress: Progress, stdin: PeekableStream | None) -> None:
+    """Say that nothing is to do, after comparing input that may have changed; no model is loaded."""
+    for _ in opened.read(stdin):
+        pass
+    if opened.folder.manifest() is None:
+        opened.folder.write_manifest(len(opened.plan.shards))
+    if request.since_run or request.gone:
+        since = open_since(opened.run, request.since_run, out=opened.name)
+        if since is not None and opened.folder.manifest() is not None:
+            with damage_stops(opened.folder.path):
+                hashes = read_id_hashes(opened.folder.path, opened.done)
+            since.list_gone(hashes, listing=request.gone)
+    counts = opened.counts
+    progress.say(
+        f"nothing to do: {opened.name} holds {', '.join(opened.run.config.outputs)} of "
+        f"{count_noun(counts.documents, 'document')} ({count_noun(counts.chunks, 'row')}, {counts.skipped:,} skipped) "
+        f"in {count_noun(len(opened.done), 'shard')}"
+    )
+    rows = counts.documents + counts.skipped
+    if (rest := describe_rest(opened.run, request, out=opened.shown_path, rows=rows)) is not None:
+        progress.say(rest)
+
+
+@contextmanager
+def tell_kept(opened: Opened) -> Iterator[None]:
+    """Tell how many shards are kept if Ctrl-C ends the work.
+
+    Raises:
+        Interrupted: Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        kept, planned = len(opened.folder.done()), opened.num_shards
+        shards = count_noun(kept, "shard is", "shards are")
+        if planned is not None:
+            shards = f"{kept:,} of {count_noun(planned, 'shard is', 'shards are')}"
+        raise Interrupted(f"interrupted: {shards} kept; run the same command again to resume") from error
+
+
+def encode(
+    opened: Opened,
+    request: EncodeRequest,
+    *,
+    fresh: Settled | None,
+    todo: int | None,
+    stdin: PeekableStream | None,
+    work: Work,
+) -> None:
+    """Encode what is left, and say what was done; `fresh` is of a folder that this run has begun."""
+    # torch, and what speaks it, only where there is work
+    from m3cli.encoder import device as machine  # noqa: PLC0415
+    from m3cli.encoder.model import load_model  # noqa: PLC0415
+    from m3cli.jobs.encode import pipeline as stages  # noqa: PLC0415
+    from m3cli.jobs.plan import describe_run  # noqa: PLC0415
+
+    run, config, progress, watch = opened.run, opened.run.config, work.progress, work.watch
+    with watch.count("loading"):
+        # Of workers that begin a folder together one writes its run.json, the others go on with it.
+        ready = fresh if fresh and not opened.resumed else ready_adopted(opened, request, progress)
+        checkpoint, tokenizer = ready.checkpoint, ready.tokenizer
+        device = machine.resolve_device(request.device)
+        since = open_since(run, request.since_run, out=opened.name)
+    unread = count_unread(request.inputs)
+    progress.show_plan(
+        describe_run(
+            run,
+            out=opened.shown_path,
+            device=device,
+            estimate=ready.estimate,
+            num_shards=opened.num_shards,
+            done=opened.done,
+            resumed=opened.resumed,
+            unread=unread,
+        )
+    )
+    if opened.resumed and (rest := describe_rest(run, request, out=opened.shown_path)) is not None:
+        progress.say(rest)
+    with watch.count("loading"):
+        machine.set_threads(run.runtime.threads)
+        model = load_model(checkpoint, device=device, dtype=config.dtype)
+        lanes = machine.plan_lanes(run.runtime.threads, device=device)
+        machine.set_threads(run.runtime.threads // lanes)
+    load_float32 = partial(load_model, checkpoint, device=device, dtype="float32")
+    encoder = stages.make_encoder(
+        model,
+        tokenizer,
+        config=config,
+        load_float32=load_float32 if config.dtype != "float32" else None,
+        lanes=lanes,
+    )
+    work.stop.check()
+    progress.start(shards_todo=todo)
+    began = time.perf_counter()
+    texts = stages.tokenise_shards(opened.read(stdin), tokenizer, config=config, since=since)
+    shards = run_ahead(stages.count_seconds(texts, watch, "reading"), depth=1, name="reading")
+    route = stages.plan_route(
+        encoder,
+        since=since,
+        config=config,
+        max_batch_tokens=run.runtime.max_batch_tokens,
+        watch=watch,
+        progress=progress,
+    )
+    first_rows = stages.FirstRows(opened.counts, worker=request.worker, num_workers=request.num_workers)
+    encoded_batches = stages.encode_batches(shards, route, sources=run.sources, first_rows=first_rows)
+    batches = run_ahead(encoded_batches, depth=BATCHES_AHEAD, name="encoding")
+    try:
+        with leave_garbage():
+            write_shards(opened, batches, request, todo=todo, work=work)
+    finally:
+        batches.close()
+        machine.set_threads(run.runtime.threads)  # for who goes on in this process
+        progress.stop()
+    encoded = time.perf_counter() - began
+    for source in run.sources:
+        check_unchanged(source)
+    complete = opened.folder.write_manifest(opened.share.num_shards)
+    device_bytes = machine.peak_device_bytes(device)
+    summary = summarise(opened, work, seconds=encoded, device_bytes=device_bytes, unread=unread)
+    if complete:
+        summary = look_at_ids(summary, opened, request, since)
+    opened.folder.write_metrics(metrics_document(summary))
+    progress.show_summary(summary)
+
+
+def write_shards(
+    opened: Opened, batches: Iterator[EncodedBatch], request: EncodeRequest, *, todo: int | None, work: Work
+) -> None:
+    """Write and commit each shard as its batches come."""
+    from m3cli.jobs.encode.pipeline import write_shard  # noqa: PLC0415  it speaks to torch
+
+    before = opened.counts
+    committed = 0
+    for shard, parts in groupby(attend(batches, opened, work), key=lambda batch: batch.shard):
+        source = opened.run.sources[shard.text.shard.source].name
+        entry = write_shard(
+            opened.folder,
+            shard,
+            parts,
+            form=opened.form,
+            config=opened.run.config,
+            source=source,
+            watch=work.watch,
+        )
+        if entry is None:
+            continue
+        committed += 1
+        work.tally.add(entry, shard)
+        refuse_too_many_skipped(
+            before + work.tally.counts,
+            request.max_skipped,
+            work.tally.reasons,
+            out=opened.shown_path,
+            complete=False,
+        )
+        if committed != todo:
+            work.stop.check()
+
+
+def attend(batches: Iterator[EncodedBatch], opened: Opened, work: Work) -> Iterator[EncodedBatch]:
+    """Yield batches, looking meanwhile at whether the run is to end at once, and whether its numbers are due."""
+    for batch in batches:
+        work.stop.check(in_shard=True)
+        if work.metrics.due:
+            count_metrics(opened, work)
+            work.metrics.write()
+        yield batch
+
+
+def count_metrics(opened: Opened, work: Work) -> None:
+    """Bring the numbers of the metrics file up to date."""
+    counts, numbers = work.tally.counts, work.metrics.numbers
+    numbers.update(
+        documents=counts.documents,
+        chunks=counts.chunks,
+        tokens=counts.tokens,
+        skipped=counts.skipped,
+        bytes_written=work.tally.num_bytes,
+        shards_done=len(opened.done) + work.tally.num_shards,
+        tokens_per_second=counts.tokens / max(work.watch.total() - work.watch.seconds["loading"], 1e-9),
+        peak_memory_bytes=peak_memory(),
+    )
+    if opened.num_shards is not None:
+        numbers["shards"] = opened.num_shards
+
+
+@contextmanager
+def leave_garbage() -> Iterator[None]:
+    """Let the garbage collector look for cycles seldom, and never at what is there now."""
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
+def look_at_ids(summary: RunSummary, opened: Opened, request: EncodeRequest, since: Since | None) -> RunSummary:
+    """Add, of a complete folder, how many ids stand for several documents, and how many of an older one are gone."""
+    root, shards = opened.folder.path, list(opened.folder.done())
+    with damage_stops(root):
+        hashes = read_id_hashes(root, shards)
+        duplicates = find_duplicate_ids(root, hashes).count
+    gone = None if since is None else since.list_gone(hashes, listing=request.gone)
+    return replace(summary, duplicate_ids=duplicates, gone=gone)
+
+
+def summarise(opened: Opened, work: Work, *, seconds: float, device_bytes: int, unread: dict[str, int]) -> RunSummary:
+    """Sum up what this run did."""
+    tally, watch, counts = work.tally, work.watch, work.tally.counts
+    count_metrics(opened, work)
+    return RunSummary(
+        out=opened.shown_path,
+        documents=counts.documents,
+        chunks=counts.chunks,
+        tokens=counts.tokens,
+        skipped=counts.skipped,
+        truncated=counts.truncated,
+        missing_ids=counts.missing_ids,
+        num_files=tally.num_files,
+        bytes_written=tally.num_bytes,
+        seconds={
+            **{stage: round(spent, 3) for stage, spent in watch.seconds.items()},
+            "total": round(watch.total(), 3),
+        },
+        tokens_per_second=round(counts.tokens / seconds, 1) if seconds else 0.0,
+        peak_memory_bytes=peak_memory(),
+        peak_device_bytes=device_bytes,
+        shards_done=len(opened.folder.done()),
+        num_shards=opened.share.num_shards,
+        skipped_reasons=dict(tally.reasons.most_common()),
+        taken=tally.num_taken,
+        gone=None,
+        duplicate_ids=None,
+        unread=unread,
+    )
+
+
+def peak_memory() -> int:
+    """Return the most memory this process held at once, in bytes (ru_maxrss: KiB on Linux, bytes on macOS)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def metrics_document(summary: RunSummary) -> dict[str, object]:
+    """Build the content of metrics.json."""
+    left_out = {"out", "skipped_reasons", "duplicate_ids", "taken", "gone", "shards_done", "num_shards", "unread"}
+    return {name: getattr(summary, name) for name in RunSummary.__slots__ if name not in left_out}
+
+
+def judge(opened: Opened, request: EncodeRequest, tally: Tally) -> int:
+    """Return the exit code that describes the folder: 3 if it is complete and rows were skipped."""
+    manifest = opened.folder.manifest()
+    if manifest is None:
+        return EXIT_DONE
+    counts = manifest.counts
+    out = opened.shown_path
+    refuse_too_many_skipped(counts, request.max_skipped, tally.reasons, out=out, complete=True)
+    return EXIT_ROWS_SKIPPED if counts.skipped else EXIT_DONE

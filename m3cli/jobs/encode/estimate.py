@@ -1,0 +1,272 @@
+"""What a corpus will come to, from a small sample of it: documents, rows, tokens, bytes on disk.
+
+A few portions of 64 KiB spread over the input are read and tokenised, each brought to whole rows; line formats are
+scaled by bytes, Parquet by rows, whose number its footer tells. Of compressed files the beginnings are read, and scaled
+by what the first MiBs of each come to when they are decompressed. Of standard input nothing is read: then nothing is
+said. Of a long document only the beginning is tokenised, so that the work is small whatever is in the input.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3cli.config import ColbertForm, RunConfig
+from m3cli.corpus.plan import Plan, plan_shards
+from m3cli.corpus.reader import Action, read_shards
+from m3cli.corpus.spread import spread_portions
+from m3cli.corpus.streams import measure_ratio
+from m3cli.encoder.chunker import chunk_documents, cutting_of
+from m3cli.encoder.colbert import bound_vectors
+from m3cli.encoder.merge import DOCUMENT_ROW, plan_rows
+from m3cli.encoder.tokenizer import Tokenizer
+from m3cli.errors import CorpusError, OutputError
+from m3cli.records import DoneEntry, Shard, ShardText, Source
+from m3cli.store.layout import WEIGHTS_PER_TOKEN, RowForm, estimate_bytes
+
+SAMPLE_SHARD_BYTES = 64 << 10
+SAMPLE_SHARDS = 6
+SAMPLE_CHARS = 64 << 10
+"of a document that are tokenised"
+RATIO_BYTES = 4 << 20
+"of a compressed file, to see what they come to"
+CHOICES = {
+    "float16": ColbertForm(),
+    "--colbert-dtype int8": ColbertForm(dtype="int8"),
+    "--colbert-dtype binary": ColbertForm(dtype="binary"),
+    "--colbert-pool 2": ColbertForm(pool=2),
+    "--colbert-pool 2 --colbert-dtype int8": ColbertForm(pool=2, dtype="int8"),
+    "--colbert-pool 4 --colbert-dtype int8": ColbertForm(pool=4, dtype="int8"),
+    "--colbert-pool 2 --colbert-dtype binary": ColbertForm(pool=2, dtype="binary"),
+}
+"ways to store ColBERT vectors whose price is shown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What a corpus will come to."""
+
+    documents: int
+    tokens: int
+    bytes_on_disk: dict[str, int]
+    "per output"
+    colbert_choices: dict[str, int] | None
+    "bytes of the ColBERT vectors by the flags that say how they are stored; None: there are none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sample:
+    """Documents of the sample, and the S rows that are written for them."""
+
+    factor: float
+    "how many times as many documents they stand for"
+    documents: int
+    num_tokens: NDArray[np.float64]
+    "[S]"
+    weights: NDArray[np.float64]
+    "[S] how many rows of the document each stands for"
+    own: NDArray[np.bool_]
+    "[S] whether it is a document's own row beside its chunks: it has no ColBERT matrix, and its tokens are theirs"
+    text_bytes: float
+    "of the rows' texts"
+    kept_bytes: float
+    "of the rows' kept fields"
+
+
+def estimate_corpus(run: RunConfig, form: RowForm, tokenizer: Tokenizer) -> Estimate | None:
+    """Estimate the whole corpus; None where some of it comes by standard input, or there is nothing."""
+    if any(source.path == "-" for source in run.sources):
+        return None
+    sampler = _Sampler(run, form, tokenizer)
+    try:
+        samples = [
+            *sampler.read_plain(tuple(source for source in run.sources if not source.sequential)),
+            *sampler.read_streams([source for source in run.sources if source.sequential]),
+        ]
+    except CorpusError:
+        return None  # what comes before the fault is encoded, and the fault named where it is met
+    documents = sum(sample.documents * sample.factor for sample in samples)
+    if not documents:
+        return None
+    limit = run.config.limit
+    if limit is not None and documents > limit:
+        samples = [replace(sample, factor=sample.factor * limit / documents) for sample in samples]
+    sizes = _estimate_sizes(form, samples)
+    choices = None
+    if "colbert" in form.outputs:
+        choices = {
+            flags: _estimate_sizes(replace(form, colbert=colbert), samples)["colbert"]
+            for flags, colbert in CHOICES.items()
+        }
+    return Estimate(
+        documents=round(sum(sample.documents * sample.factor for sample in samples)),
+        tokens=round(
+            sum(float(sample.num_tokens @ (sample.weights * ~sample.own)) * sample.factor for sample in samples)
+        ),
+        bytes_on_disk=sizes,
+        colbert_choices=choices,
+    )
+
+
+def _estimate_sizes(form: RowForm, samples: Sequence[_Sample]) -> dict[str, int]:
+    counts = dict.fromkeys(("documents", "rows", "weights", "vectors", "text_bytes", "kept_bytes"), 0.0)
+    for sample in samples:
+        lexical = np.minimum(sample.num_tokens * WEIGHTS_PER_TOKEN, form.vocabulary)
+        vectors = bound_vectors(np.maximum(sample.num_tokens - 1, 0), form.colbert) * ~sample.own
+        found = {
+            "documents": sample.documents,
+            "rows": sample.weights.sum(),
+            "weights": lexical @ sample.weights,
+            "vectors": vectors @ sample.weights,
+            "text_bytes": sample.text_bytes,
+            "kept_bytes": sample.kept_bytes,
+        }
+        for name, count in found.items():
+            counts[name] += float(count) * sample.factor
+    return estimate_bytes(form, **{name: round(count) for name, count in counts.items()})
+
+
+class _Sampler:
+    """What the samples of one run are read and cut with."""
+
+    def __init__(self, run: RunConfig, form: RowForm, tokenizer: Tokenizer) -> None:
+        self._config = run.config
+        self._form = form
+        self._tokenizer = tokenizer
+
+    def read_plain(self, sources: tuple[Source, ...]) -> list[_Sample]:
+        """Read portions of files of which any part can be read."""
+        plan = self._plan(sources)
+        portions = spread_portions(sources, plan, number=SAMPLE_SHARDS, max_row_bytes=self._config.max_row_bytes)
+        plan = replace(plan, shards=tuple(portion.shard for portion in portions), rows_left=None)
+        # A limit may end before the last source: the reader would go on with those that the plan leaves out.
+        texts = self._read(sources[: plan.num_sources], plan, lambda _: "read")
+        return [self._measure([text], portion.factor) for text, portion in zip(texts, portions, strict=True)]
+
+    def read_streams(self, sources: Sequence[Source]) -> list[_Sample]:
+        """Read the beginnings of some compressed files."""
+        begun = sources[:: max(1, len(sources) // SAMPLE_SHARDS)][:SAMPLE_SHARDS]
+        whole = sum(source.size for source in sources) / max(1, sum(source.size for source in begun))
+        return [self._read_beginning(source, whole) for source in begun]
+
+    def _read_beginning(self, source: Source, factor: float) -> _Sample:
+        """Read what begins in the first shards of a file, up to the row after it, or its end."""
+        texts: list[ShardText] = []
+        shards = self._read((source,), self._plan((source,)), lambda _: "read")
+        for text in shards:
+            positions = [document.position for document in text.documents]
+            positions += [skipped.position for skipped in text.skipped]
+            if text.shard.index >= SAMPLE_SHARDS and positions:
+                length = source.size * measure_ratio(source, size=RATIO_BYTES)
+                factor *= max(1.0, length / min(positions))
+                break
+            texts.append(text)
+        shards.close()
+        return self._measure(texts, factor)
+
+    def _plan(self, sources: tuple[Source, ...]) -> Plan:
+        config = self._config
+        return plan_shards(
+            sources,
+            fields=config.fields,
+            shard_size=SAMPLE_SHARD_BYTES,
+            limit=config.limit,
+            max_row_bytes=config.max_row_bytes,
+        )
+
+    def _read(
+        self, sources: tuple[Source, ...], plan: Plan, ask: Callable[[Shard], Action]
+    ) -> Generator[ShardText, None, int]:
+        return read_shards(
+            sources,
+            plan=plan,
+            fields=self._config.fields,
+            schema=self._form.kept,
+            title_sep=self._config.title_sep,
+            max_row_bytes=self._config.max_row_bytes,
+            ask=ask,
+        )
+
+    def _measure(self, texts: Sequence[ShardText], factor: float) -> _Sample:
+        """Cut documents into the rows that are written for them; what is cut off a long one counts by its length."""
+        documents = [document for text in texts for document in text.documents]
+        begun = [replace(document, text=document.text[:SAMPLE_CHARS]) for document in documents]
+        truncated = self._config.long_docs == "truncate"
+        stretch = np.array(
+            [
+                1.0 if truncated else len(whole.text) / len(part.text)
+                for whole, part in zip(documents, begun, strict=True)
+            ]
+        )
+        none = np.empty(0, np.int64)
+        chunks = chunk_documents(begun, self._tokenizer, cutting_of(self._config))
+        rows = plan_rows(chunks, long_docs=self._config.long_docs, taken=none)
+        own = rows.chunk_index == DOCUMENT_ROW
+        longer = stretch[rows.document] if rows.num_rows else np.empty(0)
+        is_whole = own if self._config.long_docs == "both" else np.full(rows.num_rows, self._config.merges)
+        weights = np.where(is_whole, 1.0, longer)
+        bytes_a_char = np.array([len(part.text.encode()) / len(part.text) for part in begun])
+        chars = (rows.char_end - rows.char_start) * longer
+        kept = sum(text.kept.nbytes for text in texts if text.kept is not None)
+        return _Sample(
+            factor=factor,
+            documents=len(documents),
+            num_tokens=np.where(is_whole, rows.num_tokens * longer, rows.num_tokens),
+            weights=weights,
+            own=own,
+            text_bytes=float(chars @ bytes_a_char[rows.document]) if rows.num_rows else 0.0,
+            kept_bytes=kept * float(weights.sum()) / max(1, len(documents)),
+        )
+
+
+def find_free_bytes(folder: Path) -> int:
+    """Return what the disk has free that a folder is on, or will be once it is made."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
+def count_needed(sizes: Mapping[str, int], *, num_shards: int | None, done: Mapping[int, DoneEntry]) -> int:
+    """Count the bytes that are still to be written, of those that the whole folder takes."""
+    total = sum(sizes.values())
+    if num_shards:
+        return total * max(0, num_shards - len(done)) // num_shards
+    return max(0, total - sum(file.length for entry in done.values() for file in entry.files))
+
+
+def refuse_full_disk(
+    folder: Path,
+    sizes: Mapping[str, int],
+    *,
+    num_shards: int | None,
+    done: Mapping[int, DoneEntry],
+    choices: Mapping[str, int] | None = None,
+) -> None:
+    """Refuse to begin where what is left to do will not fit.
+
+    Args:
+        folder: that is written to.
+        sizes: bytes of each output of the whole folder.
+        num_shards: of the whole folder; None: not known yet.
+        done: the shards that are done.
+        choices: bytes of the ColBERT vectors by the flags that would store them so; None: there is no choice any more.
+
+    Raises:
+        OutputError: naming what is needed and what there is.
+    """
+    need, free = count_needed(sizes, num_shards=num_shards, done=done), find_free_bytes(folder)
+    if need <= free:
+        return
+    from m3cli.tables import format_bytes  # noqa: PLC0415  rich, only for this
+
+    rest = need - sizes.get("colbert", 0)
+    smaller = next((flags for flags, size in (choices or {}).items() if rest + size <= free), None)
+    raise OutputError(
+        f"{folder} needs about {format_bytes(need)} more and its disk has {format_bytes(free)} free; "
+        f"free some space, choose another --out, {f'try {smaller}, ' if smaller else ''}"
+        "or go on all the same with --no-space-check"
+    )

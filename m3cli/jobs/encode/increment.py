@@ -1,0 +1,141 @@
+"""`--since-run OLD.m3`: an increment takes the vectors of texts that an older folder has over from it.
+
+The older folder may be unfinished, in the other format, and made of other sources, fields and shards; whatever changes
+a text's vectors must be equal. What it held when the new folder was begun is part of the new one's config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import orjson
+import xxhash
+from numpy.typing import NDArray
+
+from m3cli.config import OUTPUT_OF, RunConfig
+from m3cli.encoder.embeddings import join_chunks, pick_chunks, pick_rows
+from m3cli.errors import ForeignFolder
+from m3cli.records import Chunks, Document, Embeddings, Origins
+from m3cli.store.commit import publish_beside
+from m3cli.store.lookup import TextIndex
+from m3cli.store.reader import OutputFolder, iter_ids, open_folder
+
+MAY_DIFFER = frozenset(
+    (
+        *("fields", "outputs", "title_sep", "keep_text", "limit", "shard_size", "max_row_bytes"),
+        *("format", "compression", "dedupe", "since"),
+    )
+)
+"settings that do not change the vectors of a text"
+MAX_RUNS = 64
+
+
+def settle_since(run: RunConfig, path: str) -> RunConfig:
+    """Make an older folder part of what a new run means.
+
+    Raises:
+        ForeignFolder: the vectors of its texts are not those that this run would make.
+    """
+    old = open_folder(Path(path))
+    then = old.run
+    settings = then.config.to_json()
+    unwanted = {name for name, output in OUTPUT_OF.items() if output not in run.config.outputs}
+    for name, value in run.config.to_json().items():
+        if name not in MAY_DIFFER | unwanted and settings[name] != value:
+            raise ForeignFolder(
+                f"--since-run {path} was made with --{name.replace('_', '-')} {settings[name]}, this run has {value}; "
+                "use the same, or leave --since-run out"
+            )
+    missing = [output for output in run.config.outputs if output not in then.config.outputs]
+    if missing:
+        raise ForeignFolder(
+            f"--since-run {path} has no {missing[0]} output; use --outputs {','.join(then.config.outputs)}, "
+            "or leave --since-run out"
+        )
+    made, mine = then.checkpoint, run.checkpoint
+    if (made.hashes, made.tokenizer_hash) != (mine.hashes, mine.tokenizer_hash):
+        raise ForeignFolder(
+            f"--since-run {path} was made with model {made.name}, this run has {mine.name}, and they differ; "
+            "pass the same checkpoint with --model, or leave --since-run out"
+        )
+    return replace(run, config=replace(run.config, since=identify(old)), since_path=str(old.path))
+
+
+def identify(folder: OutputFolder) -> str:
+    """Hash what a folder holds."""
+    files = [
+        [index, *((record.name, record.xxh3_128) for record in entry.files)] for index, entry in folder.entries.items()
+    ]
+    return xxhash.xxh3_128_hexdigest(orjson.dumps(files))
+
+
+def open_since(run: RunConfig, typed: str | None, *, out: str) -> Since | None:
+    """Open the older folder of a run, where it was or where it is now said to be.
+
+    Raises:
+        ForeignFolder: it is another than when the run was begun.
+    """
+    path = typed or run.since_path
+    if path is None:
+        return None
+    if run.config.since is None:
+        raise ForeignFolder(
+            f"{out} was begun without --since-run; drop the flag to go on with the folder, or use another --out"
+        )
+    old = open_folder(Path(path))
+    if identify(old) != run.config.since:
+        raise ForeignFolder(
+            f"--since-run {path} does not hold what it held when {out} was begun; put it back as it was, "
+            "or use another --out"
+        )
+    return Since(old, run)
+
+
+class Since:
+    """An older folder that vectors are taken over from."""
+
+    def __init__(self, folder: OutputFolder, run: RunConfig) -> None:
+        self._folder = folder
+        self._texts = TextIndex(folder, outputs=run.config.outputs)
+
+    def cut(self, documents: Sequence[Document], cut: Callable[[Sequence[Document]], Chunks]) -> tuple[Chunks, Origins]:
+        """Return the rows of documents: those of a text that the older folder has as it has them, the others cut."""
+        taken, origins = self._texts.find(documents)
+        others = np.setdiff1d(np.arange(len(documents)), taken.document)
+        fresh = cut([documents[number] for number in others.tolist()])
+        both = join_chunks(taken, replace(fresh, document=others[fresh.document]))
+        order = np.argsort(both.document, kind="stable")
+        rows = np.flatnonzero(order < taken.num_rows)
+        return pick_chunks(both, order), replace(origins, rows=rows)
+
+    def take(self, origins: Origins, *, start: int, stop: int) -> Iterator[Embeddings]:
+        """Read the vectors of those rows in [start, stop) that the older folder has."""
+        window = slice(*np.searchsorted(origins.rows, (start, stop)))
+        wanted = Origins(rows=origins.rows[window], shard=origins.shard[window], row=origins.row[window])
+        for part, places, rows in self._texts.read(wanted):
+            breaks = np.flatnonzero(np.diff(places) != 1) + 1
+            # Where little has changed, runs of rows are taken as they lie, which copies nothing.
+            cuts = breaks if len(breaks) < MAX_RUNS else breaks[:0]
+            for run, mine in zip(np.split(places, cuts), np.split(rows, cuts), strict=True):
+                yield pick_rows(part.embeddings, run, rows=mine)
+
+    def list_gone(self, hashes: Mapping[int, NDArray[np.int64]], *, listing: str | None) -> int:
+        """Count the ids of the older folder that are not in a complete new one, and list them as JSON lines.
+
+        Args:
+            hashes: of the ids of the new folder, by shard.
+            listing: the file to list them in; None: they are counted only.
+        """
+        there = np.unique(np.concatenate([np.empty(0, np.int64), *hashes.values()]))
+        gone = 0
+        with nullcontext() if listing is None else publish_beside(Path(listing).absolute()) as file:
+            for ids, hashed in iter_ids(self._folder.path, self._folder.entries):
+                for place in np.flatnonzero(~np.isin(hashed, there)).tolist():
+                    gone += 1
+                    if file is not None:
+                        file.write(orjson.dumps({"id": ids[place].as_py()}, option=orjson.OPT_APPEND_NEWLINE))
+        return gone

@@ -1,0 +1,150 @@
+"""What ends a run before its work is done: a signal, its time, or too many rows that are skipped."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from m3cli.errors import EXIT_INTERRUPTED, CorpusError, FolderLocked, M3Error, OutputError, Stopped, count_noun
+from m3cli.records import ShardCounts
+from m3cli.store.commit import check_writable, publish_beside
+
+MIN_ROWS = 1000
+"rows before a part of them tells anything; at the end it is held to the limit in any case"
+
+
+class Stop:
+    """Whether and why a run is to end early. Who asks for it sets it; the run looks at it where it can end well."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        "such as 'stopped by SIGTERM'; None: go on"
+        self.at_once = False
+        "whether the shard in hand is given up, too"
+
+    def check(self, *, in_shard: bool = False) -> None:
+        """Raise Stopped if this is a place to stop at."""
+        if self.reason is not None and (self.at_once or not in_shard):
+            raise Stopped(f"{self.reason} with work left; run the same command again to go on")
+
+
+def refuse_too_many_skipped(
+    counts: ShardCounts, limit: float | None, reasons: Counter[str], *, out: str, complete: bool
+) -> None:
+    """Hold a folder to `--max-skipped`; what is done in it stays.
+
+    Raises:
+        CorpusError: more rows were skipped than that.
+    """
+    if limit is None:
+        return
+    rows = counts.documents + counts.skipped
+    if isinstance(limit, int):
+        exceeded, spelt = counts.skipped > limit, f"{limit:,}"
+    else:
+        exceeded, spelt = counts.skipped > limit * rows and (complete or rows >= MIN_ROWS), f"{limit * 100:g}%"
+    if exceeded:
+        why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
+        raise CorpusError(
+            f"{counts.skipped:,} of {count_noun(rows, 'row was', 'rows were')} skipped, more than --max-skipped {spelt}"
+            f"{f' ({why})' if why else ''}; see {out}/_m3/skipped, then mend the input or raise --max-skipped"
+        )
+
+
+_log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN = 30.0
+
+_HELP = {
+    "running": "1 while the run goes on, 0 after it.",
+    "started_timestamp_seconds": "When the run started.",
+    "updated_timestamp_seconds": "When this file was written.",
+    "exit_code": "Exit code of the run: 0 done, 3 done but rows were skipped, 75 stopped with work left.",
+    "documents": "Documents that this run has committed.",
+    "chunks": "Rows that this run has committed.",
+    "tokens": "Tokens that this run has committed.",
+    "skipped": "Rows of the input that this run has skipped.",
+    "bytes_written": "Bytes of the files that this run has committed.",
+    "shards_done": "Shards of the folder that are done.",
+    "shards": "Shards of the folder, where that is known.",
+    "tokens_per_second": "Tokens committed per second of encoding.",
+    "peak_memory_bytes": "Most memory that the process has held at once.",
+}
+
+
+class MetricsFile:
+    """The numbers of one run; without a path nothing is written."""
+
+    def __init__(self, path: Path | None, *, out: str) -> None:
+        self.numbers: dict[str, float] = {"running": 1, "started_timestamp_seconds": time.time()}
+        self.out = out
+        self.path = path
+        self._written = 0.0
+        self._failed = False
+
+    @property
+    def due(self) -> bool:
+        """Whether the file is half a minute old."""
+        return self.path is not None and time.monotonic() - self._written >= SECONDS_BETWEEN
+
+    def write(self) -> None:
+        """Replace the file; a failure is a warning, once, as the corpus does not suffer from it."""
+        if self.path is None:
+            return
+        self._written = time.monotonic()
+        self.numbers["updated_timestamp_seconds"] = time.time()
+        try:
+            with publish_beside(self.path, wait=False) as file:
+                file.write(self.render().encode())
+        except OutputError as error:
+            if not self._failed:
+                _log.warning(
+                    "cannot write --metrics %s: %s; the run goes on",
+                    self.path,
+                    getattr(error.__cause__, "strerror", error),
+                )
+            self._failed = True
+
+    def render(self) -> str:
+        """Spell the numbers in Prometheus' text format."""
+        lines = []
+        label = self.out.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        for name, text in _HELP.items():
+            if name in self.numbers:
+                value = repr(round(self.numbers[name], 3))
+                lines += [f"# HELP m3_{name} {text}", f"# TYPE m3_{name} gauge"]
+                lines.append(f'm3_{name}{{out="{label}"}} {value}')
+        return "\n".join([*lines, ""])
+
+
+@contextmanager
+def keep_metrics(path: str | None, *, out: str) -> Iterator[MetricsFile]:
+    """Write a run's numbers when it ends, however it ends, with its exit code.
+
+    The code that the run gives back is to be put among the numbers.
+
+    Raises:
+        OutputError: the file cannot be written, found out at once.
+    """
+    check_writable(path)
+    metrics = MetricsFile(None if path is None else Path(path).absolute(), out=out)
+    code: float = 1
+    try:
+        yield metrics
+        code = metrics.numbers["exit_code"]
+    except FolderLocked:
+        metrics.path = None  # the run that holds the folder writes the file, too
+        raise
+    except M3Error as error:
+        code = error.exit_code
+        raise
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+        raise
+    finally:
+        metrics.numbers.update(running=0, exit_code=code)
+        metrics.write()

@@ -1,0 +1,601 @@
+"""What a folder is made of: settled once from what was typed, the corpus and the checkpoint; adopted by later runs.
+
+`run.json` holds it. A flag that was not typed is adopted from the folder; one that was typed and says something else
+is another run, and refused by name. `auto` values (dtype, shard size, batch tokens, threads) are settled here and
+nowhere else. The checkpoint's path is no part of it, its content is; the paths of sources help to find them again and
+are not compared.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from m3cli.config import (
+    ALL_OUTPUTS,
+    AUTO_SHARD_SIZE,
+    COLBERT_MEMBERS,
+    DEFAULT_MODEL,
+    ID_NAMES,
+    MAX_LENGTH_CEILING,
+    OUTPUT_OF,
+    TEXT_NAMES,
+    TITLE_NAMES,
+    CheckpointConfig,
+    EncodeConfig,
+    EncodeRequest,
+    RunConfig,
+    Runtime,
+    list_chosen,
+)
+from m3cli.corpus.fields import kept_schema, resolve_fields
+from m3cli.corpus.plan import Plan, plan_shards
+from m3cli.corpus.reader import Action, read_shards
+from m3cli.corpus.streams import PeekableStream
+from m3cli.encoder.batcher import fit_length
+from m3cli.encoder.checkpoint import HEAD_FILES, Checkpoint, find_checkpoint, hash_checkpoint, read_checkpoint
+from m3cli.encoder.chunker import NUM_SPECIALS
+from m3cli.errors import CorpusError, ForeignFolder, ModelError, OutputError, UsageError, refuse_unreachable
+from m3cli.jobs.encode.increment import settle_since
+from m3cli.paths import check_local
+from m3cli.records import DoneEntry, Fields, Output, Shard, ShardCounts, ShardText, Source
+from m3cli.store.folder import RunFolder
+from m3cli.store.layout import RESERVED_COLUMNS, RUN_NAME, RowForm
+
+if TYPE_CHECKING:
+    from m3cli.encoder.tokenizer import Tokenizer
+    from m3cli.jobs.encode.estimate import Estimate
+
+
+_FLAGS = {"id_field": "id", "text_field": "text", "title_field": "title"}
+"flags whose settled value is a member of Fields"
+_PLAIN = (
+    *("outputs", "format", "max_length", "long_docs", "overlap", "split", "mcls", "dtype", "dense_dtype"),
+    *(*COLBERT_MEMBERS, "compression"),
+    *("title_sep", "keep_text", "prefix", "limit", "shard_size", "max_row_bytes", "dedupe"),
+)
+"flags whose settled value is a member of EncodeConfig of the same name"
+_NEEDED: dict[str, Output] = {**OUTPUT_OF, "mcls": "dense"}
+"of each flag that is about one output, that output"
+MOST = (1 << 31) - 1
+"that a number of tokens or vectors can be"
+
+
+def open_checkpoint(request: EncodeRequest, *, download: bool = True, heads: bool = True) -> Checkpoint:
+    """Find and read the checkpoint that was typed, or that M3_MODEL names, or BAAI/bge-m3."""
+    model = name_model(request) or DEFAULT_MODEL
+    folder = find_checkpoint(model, revision=request.revision, download=download, heads=heads)
+    return read_checkpoint(folder, name=None if folder == Path(model).expanduser() else model)
+
+
+def name_model(request: EncodeRequest) -> str | None:
+    """Return the model that was asked for by flag or environment, None if none was."""
+    return request.model or os.environ.get("M3_MODEL") or None
+
+
+def settle_run(
+    request: EncodeRequest,
+    *,
+    sources: tuple[Source, ...],
+    checkpoint: Checkpoint,
+    tokenizer_hash: str,
+    stdin: PeekableStream | None,
+) -> RunConfig:
+    """Settle a new folder's run: flags, then defaults, then what corpus, checkpoint and machine say."""
+    from m3cli.encoder import device as machine  # noqa: PLC0415  torch, only for a run that will need it
+
+    refuse_endless(request)
+    device = machine.resolve_device(request.device)
+    outputs = request.outputs or ALL_OUTPUTS
+    longest = checkpoint.max_length
+    if request.mcls:
+        longest = fit_length(longest, every=request.mcls)
+    max_length = request.max_length or min(checkpoint.default_max_length, longest)
+    check_outputs(outputs, checkpoint)
+    refuse_unwanted_flags(request, outputs)
+    check_colbert(request, checkpoint)
+    if request.compression == "zstd" and request.format == "npy":
+        raise UsageError(
+            "--compression zstd is for --format parquet: arrays that are mapped into memory are not compressed"
+        )
+    check_lengths(max_length, request, checkpoint, longest=longest)
+    settled: dict[str, Any] = {
+        "outputs": outputs,
+        "max_length": max_length,
+        "dtype": machine.resolve_dtype(request.dtype, device),
+        "shard_size": request.shard_size or auto_shard_size(device, outputs),
+    }
+    typed = {name: getattr(request, name) for name in _PLAIN if getattr(request, name) is not None}
+    config = EncodeConfig(fields=settle_fields(request, sources=sources, stdin=stdin), **{**typed, **settled})
+    return RunConfig(
+        config=config,
+        checkpoint=CheckpointConfig(
+            name=checkpoint.name,
+            path=str(checkpoint.folder.absolute()),
+            revision=request.revision,
+            dim=checkpoint.hidden_size,
+            vocabulary=checkpoint.vocab_size,
+            hashes=hash_checkpoint(checkpoint),
+            tokenizer_hash=tokenizer_hash,
+        ),
+        sources=sources,
+        runtime=Runtime(
+            max_batch_tokens=request.max_batch_tokens or machine.auto_batch_tokens(device),
+            threads=machine.auto_threads(),
+        ),
+    )
+
+
+def settle_fields(request: EncodeRequest, *, sources: Sequence[Source], stdin: PeekableStream | None) -> Fields:
+    """Settle which field of a row is what, from the flags and the corpus' first rows."""
+    return resolve_fields(
+        sources,
+        id_field=request.id_field,
+        text_field=request.text_field,
+        title_field=request.title_field,
+        keep_fields=request.keep_fields or (),
+        reserved=RESERVED_COLUMNS,
+        stdin=stdin,
+    )
+
+
+def auto_shard_size(device: str, outputs: Sequence[Output]) -> int:
+    """Return the bytes of text of a shard: enough to keep the device busy, little enough to lose in a crash."""
+    if not device.startswith("cuda"):
+        return AUTO_SHARD_SIZE["cpu"]
+    return AUTO_SHARD_SIZE["cuda with colbert" if "colbert" in outputs else "cuda"]
+
+
+def check_outputs(outputs: Sequence[Output], checkpoint: Checkpoint) -> None:
+    """Refuse outputs that the checkpoint has no head for."""
+    missing = [output for output in outputs if output not in checkpoint.outputs]
+    if missing:
+        raise ModelError(
+            f"{checkpoint.folder} has no head for {' and '.join(missing)} (no {missing[0]}_linear.pt); "
+            f"name the outputs that it gives with --outputs {','.join(checkpoint.outputs)}, "
+            "or use a checkpoint such as BAAI/bge-m3"
+        )
+
+
+def check_colbert(request: EncodeRequest, checkpoint: Checkpoint) -> None:
+    """Refuse ways to store ColBERT vectors that this checkpoint does not have."""
+    if request.colbert_dtype == "binary" and checkpoint.hidden_size % 8:
+        raise UsageError(
+            f"--colbert-dtype binary: signs are stored eight to a byte, and the vectors of {checkpoint.name} are "
+            f"{checkpoint.hidden_size} wide; use int8"
+        )
+    if request.colbert_top_k is not None and "sparse" not in checkpoint.outputs:
+        raise UsageError(
+            f"--colbert-top-k {request.colbert_top_k} goes by lexical weights, and {checkpoint.folder} has no "
+            "head for them (no sparse_linear.pt); use --colbert-pool, or a checkpoint such as BAAI/bge-m3"
+        )
+
+
+def refuse_endless(request: EncodeRequest) -> None:
+    """Refuse numbers that arrays and run.json cannot hold."""
+    for name in ("mcls", "colbert_pool", "colbert_top_k"):
+        value = getattr(request, name)
+        if value is not None and not value <= MOST:
+            raise UsageError(f"{spell_flag(name)} {value}: at most {MOST}")
+
+
+def refuse_unwanted_flags(request: EncodeRequest, outputs: Sequence[Output]) -> None:
+    """Refuse flags about an output that there will not be."""
+    for name, output in _NEEDED.items():
+        value = getattr(request, name)
+        if value is not None and output not in outputs:
+            raise UsageError(
+                f"{spell_flag(name)} {value} needs {output} among the outputs {','.join(outputs)}; "
+                f"leave the flag out, or add {output} to --outputs"
+            )
+
+
+def check_lengths(max_length: int, request: EncodeRequest, checkpoint: Checkpoint, *, longest: int) -> None:
+    """Refuse a length that the checkpoint has no positions for, and flags about chunks that there are not."""
+    overlap = request.overlap or 0
+    if request.split and request.long_docs == "truncate":
+        raise UsageError(
+            f"--split {request.split} with --long-docs truncate: a document has its first chunk only, which is full; "
+            "leave --split out, or choose --long-docs chunk, merge or both"
+        )
+    if overlap and request.long_docs == "truncate":
+        raise UsageError(
+            f"--overlap {overlap} with --long-docs truncate: a document has its first chunk only, and none to repeat; "
+            "leave --overlap out, or choose --long-docs chunk, merge or both"
+        )
+    if max_length > longest:
+        added = f" beside the <s> that --mcls {request.mcls} adds" if request.mcls else ""
+        raise UsageError(
+            f"--max-length {max_length}: {checkpoint.name} has {checkpoint.num_positions} positions, "
+            f"so a chunk holds at most {longest} tokens{added}"
+        )
+    if overlap >= max_length - NUM_SPECIALS:
+        raise UsageError(
+            f"--overlap {overlap}: a chunk of {max_length} tokens holds {max_length - NUM_SPECIALS} of text; "
+            "lower --overlap or raise --max-length"
+        )
+
+
+def describe_rest(run: RunConfig, request: EncodeRequest, *, out: str, rows: int | None = None) -> str | None:
+    """Return what an option that a folder was begun with leaves out, and the command that encodes it; None: nothing.
+
+    Only options that were not typed again count: who types one knows of it. A complete folder of fewer `rows` than its
+    limit has the whole input.
+    """
+    config, left = run.config, []
+    limited = request.limit is None and config.limit is not None and (rows is None or rows >= config.limit)
+    if limited:
+        left.append(f"--limit {config.limit}")
+    heads = [output for output, name in HEAD_FILES.items() if name in run.checkpoint.hashes]
+    missing = [output for output in heads if output not in config.outputs]
+    if request.outputs is None and ("dense" not in config.outputs or missing):
+        left.append(f"--outputs {','.join(config.outputs)}")
+    if not left:
+        return None
+    command = spell_command(run, request, since=out if limited and len(left) == 1 else None)
+    return f"{out} was begun with {' and '.join(left)} and has no more than that; for the rest: {command}"
+
+
+def spell_command(run: RunConfig, request: EncodeRequest, *, since: str | None) -> str:
+    """Return the command that encodes a folder's input as the folder was, without its limit, into a new folder.
+
+    With `since` the outputs are those of that folder and its vectors are reused; without, all outputs are made.
+    """
+    config, fields = run.config, run.config.fields
+    words = ["m3", "encode", *request.inputs, "--out", "NEW.m3"]
+    if since is not None:
+        words += ["--since-run", since]
+    if (model := name_model(request)) is not None or run.checkpoint.name != DEFAULT_MODEL:
+        words += ["--model", model or run.checkpoint.path]
+    options: dict[str, Any] = {
+        "outputs": config.outputs if since is not None and config.outputs != ALL_OUTPUTS else None,
+        "max_length": config.max_length if config.max_length != MAX_LENGTH_CEILING else None,
+        "dtype": config.dtype if config.dtype in ("float32", "int8") else None,
+        "format": config.format if config.format != "parquet" else None,
+        "text_field": fields.text if fields.text not in ("", *TEXT_NAMES) else None,
+        "id_field": fields.id if fields.id not in ID_NAMES else None,
+        "title_field": fields.title if fields.title not in TITLE_NAMES else None,
+        "keep_fields": fields.kept or None,
+        **list_chosen(config.to_json()),
+        "limit": None,
+    }
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [_join(value)])]
+    return shlex.join(words)
+
+
+def _join(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def adopt_run(run: RunConfig, request: EncodeRequest, *, sources: tuple[Source, ...], out: str) -> RunConfig:
+    """Go on with a folder's run: refuse what was typed and differs, take today's sources and typed pace.
+
+    Raises:
+        ForeignFolder: a typed setting, or the input, is another than the folder's.
+    """
+    refuse_unwanted_flags(request, request.outputs or run.config.outputs)
+    if request.limit is not None and run.config.limit not in (None, request.limit):
+        raise ForeignFolder(
+            f"{out} was made with --limit {run.config.limit}, this run asks for {request.limit}; for more rows: "
+            f"{spell_command(run, request, since=request.out or out)} --limit {request.limit}"
+        )
+    for flag in _PLAIN:
+        _refuse_other(flag, getattr(request, flag), getattr(run.config, flag), out)
+    for flag, member in _FLAGS.items():
+        typed = getattr(request, flag)
+        _refuse_other(flag, typed, getattr(run.config.fields, member) or "", out)
+    _refuse_other("keep_fields", request.keep_fields, run.config.fields.kept, out)
+    _refuse_other_sources(run.sources, sources, out)
+    runtime = replace(run.runtime, max_batch_tokens=request.max_batch_tokens or run.runtime.max_batch_tokens)
+    return replace(run, sources=sources, runtime=runtime)
+
+
+def _refuse_other(flag: str, typed: object, settled: object, out: str) -> None:
+    if typed is None or typed == settled:
+        return
+    made = f"without {spell_flag(flag)}" if settled is None else f"with {spell_flag(flag)} {_spell(settled)}"
+    raise ForeignFolder(
+        f"{out} was made {made}, this run asks for {_spell(typed)}; "
+        "drop the flag to go on with the folder, or use another --out"
+    )
+
+
+def spell_flag(name: str) -> str:
+    """Return a flag as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _spell(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "(none)"
+    return repr(value) if isinstance(value, str) and (not value or not value.isprintable()) else str(value)
+
+
+def _refuse_other_sources(before: Sequence[Source], now: Sequence[Source], out: str) -> None:
+    names = [source.name for source in before], [source.name for source in now]
+    if names[0] != names[1]:
+        lost = next((name for name in names[0] if name not in names[1]), None)
+        new = next((name for name in names[1] if name not in names[0]), None)
+        change = "; ".join([*([f"no {lost} now"] if lost else []), *([f"{new} is new"] if new else [])])
+        raise ForeignFolder(
+            f"{out} was made from other input ({change or 'another order'}); use another --out for this input"
+        )
+    for old, new_source in zip(before, now, strict=True):
+        if (old.format, old.compression) != (new_source.format, new_source.compression):
+            raise ForeignFolder(
+                f"{out} read {old.name} as {old.format}, this run reads it as {new_source.format}; use another --out"
+            )
+        if old.size != new_source.size:
+            raise ForeignFolder(
+                f"{old.name} has {new_source.size:,} bytes, it had {old.size:,} when {out} was made from it; "
+                "use another --out to encode what it is now"
+            )
+
+
+def find_changed(before: Sequence[Source], now: Sequence[Source]) -> frozenset[int]:
+    """Return the sources of the same size that were written to since: their finished shards are to be compared."""
+    pairs = enumerate(zip(before, now, strict=True))
+    return frozenset(number for number, (old, new) in pairs if old.mtime_ns != new.mtime_ns)
+
+
+def refuse_other_checkpoint(run: RunConfig, checkpoint: Checkpoint, *, out: str) -> None:
+    """Refuse a checkpoint whose content is another than the folder's."""
+    if (other := find_other_file(run.checkpoint, checkpoint)) is not None:
+        raise ForeignFolder(
+            f"{out} was made with model {run.checkpoint.name}, this run has {checkpoint.name}, and their {other} "
+            "differ; pass the same checkpoint with --model, or use another --out"
+        )
+
+
+def find_other_file(made: CheckpointConfig, checkpoint: Checkpoint) -> str | None:
+    """Return a file of which a checkpoint has another content than the one that a folder was made with."""
+    hashes = hash_checkpoint(checkpoint)
+    return next((name for name in sorted({*hashes, *made.hashes}) if hashes.get(name) != made.hashes.get(name)), None)
+
+
+def refuse_other_tokenizer(run: RunConfig, tokenizer_hash: str, *, out: str) -> None:
+    """Refuse a tokenizer that cuts texts in another way than the folder's did."""
+    made = run.checkpoint.tokenizer_hash
+    if tokenizer_hash != made:
+        raise ForeignFolder(
+            f"{out} was made with tokenizer {made[:7]}, this version of transformers builds "
+            f"{tokenizer_hash[:7]} from the same files; install the version it was begun with, or use another --out"
+        )
+
+
+_ENDINGS = {".gz", ".zst", ".jsonl", ".ndjson", ".json", ".tsv", ".txt", ".text", ".parquet", ".pq"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """A run with what it needs beside its folder; of a new one, before there is a folder."""
+
+    run: RunConfig
+    form: RowForm
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    estimate: Estimate | None = None
+    "of the whole corpus; None: not known, or not wanted"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A folder opened for this run, and what is known of it."""
+
+    folder: RunFolder
+    name: str
+    run: RunConfig
+    form: RowForm
+    plan: Plan
+    done: dict[int, DoneEntry]
+    share: Share
+    resumed: bool
+    checkpoint: Checkpoint | None
+    "that was asked for, compared with the folder's; None: none was"
+
+    @property
+    def shown_path(self) -> str:
+        """The folder's path as short as it can be said from here."""
+        path, here = self.folder.path, Path.cwd()
+        return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+    @property
+    def counts(self) -> ShardCounts:
+        """What the folder held when it was opened."""
+        return sum((entry.counts for entry in self.done.values()), start=ShardCounts())
+
+    @property
+    def num_shards(self) -> int | None:
+        """Shards of the whole folder; None where only reading tells."""
+        if (manifest := self.folder.manifest()) is not None:
+            return manifest.num_shards
+        return len(self.plan.shards) if self.plan.complete else None
+
+    def read(self, stdin: PeekableStream | None) -> Iterator[ShardText]:
+        """Read the shards that are left to do, comparing finished ones whose input may have changed."""
+        config = self.run.config
+        texts = read_shards(
+            self.run.sources,
+            plan=self.plan,
+            fields=config.fields,
+            schema=self.form.kept,
+            title_sep=config.title_sep,
+            max_row_bytes=config.max_row_bytes,
+            ask=self.share.ask,
+            stdin=stdin,
+        )
+        return (text for text in texts if self.share.is_wanted(text))
+
+
+def choose_out(request: EncodeRequest, sources: tuple[Source, ...]) -> Path:
+    """Return the output folder: `--out`, or the one input's name with .m3 in the current folder.
+
+    Raises:
+        UsageError: neither is known, or it is not on this machine.
+        OutputError: the system refuses to look at it.
+    """
+    out = _name_out(request, sources)
+    refuse_unreachable(out / RUN_NAME, OutputError)
+    return out
+
+
+def _name_out(request: EncodeRequest, sources: tuple[Source, ...]) -> Path:
+    if request.out:
+        check_local(request.out, "--out")
+        return Path(request.out)
+    if len(request.inputs) != 1 or request.inputs[0] == "-":
+        what = "standard input" if "-" in request.inputs else f"{len(request.inputs)} inputs"
+        raise UsageError(f"{what}: say where to write with --out DIR")
+    given = Path(request.inputs[0])
+    refuse_unreachable(given, CorpusError)
+    if given.is_dir():
+        return Path(f"{given.resolve().name}.m3")
+    if len(sources) != 1:
+        raise UsageError(f"{request.inputs[0]!r} names {len(sources)} files: say where to write with --out DIR")
+    name = Path(sources[0].path).name
+    while (stem := Path(name)).suffix in _ENDINGS and stem.stem:
+        name = stem.stem
+    return Path(f"{name}.m3")
+
+
+def settle(request: EncodeRequest, sources: tuple[Source, ...], stdin: PeekableStream | None) -> Settled:
+    """Settle a new folder's run, with all that can be wrong with corpus and model."""
+    # A second, only for a new folder.
+    from m3cli.encoder.chunker import cutting_of, refuse_no_room  # noqa: PLC0415
+    from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415
+
+    checkpoint = open_checkpoint(request)
+    tokenizer = load_tokenizer(checkpoint)
+    run = settle_run(
+        request, sources=sources, checkpoint=checkpoint, tokenizer_hash=tokenizer.serialisation_hash, stdin=stdin
+    )
+    refuse_no_room(tokenizer, cutting_of(run.config))
+    form = make_form(run)
+    if request.since_run is not None:
+        run = settle_since(run, request.since_run)
+    return Settled(run=run, form=form, checkpoint=checkpoint, tokenizer=tokenizer)
+
+
+def make_form(run: RunConfig, *, kept: bool = True) -> RowForm:
+    """Say what every shard of a run's folder has in common; the types of kept fields only the input knows."""
+    config = run.config
+    return RowForm(
+        format=config.format,
+        outputs=config.outputs,
+        dim=run.checkpoint.dim,
+        vocabulary=run.checkpoint.vocabulary,
+        dense_dtype=config.dense_dtype,
+        colbert=config.colbert_form,
+        compression=config.compression,
+        exact_vectors=config.exact_vectors,
+        keep_text=config.keep_text,
+        kept=kept_schema(run.sources, config.fields) if kept and config.fields.kept else None,
+    )
+
+
+def open_run(folder: RunFolder, fresh: RunConfig | None, request: EncodeRequest, sources: tuple[Source, ...]) -> Opened:
+    """Write the folder's run.json, or adopt it; of workers that start together one writes."""
+    name = folder.path.name
+    with folder.lock.initialising():
+        before = folder.run()
+        if before is None:
+            if fresh is None:
+                raise ForeignFolder(f"{folder.path} lost its run.json while this run started; run the command again")
+            folder.write_run(fresh)
+    checkpoint = None
+    if before is None:
+        assert fresh is not None
+        run, changed = fresh, frozenset[int]()
+    else:
+        run = adopt_run(before, request, sources=sources, out=name)
+        changed = find_changed(before.sources, sources)
+        if request.verify_input:
+            changed = frozenset(range(len(sources)))
+        if name_model(request) is not None:
+            checkpoint = open_checkpoint(request)
+            refuse_other_checkpoint(run, checkpoint, out=name)
+    done = folder.done()
+    folder.check_lengths(done.values())
+    return Opened(
+        folder=folder,
+        name=name,
+        run=run,
+        form=make_form(run),
+        plan=plan_run(run),
+        done=done,
+        share=Share(done, worker=request.worker, num_workers=request.num_workers, changed=changed, out=name),
+        resumed=before is not None,
+        checkpoint=checkpoint,
+    )
+
+
+def plan_run(run: RunConfig) -> Plan:
+    """Plan the shards of a run, as far as they are known before anything is read."""
+    config = run.config
+    return plan_shards(
+        run.sources,
+        fields=config.fields,
+        shard_size=config.shard_size,
+        limit=config.limit,
+        max_row_bytes=config.max_row_bytes,
+    )
+
+
+class Share:
+    """One worker's shards: every `num_workers`-th from `worker` on. A plain run has them all."""
+
+    def __init__(
+        self,
+        done: Mapping[int, DoneEntry],
+        *,
+        worker: int,
+        num_workers: int,
+        changed: frozenset[int] = frozenset(),
+        out: str,
+    ) -> None:
+        self.num_shards = 0
+        "asked about so far; all there are once the reader is through"
+        self._done = done
+        self._worker = worker
+        self._num_workers = num_workers
+        self._changed = changed
+        self._out = out
+
+    def is_mine(self, index: int) -> bool:
+        """Whether a shard falls to this worker."""
+        return index % self._num_workers == self._worker
+
+    def count_todo(self, num_shards: int) -> int:
+        """Count this worker's shards that are not done, of all there are."""
+        return sum(self.is_mine(index) and index not in self._done for index in range(num_shards))
+
+    def ask(self, shard: Shard) -> Action:
+        """Say what the reader is to do with a shard; it asks once for each, in order."""
+        self.num_shards += 1
+        if not self.is_mine(shard.index):
+            return "skip"
+        if shard.index not in self._done:
+            return "read"
+        return "hash" if shard.source in self._changed else "skip"
+
+    def is_wanted(self, text: ShardText) -> bool:
+        """Whether a shard that came from the reader is to be encoded; one that is done must be what it was.
+
+        Raises:
+            ForeignFolder: the input of a finished shard has changed.
+        """
+        entry = self._done.get(text.shard.index)
+        if entry is None:
+            return self.is_mine(text.shard.index)
+        if entry.input_hash != text.input_hash:
+            raise ForeignFolder(
+                f"{entry.source} has changed since shard {entry.shard.index} of {self._out} was made from it; "
+                "use another --out to encode what it is now"
+            )
+        return False

@@ -1,0 +1,52 @@
+"""The input of a folder, read again for some of its shards."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from m3cli.config import EncodeRequest, RunConfig
+from m3cli.corpus.plan import Plan
+from m3cli.corpus.reader import Action, read_shards
+from m3cli.errors import CorpusError
+from m3cli.jobs.encode.resolve import adopt_run, make_form, plan_run
+from m3cli.records import Shard, ShardText
+
+
+def find_input(run: RunConfig, root: Path, *, otherwise: str) -> RunConfig:
+    """Return the run with its sources as they are today.
+
+    Raises:
+        CorpusError: they are gone, or cannot be read twice; `otherwise` says what else can be done.
+        ForeignFolder: they are not of the size that they had.
+    """
+    if any(source.path == "-" for source in run.sources):
+        raise CorpusError(f"{root.name} was made from standard input, which cannot be read again; {otherwise}")
+    now = []
+    for source in run.sources:
+        path = Path(source.path)
+        if not path.is_file():
+            raise CorpusError(f"{path} is gone: put {source.name} back there, or {otherwise}")
+        status = path.stat()
+        now.append(replace(source, size=status.st_size, mtime_ns=status.st_mtime_ns))
+    return adopt_run(run, EncodeRequest(inputs=()), sources=tuple(now), out=root.name)
+
+
+def read_texts(run: RunConfig, shards: Container[int], *, plan: Plan | None = None) -> Iterator[ShardText]:
+    """Read the documents of some shards again, of a plan that has them; None: of all there are."""
+
+    def ask(shard: Shard) -> Action:
+        return "read" if shard.index in shards else "skip"
+
+    config = run.config
+    texts = read_shards(
+        run.sources,
+        plan=plan or plan_run(run),
+        fields=config.fields,
+        schema=make_form(run).kept,
+        title_sep=config.title_sep,
+        max_row_bytes=config.max_row_bytes,
+        ask=ask,
+    )
+    return (text for text in texts if text.shard.index in shards)

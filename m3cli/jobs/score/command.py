@@ -1,0 +1,294 @@
+"""`m3 score`: pairs of texts through the model, or pairs of ids from encoded folders, to a table of scores.
+
+    pairs -> window -> scorer -> table            window by window, rows in the input's order
+
+What scores a window is one of two: `score_texts` (a model), `score_folders` (vectors on disk). Every row of the input
+is a row of the output; one that is no pair has empty scores and is counted, and the exit code is 3.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3cli.corpus.pairs import (
+    Pair,
+    PairColumns,
+    PairSource,
+    WindowLimits,
+    cut_windows,
+    find_pairs,
+    read_pairs,
+    resolve_columns,
+)
+from m3cli.corpus.streams import PeekableStream
+from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError, count_noun
+from m3cli.jobs.idle_flags import refuse_idle_flags
+from m3cli.jobs.paths import check_paths
+from m3cli.progress import Progress
+from m3cli.records import Output
+from m3cli.retrieval.scores import DEFAULT_WEIGHTS, PARTS, Weights, check_weights, combine_scores, modes_of, parts_of
+from m3cli.store.commit import check_writable
+from m3cli.store.results import TableWriter, open_table, table_format
+
+NOT_FINITE = "score is not a finite number"
+_ROWS_NAMED = 5
+_SECONDS_BETWEEN_WORDS = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRequest:
+    """What a user typed; None is a flag that was not given."""
+
+    pairs: str
+    out: str | None = None
+    input_format: str = "auto"
+    query_field: str | None = None
+    passage_field: str | None = None
+    modes: tuple[str, ...] | None = None
+    "in the order of the output's columns; None: all that can be had"
+    weights: Weights = DEFAULT_WEIGHTS
+    model: str | None = None
+    revision: str | None = None
+    dtype: Any = None
+    device: str | None = None
+    max_batch_tokens: int | None = None
+    max_query_length: int | None = None
+    max_passage_length: int | None = None
+    queries: str | None = None
+    "folder of encoded queries"
+    corpus: str | None = None
+    "folder of encoded passages"
+    chunks: str | None = None
+    "max, mean or first; None: max"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowScores:
+    """What a scorer makes of a window of W pairs."""
+
+    scores: dict[Output, NDArray[np.float32]]
+    "[W] each; NaN where there is a fault"
+    faults: list[str]
+    "[W], empty where there is a score"
+
+
+class Scorer(Protocol):
+    """What gives the scores of a window's pairs."""
+
+    outputs: tuple[Output, ...]
+    "what it can score by"
+    limits: WindowLimits
+    ids: bool
+    "whether pairs are ids, not texts"
+
+    def load(self, wanted: Sequence[Output]) -> None:
+        """Load what scoring by these takes."""
+
+    def score_window(self, window: Sequence[Pair]) -> WindowScores:
+        """Score the pairs of a window."""
+
+    def describe(self) -> str:
+        """Say what scoring took."""
+
+
+@dataclass(slots=True)
+class ScoreTally:
+    """What a run came to."""
+
+    pairs: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    rows: dict[str, list[int]] = field(default_factory=dict)
+    "the first few rows of each fault"
+
+    def add(self, window: Sequence[Pair], faults: Sequence[str]) -> None:
+        """Count a window."""
+        self.pairs += len(window)
+        for pair, fault in zip(window, faults, strict=True):
+            if fault:
+                self.faults[fault] += 1
+                named = self.rows.setdefault(fault, [])
+                if len(named) < _ROWS_NAMED:
+                    named.append(pair.number)
+
+    def describe(self) -> str:
+        """Say how many rows have no scores and why."""
+        reasons = ", ".join(
+            f"{count:,} {fault} ({self._name_rows(fault)})" for fault, count in self.faults.most_common()
+        )
+        return f"{self.faults.total():,} of {count_noun(self.pairs, 'row has', 'rows have')} no scores: {reasons}"
+
+    def _name_rows(self, fault: str) -> str:
+        named = self.rows[fault]
+        more = ", ..." if self.faults[fault] > len(named) else ""
+        return f"row{'s' if len(named) > 1 else ''} {', '.join(f'{row:,}' for row in named)}{more}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenPairs:
+    """A pairs file whose columns are known."""
+
+    source: PairSource
+    columns: PairColumns
+
+
+def score_pairs(
+    request: ScoreRequest, *, progress: Progress, stdout: BinaryIO, stdin: PeekableStream | None = None
+) -> int:
+    """Score every pair of a file.
+
+    Returns:
+        the exit code: 0, or 3 if some rows have no scores.
+
+    Raises:
+        UsageError: flags that cannot be meant together, weights that sum to 0.
+        CorpusError: the pairs cannot be read.
+        ModelError: a mode that the checkpoint has no head for.
+        OutputError: `out` cannot be written, found out before anything is scored.
+    """
+    read: dict[str, Sequence[str | None]] = {
+        "PAIRS": [request.pairs],
+        "--queries": [request.queries],
+        "--corpus": [request.corpus],
+    }
+    check_paths({"--out": request.out}, read, model=request.model)
+    pairs = open_pairs(request, ids=request.queries is not None, stdin=stdin)
+    table_format(request.out)
+    check_writable(request.out)
+    if request.modes is not None:
+        check_weights(request.modes, request.weights)
+    scorer = open_scorer(request, progress)
+    modes = settle_modes(request, scorer.outputs)
+    check_weights(modes, request.weights)
+    columns, began = pairs.columns, time.perf_counter()
+    with open_table(request.out, stdout, columns=columns.names, schema=columns.schema, score_names=modes) as table:
+        scorer.load(parts_of(modes))
+        if not scorer.ids:
+            progress.start(shards_todo=None)  # it counts tokens
+        try:
+            rows = read_pairs(pairs.source, columns, ids=scorer.ids, stdin=stdin)
+            tally = write_scores(rows, scorer, table, modes, weights=request.weights, progress=progress)
+        finally:
+            progress.stop()
+    seconds = time.perf_counter() - began
+    rate = tally.pairs / max(seconds, 1e-9)
+    progress.say(
+        f"{count_noun(tally.pairs, 'pair')} in {seconds:.1f} s ({rate:,.0f}/s, loading included): {scorer.describe()}"
+    )
+    if table.cleaned:
+        progress.say(f"{count_noun(table.cleaned, 'cell')} had tabs or line breaks, which TSV cannot hold: now blanks")
+    if tally.faults:
+        progress.say(tally.describe())
+    return EXIT_ROWS_SKIPPED if tally.faults else EXIT_DONE
+
+
+def write_scores(
+    rows: Iterator[Pair],
+    scorer: Scorer,
+    table: TableWriter,
+    modes: Sequence[str],
+    *,
+    weights: Weights,
+    progress: Progress,
+) -> ScoreTally:
+    """Score window after window and append each to the table."""
+    tally = ScoreTally()
+    began = said = time.perf_counter()
+    for window in cut_windows(rows, scorer.limits):
+        scores, faults = finish_scores(scorer.score_window(window), modes, weights=weights)
+        table.append(
+            [pair.row for pair in window],
+            scores,
+            raws=[pair.raw for pair in window],
+            batches=[pair.batch for pair in window],
+        )
+        tally.add(window, faults)
+        if scorer.ids and time.perf_counter() - said > _SECONDS_BETWEEN_WORDS:
+            said = time.perf_counter()
+            progress.say(f"{count_noun(tally.pairs, 'pair')} so far, {tally.pairs / (said - began):,.0f}/s")
+    return tally
+
+
+def open_pairs(request: ScoreRequest, *, ids: bool, stdin: PeekableStream | None) -> OpenPairs:
+    """Find the pairs file and its columns."""
+    if (request.queries is None) != (request.corpus is None):
+        given, missing = ("--queries", "--corpus") if request.queries is not None else ("--corpus", "--queries")
+        raise UsageError(f"{given} without {missing}: pairs of ids need both folders (they may be one and the same)")
+    _refuse_idle(request)
+    source = find_pairs(request.pairs, input_format=request.input_format, stdin=stdin)
+    if source.format == "trec" and not ids:
+        raise UsageError(f"{request.pairs} is a TREC run, which holds ids: give --queries DIR and --corpus DIR")
+    columns = resolve_columns(
+        source, query_field=request.query_field, passage_field=request.passage_field, ids=ids, stdin=stdin
+    )
+    return OpenPairs(source=source, columns=columns)
+
+
+def _refuse_idle(request: ScoreRequest) -> None:
+    if request.queries is None:
+        refuse_idle_flags(
+            {"--chunks": request.chunks}, beside="pairs of texts", reason="only documents of folders have chunks"
+        )
+        return
+    typed = {
+        "--model": request.model,
+        "--revision": request.revision,
+        "--dtype": request.dtype,
+        "--device": request.device,
+        "--max-batch-tokens": request.max_batch_tokens,
+        "--max-query-length": request.max_query_length,
+        "--max-passage-length": request.max_passage_length,
+    }
+    refuse_idle_flags(typed, beside=f"--queries {request.queries}", reason="the vectors of folders are there already")
+
+
+def open_scorer(request: ScoreRequest, progress: Progress) -> Scorer:
+    """Choose what gives the scores: folders if there are any, else the model."""
+    if request.queries is not None:
+        from m3cli.jobs.score.from_folders import FolderScorer  # noqa: PLC0415  each loads what the other does not need
+
+        return FolderScorer(request, progress)
+    from m3cli.jobs.score.from_texts import TextScorer  # noqa: PLC0415
+
+    return TextScorer(request, progress)
+
+
+def settle_modes(request: ScoreRequest, outputs: Sequence[Output]) -> tuple[str, ...]:
+    """Return the modes to write: those that were asked for, or all that can be had.
+
+    Raises:
+        UsageError: one was asked for that cannot be had.
+    """
+    if request.modes is None:
+        return modes_of(outputs)
+    for mode in request.modes:
+        missing = [part for part in PARTS[mode] if part not in outputs]
+        if missing:
+            raise UsageError(f"--modes {mode}: there is no {missing[0]} here, only {', '.join(outputs)}")
+    return request.modes
+
+
+def finish_scores(
+    made: WindowScores, modes: Sequence[str], *, weights: Weights
+) -> tuple[dict[str, NDArray[np.float32]], list[str]]:
+    """Add the weighted scores; a pair with a score that is no finite number has none at all."""
+    scores = combine_scores(made.scores, modes, weights=weights)
+    finite = np.ones(len(made.faults), np.bool_)
+    for values in scores.values():
+        finite &= np.isfinite(values)
+    faults = [fault or ("" if good else NOT_FINITE) for fault, good in zip(made.faults, finite, strict=True)]
+    bad = np.array([bool(fault) for fault in faults], np.bool_)
+    return {mode: np.where(bad, np.float32(np.nan), values) for mode, values in scores.items()}, faults
+
+
+def number_distinct(values: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the distinct values as they first came, and which of them each value is."""
+    numbers: dict[str, int] = {}
+    places = np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
+    return list(numbers), places

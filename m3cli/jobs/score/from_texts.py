@@ -1,0 +1,241 @@
+"""Pairs of texts, scored by the model: each distinct text of a window is encoded once.
+
+Of a window's two sides the one with less text is held: its texts are encoded first, in packed batches sorted by
+length. Then the texts of the other side go through the model the same way, and the pairs of a batch are scored as soon
+as it is there, so that the vectors of one side and of one batch are all that is in memory. A text that stands on both
+sides (and is cut at the same length on both) is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3cli.config import EncodeRequest
+from m3cli.corpus.pairs import Pair, WindowLimits
+from m3cli.encoder import device as machine
+from m3cli.encoder.checkpoint import Checkpoint
+from m3cli.encoder.embeddings import join_embeddings, pick_rows
+from m3cli.encoder.encode import BatchEncoder, FailedRow
+from m3cli.encoder.model import Model, load_model
+from m3cli.encoder.texts import TokenisedTexts, pack_texts, tokenise_texts
+from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
+from m3cli.errors import ModelError, UsageError, count_noun
+from m3cli.jobs.encode.resolve import open_checkpoint
+from m3cli.jobs.score.command import ScoreRequest, WindowScores, number_distinct
+from m3cli.progress import Progress
+from m3cli.records import Embeddings, Output
+from m3cli.retrieval.scores import Rows, expand_rows, score_rows
+
+DEFAULT_LENGTH = 512
+"tokens of a query and of a passage, as FlagEmbedding cuts them by default"
+WINDOW_LIMITS = {
+    "cpu": WindowLimits(pairs=50_000, text_bytes=8 << 20, side_bytes=256 << 10),
+    "cuda": WindowLimits(pairs=200_000, text_bytes=32 << 20, side_bytes=1 << 20),
+}
+"256 KiB of text are about 64,000 tokens, whose ColBERT vectors 1024 wide take 256 MiB in float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredPairs:
+    """Some pairs of a window with their scores."""
+
+    pairs: Rows
+    "[P]"
+    scores: dict[Output, NDArray[np.float32]]
+    "[P] each"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedPairs:
+    """Some pairs of a window, one side of which the model cannot encode."""
+
+    pairs: Rows
+    reason: str
+
+
+class TextScorer:
+    """A checkpoint, and what it takes to score pairs of texts with it."""
+
+    ids = False
+
+    def __init__(self, request: ScoreRequest, progress: Progress, *, checkpoint: Checkpoint | None = None) -> None:
+        self._request, self._progress = request, progress
+        self._checkpoint = checkpoint or open_checkpoint(
+            EncodeRequest(inputs=(), model=request.model, revision=request.revision)
+        )
+        limit = self._checkpoint.max_length
+        for flag, typed in (("query", request.max_query_length), ("passage", request.max_passage_length)):
+            if typed is not None and typed > limit:
+                raise UsageError(f"--max-{flag}-length {typed}: {self._checkpoint.name} holds at most {limit} tokens")
+        self.lengths = (  # of queries and of passages, in tokens
+            request.max_query_length or min(DEFAULT_LENGTH, limit),
+            request.max_passage_length or min(DEFAULT_LENGTH, limit),
+        )
+        self._device = machine.resolve_device(request.device)
+        self.outputs: tuple[Output, ...] = self._checkpoint.outputs
+        self.limits = WINDOW_LIMITS["cuda" if self._device.startswith("cuda") else "cpu"]
+        self.texts = self.tokens = self.truncated = 0
+        "encoded so far"
+        self._max_batch_tokens = request.max_batch_tokens or machine.auto_batch_tokens(self._device)
+        self._wanted: tuple[Output, ...] = ()
+        self._tokenizer: Tokenizer
+        self._encoder: BatchEncoder
+
+    def load(self, wanted: Sequence[Output]) -> None:
+        """Load tokenizer and model."""
+        self._wanted = tuple(wanted)
+        self._tokenizer = load_tokenizer(self._checkpoint)
+        dtype = machine.resolve_dtype(self._request.dtype, self._device)
+        self._progress.say(f"{self._checkpoint.name}, {dtype} on {self._device}")
+        self._encoder = BatchEncoder(
+            load_model(self._checkpoint, device=self._device, dtype=dtype),
+            outputs=self._wanted,
+            special_ids=self._tokenizer.special_ids,
+            dense_dtype="float32",
+            colbert_dtype="float32",
+            load_float32=None if dtype == "float32" else self._load_float32,
+        )
+
+    def _load_float32(self) -> Model:
+        return load_model(self._checkpoint, device=self._device, dtype="float32")
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """Hash of the loaded tokenizer, as run.json has it."""
+        return self._tokenizer.serialisation_hash
+
+    def describe(self) -> str:
+        """Say what was encoded."""
+        texts = count_noun(self.texts, "distinct text")
+        return f"{texts} encoded, {count_noun(self.tokens, 'token')}, {self.truncated:,} truncated"
+
+    def tokenise(self, texts: Sequence[str], *, max_length: int = DEFAULT_LENGTH) -> TokenisedTexts:
+        """Tokenise texts as they are before they are encoded."""
+        return tokenise_texts(texts, self._tokenizer, max_length=max_length)
+
+    def spell_token(self, token_id: int) -> str:
+        """Return a token as the model card spells it: decoded by itself, without the mark of a word's beginning.
+
+        The mark alone, which is a token too, stays as it is.
+        """
+        decoded = self._tokenizer.backend.decode([token_id], skip_special_tokens=False)
+        return str(decoded).strip() or self._tokenizer.token(token_id)
+
+    def encode_texts(self, texts: Sequence[str], *, max_length: int) -> tuple[Embeddings, TokenisedTexts]:
+        """Return the embeddings of some texts in their order, and their tokens.
+
+        Raises:
+            ModelError: one of them cannot be encoded.
+        """
+        made, failed, tokenised = self.try_texts(texts, max_length=max_length)
+        if failed or made is None:
+            raise ModelError(f"a text cannot be encoded: {failed[0].reason} ({failed[0].detail})")
+        return made, tokenised
+
+    def try_texts(
+        self, texts: Sequence[str], *, max_length: int
+    ) -> tuple[Embeddings | None, list[FailedRow], TokenisedTexts]:
+        """Return the embeddings of those texts that can be encoded, in order, those that cannot, and all tokens.
+
+        The rows of the embeddings are places in `texts`; there are no embeddings if no text can be encoded.
+        """
+        tokenised = self.tokenise(texts, max_length=max_length)
+        parts: list[Embeddings] = []
+        failed: list[FailedRow] = []
+        for batch in pack_texts(tokenised, max_batch_tokens=self._max_batch_tokens):
+            for made in self._encoder.encode(batch):
+                if isinstance(made, FailedRow):
+                    failed.append(made)
+                else:
+                    parts.append(made)
+        if not parts:
+            return None, failed, tokenised
+        joined = join_embeddings(parts)
+        order = np.argsort(joined.rows)
+        return pick_rows(joined, order, rows=joined.rows[order]), failed, tokenised
+
+    def score_window(self, window: Sequence[Pair]) -> WindowScores:
+        """Score the pairs of a window."""
+        faults = [pair.fault for pair in window]
+        places = np.array([place for place, fault in enumerate(faults) if not fault], np.int64)
+        scores = {output: np.full(len(window), np.nan, np.float32) for output in self._wanted}
+        if len(places):
+            sides = [window[place].query for place in places], [window[place].passage for place in places]
+            for made in self._score_sides(sides):
+                if isinstance(made, FailedPairs):
+                    for place in places[made.pairs]:
+                        faults[place] = made.reason
+                else:
+                    for output, values in made.scores.items():
+                        scores[output][places[made.pairs]] = values
+        return WindowScores(scores=scores, faults=faults)
+
+    def _score_sides(self, sides: tuple[list[str], list[str]]) -> Iterator[ScoredPairs | FailedPairs]:
+        """Yield some pairs at a time, with their scores or without any."""
+        held_side = _lighter(sides)
+        held, held_rows = number_distinct(sides[held_side])
+        other = sides[1 - held_side]
+        known = {text: row for row, text in enumerate(held)} if self.lengths[0] == self.lengths[1] else {}
+        other_rows = np.array([known.get(text, -1) for text in other], np.int64)
+
+        parts = list(self._encode(held, self.lengths[held_side]))
+        place_of = np.full(len(held), -1, np.int64)  # of each held text; -1 where it could not be encoded
+        made = [part for part in parts if isinstance(part, Embeddings)]
+        for failed in (part for part in parts if isinstance(part, FailedRow)):
+            touched = (held_rows == failed.row) | (other_rows == failed.row)
+            yield FailedPairs(pairs=np.flatnonzero(touched), reason=failed.reason)
+        if not made:
+            return
+        kept = join_embeddings(made)
+        place_of[kept.rows] = np.arange(len(kept.rows))
+        held_places = place_of[held_rows]
+
+        whole = (other_rows >= 0) & (held_places >= 0) & (place_of[other_rows] >= 0)
+        pairs = np.flatnonzero(whole)
+        if len(pairs):
+            yield self._score(kept, kept, pairs, held_places[pairs], place_of[other_rows[pairs]], held_side)
+        yield from self._score_fresh(
+            kept, held_places, other, np.flatnonzero((other_rows < 0) & (held_places >= 0)), held_side
+        )
+
+    def _score_fresh(
+        self, kept: Embeddings, held_places: Rows, other: list[str], pairs: Rows, held_side: int
+    ) -> Iterator[ScoredPairs | FailedPairs]:
+        """Encode what is not held, and score the pairs of each batch as it comes."""
+        texts, rows = number_distinct([other[pair] for pair in pairs])
+        pairs = pairs[np.argsort(rows, kind="stable")]  # those of text i lie at begins[i] : begins[i + 1]
+        begins = np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=len(texts)))))
+        for made in self._encode(texts, self.lengths[1 - held_side]):
+            if isinstance(made, FailedRow):
+                yield FailedPairs(pairs=pairs[begins[made.row] : begins[made.row + 1]], reason=made.reason)
+                continue
+            take, owner = expand_rows(begins[made.rows], np.diff(begins)[made.rows])
+            yield self._score(kept, made, pairs[take], held_places[pairs[take]], owner, held_side)
+
+    def _score(
+        self, held: Embeddings, made: Embeddings, pairs: Rows, held_rows: Rows, rows: Rows, held_side: int
+    ) -> ScoredPairs:
+        sides = (held, made, held_rows, rows) if held_side == 0 else (made, held, rows, held_rows)
+        return ScoredPairs(pairs=pairs, scores=score_rows(*sides, outputs=self._wanted))
+
+    def _encode(self, texts: list[str], max_length: int) -> Iterator[Embeddings | FailedRow]:
+        """Yield the embeddings of texts, longest first; their rows are places in `texts`."""
+        if not texts:
+            return
+        tokenised = tokenise_texts(texts, self._tokenizer, max_length=max_length)
+        self.texts += len(texts)
+        self.tokens += int(tokenised.num_tokens.sum())
+        self.truncated += tokenised.truncated
+        for batch in pack_texts(tokenised, max_batch_tokens=self._max_batch_tokens):
+            yield from self._encoder.encode(batch)
+            self._progress.advance(documents=len(batch.rows), tokens=len(batch.input_ids), shards=0.0)
+
+
+def _lighter(sides: tuple[list[str], list[str]]) -> int:
+    """Return the side whose distinct texts are shorter together: 0 the queries, 1 the passages."""
+    sizes = [sum(map(len, set(side))) for side in sides]
+    return int(sizes[1] < sizes[0])

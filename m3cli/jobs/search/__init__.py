@@ -1,0 +1,1 @@
+"""`m3 search`: queries against a folder, by vectors or by words."""

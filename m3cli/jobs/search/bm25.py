@@ -1,0 +1,149 @@
+"""BM25 over a folder's kept text, or over the corpus itself: the baseline that vectors are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+
+from m3cli.config import SearchRequest
+from m3cli.corpus.plan import plan_shards
+from m3cli.corpus.reader import read_shards
+from m3cli.corpus.sources import find_sources
+from m3cli.corpus.streams import PeekableStream
+from m3cli.errors import ForeignFolder, UsageError, count_noun
+from m3cli.jobs.search.queries import Queries, open_corpus_checkpoint
+from m3cli.jobs.search.vectors import Found
+from m3cli.progress import Progress
+from m3cli.records import QueryHits
+from m3cli.retrieval.bm25 import Bm25Index, Terms, import_bm25s, plain_terms
+from m3cli.retrieval.scores import Rows
+from m3cli.retrieval.top import Ranked, TopRows
+from m3cli.store.lookup import iter_texts
+from m3cli.store.reader import OutputFolder, iter_ids
+
+
+def open_terms(folder: OutputFolder, request: SearchRequest) -> Terms:
+    """Return what cuts texts into terms.
+
+    Raises:
+        UsageError: bm25s is not installed, or there is no text to search.
+    """
+    import_bm25s()
+    if not request.corpus_inputs and not folder.run.config.keep_text:
+        raise UsageError(
+            f"--mode bm25: {folder.path.name} has no text; encode it with --keep-text, or name the corpus with --input"
+        )
+    if request.tokenizer == "plain":
+        return plain_terms
+    from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415  a second
+
+    tokenizer = load_tokenizer(open_corpus_checkpoint(folder, request))
+    return lambda texts: (ids[1:-1].tolist() for ids in tokenizer.encode(list(texts)))
+
+
+def search_texts(folder: OutputFolder, queries: Queries, terms: Terms, request: SearchRequest) -> Found:
+    """Rank a folder's rows by BM25 over their kept text."""
+    index, places, keys = Bm25Index(terms), [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for texts, some, owners in iter_texts(folder, chunks=request.level == "chunk"):
+        index.add(texts)
+        places.append(some)
+        keys.append(owners)
+    ranked = _rank(index, queries, request, places=np.concatenate(places), keys=np.concatenate(keys))
+    return Found(ranked=ranked, parts={"bm25": ranked.score})
+
+
+def search_input(
+    folder: OutputFolder,
+    queries: Queries,
+    terms: Terms,
+    request: SearchRequest,
+    progress: Progress,
+    *,
+    stdin: PeekableStream | None = None,
+) -> list[QueryHits]:
+    """Rank the documents of the corpus itself, whole ones, by BM25; those that the folder lacks are left out.
+
+    How many of either the other lacks is said.
+
+    Raises:
+        ForeignFolder: the folder has none of them.
+    """
+    index, ids, strange = Bm25Index(terms), list[str](), 0
+    there = {name for names, _ in iter_ids(folder.path, folder.entries) for name in names.to_pylist()}
+    for names, texts in _read_input(folder, request, stdin):
+        mine = [number for number, name in enumerate(names) if name in there]
+        strange += len(names) - len(mine)
+        ids += [names[number] for number in mine]
+        index.add([texts[number] for number in mine])
+    given = f"--input {' '.join(request.corpus_inputs)}"
+    if not ids:
+        raise ForeignFolder(
+            f"{given} has none of the documents of {folder.path.name}: give the corpus that it was encoded from"
+        )
+    if strange:
+        progress.say(f"{count_noun(strange, 'document')} of {given} not in {folder.path.name}: not searched")
+    lacking = len(there.difference(ids))
+    if lacking:
+        progress.say(
+            f"{count_noun(lacking, 'document')} of {folder.path.name} not in {given}: not searched; name all "
+            "inputs that it was encoded from, --input once for each"
+        )
+    numbers: dict[str, int] = {}
+    keys = np.array([numbers.setdefault(name, len(numbers)) for name in ids], np.int64)
+    ranked = _rank(index, queries, request, places=np.arange(len(ids)), keys=keys)
+    bounds = np.searchsorted(ranked.query, np.arange(len(queries.ids) + 1))
+    hits = []
+    for number, (first, last) in enumerate(pairwise(bounds.tolist())):
+        scores = ranked.score[first:last]
+        hits.append(
+            QueryHits(
+                query=queries.ids[number],
+                text=queries.texts[number],
+                ids=tuple(ids[row] for row in ranked.row[first:last]),
+                scores=scores,
+                parts={"bm25": scores},
+                chunk_index=None,
+                char_start=None,
+                char_end=None,
+                texts=(None,) * (last - first),
+            )
+        )
+    return hits
+
+
+def _rank(index: Bm25Index, queries: Queries, request: SearchRequest, *, places: Rows, keys: Rows) -> Ranked:
+    texts = [text for text in queries.texts if text is not None]
+    top = TopRows(len(texts), limit=request.top_k, floor=0.0)
+    index.search(texts, top, places=places, keys=keys)
+    return top.finish()
+
+
+def _read_input(
+    folder: OutputFolder, request: SearchRequest, stdin: PeekableStream | None
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield ids and texts of the corpus, read as the folder says it was read."""
+    config = folder.run.config
+    fields = replace(config.fields, kept=())  # what was copied beside the texts is no part of them
+    sources = find_sources(request.corpus_inputs, stdin=stdin, format_flag=None)
+    plan = plan_shards(
+        sources,
+        fields=fields,
+        shard_size=config.shard_size,
+        limit=config.limit,
+        max_row_bytes=config.max_row_bytes,
+    )
+    shards = read_shards(
+        sources,
+        plan=plan,
+        fields=fields,
+        schema=None,
+        title_sep=config.title_sep,
+        max_row_bytes=config.max_row_bytes,
+        ask=lambda _: "read",
+        stdin=stdin,
+    )
+    for shard in shards:
+        yield [document.id for document in shard.documents], [document.text for document in shard.documents]

@@ -1,0 +1,241 @@
+"""Queries of a search: one text, a file of texts, or an encoded folder; and their vectors, made as the corpus' were."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from m3cli.config import EncodeRequest, FieldFlags, SearchRequest
+from m3cli.corpus.fields import resolve_fields
+from m3cli.corpus.plan import plan_shards
+from m3cli.corpus.reader import read_shards
+from m3cli.corpus.sources import find_sources, has_known_ending
+from m3cli.corpus.streams import PeekableStream
+from m3cli.encoder.embeddings import join_embeddings, pick_rows
+from m3cli.errors import CorpusError, ForeignFolder, ModelError, UsageError, count_noun
+from m3cli.jobs.score.from_folders import refuse_strangers
+from m3cli.progress import Progress
+from m3cli.records import Embeddings, Output, SkippedRow
+from m3cli.store.reader import OutputFolder, iter_parts, open_folder
+
+if TYPE_CHECKING:
+    from m3cli.encoder.checkpoint import Checkpoint
+
+
+LITERAL_ID = "query"
+"id of a query that was typed"
+_FLAGS = FieldFlags(text="--query-field", id="--query-id-field")
+_SHARD_BYTES = 8 << 20
+_PATH_LIKE = re.compile(r"(\.{0,2}|~)/\S*|\S+\.m3/?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queries:
+    """Q queries."""
+
+    ids: tuple[str, ...]
+    "[Q], none twice"
+    texts: tuple[str | None, ...]
+    "[Q]; None: they came as vectors"
+    embeddings: Embeddings | None = None
+    "[Q] rows; None until they are encoded"
+    skipped: int = 0
+    "rows of the file that are no queries"
+
+
+def open_queries(request: SearchRequest, *, progress: Progress, stdin: PeekableStream | None) -> Queries | OutputFolder:
+    """Tell what the queries are, and read texts.
+
+    Raises:
+        UsageError: what looks like a path is none.
+        CorpusError: a file without queries, or with two of one id.
+    """
+    given = request.queries
+    if not given.strip():
+        raise UsageError("--queries is empty: give a file, an encoded folder, or the words of a query")
+    path = Path(given)
+    if given != "-" and not _exists(path):
+        if _PATH_LIKE.fullmatch(given) or (has_known_ending(given) and not re.search(r"\s", given)):
+            raise UsageError(f"--queries {given}: no such file or folder; give one, or the words of a query")
+        return Queries(ids=(LITERAL_ID,), texts=(given,))
+    if path.is_dir() and given != "-":
+        return open_folder(path)
+    return _read_texts(request, progress=progress, stdin=stdin)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # words too long to be a file's name
+        return False
+
+
+def _read_texts(request: SearchRequest, *, progress: Progress, stdin: PeekableStream | None) -> Queries:
+    sources = find_sources((request.queries,), input_format=request.input_format, stdin=stdin)
+    fields = resolve_fields(
+        sources,
+        id_field=request.query_id_field,
+        text_field=request.query_field,
+        title_field="",
+        flags=_FLAGS,
+        stdin=stdin,
+    )
+    plan = plan_shards(sources, fields=fields, shard_size=_SHARD_BYTES)
+    texts: dict[str, str] = {}
+    skipped: list[SkippedRow] = []
+    for shard in read_shards(sources, plan=plan, fields=fields, schema=None, ask=lambda _: "read", stdin=stdin):
+        skipped += shard.skipped
+        for document in shard.documents:
+            if texts.setdefault(document.id, document.text) != document.text:
+                raise CorpusError(f"{request.queries}: two queries have the id {document.id[:80]!r}; give each its own")
+    if not texts:
+        reason = f": {skipped[0].reason}" if skipped else ""
+        raise CorpusError(f"{request.queries}: there is no query in it{reason}")
+    if skipped:
+        first = skipped[0]
+        progress.say(
+            f"{count_noun(len(skipped), 'row')} skipped; the first, {first.source}:{first.position}: {first.reason}"
+        )
+    return Queries(ids=tuple(texts), texts=tuple(texts.values()), skipped=len(skipped))
+
+
+def read_vectors(
+    queries: OutputFolder, corpus: OutputFolder, outputs: tuple[Output, ...], progress: Progress
+) -> Queries:
+    """Read the queries of an encoded folder: of each document the first chunk.
+
+    Raises:
+        ForeignFolder: another checkpoint made it.
+        UsageError: it lacks an output, or holds no queries.
+        CorpusError: two documents have one id.
+    """
+    refuse_strangers(queries, corpus)
+    there = queries.run.config.outputs
+    for output in outputs:
+        if output not in there:
+            raise UsageError(f"{queries.path.name} has no {output}, only {', '.join(there)}: encode it with --outputs")
+    ids: dict[str, None] = {}
+    parts: list[Embeddings] = []
+    more = 0
+    for part in iter_parts(queries, outputs=outputs, columns=("id", "chunk_index", "num_chunks")):
+        names = part.rows.column("id").to_pylist()
+        index = part.rows.column("chunk_index").to_numpy()
+        rows = np.flatnonzero(index == 0)  # a document's own row has -1, and stands beside its chunks
+        for row in rows.tolist():
+            if names[row] in ids:
+                raise CorpusError(
+                    f"{queries.path.name}: two queries have the id {names[row][:80]!r}; give each its own"
+                )
+            ids[names[row]] = None
+        more += int(np.count_nonzero(part.rows.column("num_chunks").to_numpy()[rows] > 1))
+        parts.append(pick_rows(part.embeddings, rows, rows=rows))
+    if not ids:
+        raise UsageError(f"{queries.path.name}: there are no queries in it")
+    if more:
+        several = count_noun(more, f"query of {queries.path.name} has", f"queries of {queries.path.name} have")
+        progress.say(f"{several} several chunks: only the first is searched with")
+    if queries.manifest is None:
+        progress.say(f"{queries.path.name} is not complete: only the queries that are encoded so far are searched for")
+    skipped = queries.counts.skipped
+    if skipped:
+        progress.say(f"{queries.path.name} was made without {count_noun(skipped, 'row')}, see its _m3/skipped")
+    return Queries(ids=tuple(ids), texts=(None,) * len(ids), embeddings=join_embeddings(parts), skipped=skipped)
+
+
+def encode_queries(
+    queries: Queries, corpus: OutputFolder, outputs: tuple[Output, ...], request: SearchRequest, progress: Progress
+) -> Queries:
+    """Encode texts with the checkpoint that the corpus was encoded with; those that it cannot encode are left out.
+
+    Raises:
+        ForeignFolder: the checkpoint or its tokenizer is another.
+        ModelError: it cannot be loaded, or encodes none of the texts.
+    """
+    from m3cli.jobs.score.command import ScoreRequest  # noqa: PLC0415
+    from m3cli.jobs.score.from_texts import DEFAULT_LENGTH, TextScorer  # noqa: PLC0415  torch
+
+    _tell_prefix(corpus.run.config.prefix, request, progress)
+    checkpoint = open_corpus_checkpoint(corpus, request)
+    asked = ScoreRequest(
+        pairs=request.queries,
+        dtype=request.dtype,
+        device=request.device,
+        max_batch_tokens=request.max_batch_tokens,
+        max_query_length=request.max_query_length,
+    )
+    scorer = TextScorer(asked, progress, checkpoint=checkpoint)
+    scorer.load(outputs)
+    made = corpus.run.checkpoint.tokenizer_hash
+    if scorer.tokenizer_hash != made:
+        raise ForeignFolder(
+            f"{corpus.path.name} was made with tokenizer {made[:7]}, this version of transformers builds "
+            f"{scorer.tokenizer_hash[:7]} from the same files: install the version it was made with"
+        )
+    length = scorer.lengths[0]
+    texts = [f"{request.query_prefix}{text}" for text in queries.texts]
+    embeddings, failed, tokenised = scorer.try_texts(texts, max_length=length)
+    if tokenised.truncated:
+        remedy = "" if length > DEFAULT_LENGTH else "; --max-query-length sets another length"
+        given = count_noun(len(texts), "query", "queries")
+        progress.say(f"{tokenised.truncated:,} of {given} cut at {length} tokens{remedy}")
+    if failed:
+        first = min(failed, key=lambda each: each.row)
+        words = (
+            f"{len(failed):,} of {count_noun(len(texts), 'query', 'queries')} cannot be encoded; the first, "
+            f"{queries.ids[first.row][:80]!r}: "
+            f"{first.reason} ({first.detail})"
+        )
+        if embeddings is None:
+            raise ModelError(words)
+        progress.say(words)
+    assert embeddings is not None, "there is a query, and none failed"
+    kept = embeddings.rows.tolist()
+    return Queries(
+        ids=tuple(queries.ids[row] for row in kept),
+        texts=tuple(queries.texts[row] for row in kept),
+        embeddings=embeddings,
+        skipped=queries.skipped + len(failed),
+    )
+
+
+def settle_model(corpus: OutputFolder, request: SearchRequest) -> str | None:
+    """Return the model that was typed, or that $M3_MODEL names, or the hub id of the corpus' own; None: it has none."""
+    from m3cli.jobs.encode.resolve import name_model  # noqa: PLC0415
+
+    name = corpus.run.checkpoint.name
+    typed = name_model(EncodeRequest(inputs=(), model=request.model))
+    return typed or (name if name.count("/") == 1 else None)
+
+
+def open_corpus_checkpoint(corpus: OutputFolder, request: SearchRequest) -> Checkpoint:
+    """Open the checkpoint for queries; one whose content is another than the corpus' makes scores that mean nothing.
+
+    Raises:
+        ForeignFolder: it is another.
+        UsageError: none was named, and the corpus' own is not to be found by its name.
+    """
+    from m3cli.jobs.encode.resolve import find_other_file, open_checkpoint  # noqa: PLC0415
+
+    made = corpus.run.checkpoint
+    model = settle_model(corpus, request)
+    if model is None:
+        raise UsageError(
+            f"{corpus.path.name} was encoded with a checkpoint called {made.name!r}: say where it lies with --model "
+            "(or M3_MODEL), or give --queries an encoded folder"
+        )
+    checkpoint = open_checkpoint(EncodeRequest(inputs=(), model=model, revision=request.revision))
+    if (other := find_other_file(made, checkpoint)) is not None:
+        raise ForeignFolder(
+            f"{corpus.path.name} was encoded with {made.name}, the queries would be with {checkpoint.name}, and "
+            f"their {other} differ: scores between them mean nothing; give --model the corpus' checkpoint"
+        )
+    return checkpoint
+
+
+def _tell_prefix(prefix: str, request: SearchRequest, progress: Progress) -> None:
+    if prefix and not request.query_prefix:
+        progress.say(f"the corpus has {prefix!r} before every chunk; queries have nothing: --query-prefix gives words")
