@@ -1,9 +1,9 @@
 """The one place with threads: an iterator run ahead of its reader, and work on items done in several lanes at once.
 
 An error in a thread is raised where items are read. Leaving the reader early (an exception, Ctrl-C, `close()`) stops
-each thread after the item it is at, closes the inner iterator, and waits for all. A thread that is not through with its
-item after `PATIENCE` is left behind, for a process that was told to stop must: `has_stragglers` tells. With a large
-model on a slow CPU that is the rule: a batch takes longer.
+each thread after its current item, closes the inner iterator, and waits for all threads. A thread that is still busy
+after `JOIN_TIMEOUT` is left running, since a process that was told to stop must stop; `has_live_threads` tells so. This
+is usual with a large model on a slow CPU, where one batch takes longer than that.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-_GLANCE = 0.1
+POLL_SECONDS = 0.1
 "seconds between two looks at whether the other side has gone; a handed-over item wakes its waiter at once"
-PATIENCE = 15.0
+JOIN_TIMEOUT = 15.0
 "seconds"
 
 
@@ -30,7 +30,7 @@ class _End:
     """Stands in the queue behind the last item."""
 
 
-def run_ahead(items: Iterator[T], *, depth: int, name: str) -> Generator[T, None, None]:
+def prefetch(items: Iterator[T], *, depth: int, name: str) -> Generator[T, None, None]:
     """Yield `items`, made by a thread that stays at most `depth` finished items ahead."""
     queue: Queue[T | _End | BaseException] = Queue(maxsize=depth)
     stop = Event()
@@ -39,7 +39,7 @@ def run_ahead(items: Iterator[T], *, depth: int, name: str) -> Generator[T, None
     try:
         while True:
             try:
-                item = queue.get(timeout=_GLANCE)
+                item = queue.get(timeout=POLL_SECONDS)
             except Empty:
                 continue
             if isinstance(item, _End):
@@ -49,10 +49,10 @@ def run_ahead(items: Iterator[T], *, depth: int, name: str) -> Generator[T, None
             yield item
     finally:
         stop.set()
-        thread.join(PATIENCE)
+        thread.join(JOIN_TIMEOUT)
 
 
-def map_lanes(work: Callable[[T], R], items: Iterable[T], *, lanes: int, name: str) -> Generator[R, None, None]:
+def parallel_map(work: Callable[[T], R], items: Iterable[T], *, lanes: int, name: str) -> Generator[R, None, None]:
     """Yield `work(item)` for each item, in order, done by `lanes` threads at once.
 
     Items are taken where results are read, no more than keep each thread busy and give it one to go on with.
@@ -78,13 +78,13 @@ def map_lanes(work: Callable[[T], R], items: Iterable[T], *, lanes: int, name: s
             result.cancel()
         for _ in threads:
             tasks.put(None)
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + JOIN_TIMEOUT
         for thread in threads:
             if thread.ident is not None:  # it was started
                 thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def has_stragglers() -> bool:
+def has_live_threads() -> bool:
     """Whether a thread was left behind in the middle of an item."""
     return any(isinstance(thread, _Runner) for thread in list_threads())
 
@@ -123,7 +123,7 @@ def _work_off(work: Callable[[T], R], tasks: SimpleQueue[tuple[Future[R], T] | N
 def _put(queue: Queue[T | _End | BaseException], item: T | _End | BaseException, stop: Event) -> bool:
     while not stop.is_set():
         try:
-            queue.put(item, timeout=_GLANCE)
+            queue.put(item, timeout=POLL_SECONDS)
         except Full:
             continue
         return True

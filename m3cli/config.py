@@ -37,7 +37,7 @@ COLBERT_MEMBERS = ("colbert_dtype", "colbert_pool", "colbert_top_k")
 "members of EncodeConfig that say how ColBERT vectors are stored"
 OUTPUT_OF: dict[str, Output] = {"dense_dtype": "dense", **dict.fromkeys(COLBERT_MEMBERS, "colbert")}
 "of each member of EncodeConfig that says how an output is stored, that output"
-CHOSEN = (
+SHOWN_OPTIONS = (
     *("long_docs", "split", "overlap", "mcls", "dense_dtype", *COLBERT_MEMBERS, "compression"),
     *("title_sep", "prefix", "keep_text", "limit", "dedupe"),
 )
@@ -190,10 +190,10 @@ class RunConfig:
         return {**version, **asdict(self)}
 
 
-def list_chosen(config: Mapping[str, Any]) -> dict[str, Any]:
+def list_non_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return, of an EncodeConfig's members as JSON, those that people choose and that are not what a new folder has."""
     defaults = {each.name: each.default for each in fields(EncodeConfig)}
-    return {name: config[name] for name in CHOSEN if config[name] != defaults[name]}
+    return {name: config[name] for name in SHOWN_OPTIONS if config[name] != defaults[name]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,7 +39,7 @@ def is_utf8(name: str) -> bool:
     return True
 
 
-def spell_printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """Return text fit for one line of a terminal or a log: names from the input may carry line breaks or escapes."""
     if text.isprintable():
         return text
@@ -120,7 +120,7 @@ class Interrupted(M3Error):
     exit_code: ClassVar[int] = EXIT_INTERRUPTED
 
 
-def refuse_unreachable(path: str | os.PathLike[str], error: type[M3Error]) -> None:
+def check_reachable(path: str | os.PathLike[str], error: type[M3Error]) -> None:
     """Refuse what the system does not even look at (no permission, a name too long); what is not there is no fault.
 
     Raises:

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from m3cli.errors import OutputError, count_noun, spell_printable
+from m3cli.errors import OutputError, count_noun, escape_unprintable
 from m3cli.paths import is_stream, open_to_append
 from m3cli.records import RunPlan, RunSummary
 
@@ -59,7 +59,7 @@ class Progress:
         terminal = self._stream.isatty()
         self.mode: Mode = ("bar" if terminal else "log") if mode == "auto" else mode
         self._bar: _Bar | None = None
-        self._pulse = _Pulse()
+        self._pulse = _RunRate()
 
     def open_log(self, path: str | None) -> None:
         """Append what happens from here on to a file too.
@@ -91,7 +91,7 @@ class Progress:
 
     def start(self, *, shards_todo: int | None) -> None:
         """Begin to count."""
-        self._pulse = _Pulse(shards_todo=shards_todo)
+        self._pulse = _RunRate(shards_todo=shards_todo)
         if self.mode == "bar":
             self._bar = _Bar(self._stream)
 
@@ -101,24 +101,24 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._pulse, tokens)
         if (self.mode in ("log", "json") or self._log_file is not None) and self._pulse.due():
-            self._beat()
+            self._log_progress()
 
     def begin_shard(self) -> None:
         """Note where a shard begins, in case it is taken back."""
         self._pulse.begin_shard()
 
-    def take_shard_back(self) -> None:
+    def withdraw_shard(self) -> None:
         """Uncount what was counted since the shard began: it comes again without some of its documents."""
-        tokens = self._pulse.take_shard_back()
+        tokens = self._pulse.withdraw_shard()
         if self._bar is not None:
             self._bar.update(self._pulse, -tokens)
 
-    def _beat(self) -> None:
+    def _log_progress(self) -> None:
         pulse = self._pulse
         self._emit("progress", pulse.to_json())
         text = (
             f"{count_noun(pulse.documents, 'document')}, {count_noun(pulse.tokens, 'token')}, {pulse.rates()}, "
-            f"{format_left(pulse.seconds_left())} left"
+            f"{format_eta(pulse.seconds_left())} left"
         )
         self._log(text)
         if self.mode == "log":
@@ -163,13 +163,13 @@ class Progress:
     def _print(self, text: str) -> None:
         if self._bar is not None:
             self._bar.clear()
-        print(f"m3: {spell_printable(text)}", file=self._stream, flush=True)
+        print(f"m3: {escape_unprintable(text)}", file=self._stream, flush=True)
 
     def _log(self, text: str) -> None:
         if self._log_file is not None:
             now = datetime.now().astimezone().isoformat(timespec="seconds")
             try:
-                _append(self._log_file, f"{now} {spell_printable(text)}\n")
+                _append(self._log_file, f"{now} {escape_unprintable(text)}\n")
             except OSError as error:
                 self._warn_of_log(f"cannot write --log-file {self._log_file}: {error.strerror}; the run goes on")
 
@@ -185,12 +185,12 @@ class Progress:
 
 
 def _append(path: Path, text: str) -> None:
-    # Opened again for each line, every half minute or so, as logrotate may have moved the file away.
+    # OpenRun again for each line, every half minute or so, as logrotate may have moved the file away.
     with open_to_append(path, wait=False, create=True) as file:
         file.write(text.encode())
 
 
-class _Pulse:
+class _RunRate:
     """How far a run is and how fast it goes."""
 
     def __init__(self, *, shards_todo: int | None = None) -> None:
@@ -204,7 +204,7 @@ class _Pulse:
     def begin_shard(self) -> None:
         self._before_shard = (self.documents, self.tokens, self._shards)
 
-    def take_shard_back(self) -> int:
+    def withdraw_shard(self) -> int:
         tokens = self.tokens
         self.documents, self.tokens, self._shards = self._before_shard
         return tokens - self.tokens
@@ -275,7 +275,7 @@ class _Bar:
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} tokens [{elapsed}<{remaining}{postfix}]",
         )
 
-    def update(self, pulse: _Pulse, tokens: int) -> None:
+    def update(self, pulse: _RunRate, tokens: int) -> None:
         share = pulse.share_done()
         self._tqdm.total = int(pulse.tokens / share) if share else None
         self._tqdm.set_postfix_str(pulse.rates(), refresh=False)
@@ -328,7 +328,7 @@ class FileMeter:
             self._tqdm = None
 
 
-def format_left(seconds: float | None) -> str:
+def format_eta(seconds: float | None) -> str:
     """Return a time as people say it: '42 s', '5 min', '3 h 20 min', 'unknown time'."""
     if seconds is None:
         return "unknown time"

@@ -11,8 +11,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from m3cli.config import list_chosen
-from m3cli.errors import count_noun, escape_controls, spell_printable
+from m3cli.config import list_non_defaults
+from m3cli.errors import count_noun, escape_controls, escape_unprintable
 from m3cli.records import QueryHits, RunPlan, RunSummary
 
 _PLAIN_WIDTH = 100
@@ -31,7 +31,7 @@ def open_console(stream: TextIO) -> Console:
 
 def _plain(text: str) -> Text:
     """Return text that may hold names from the input: without markup, escapes spelt out."""
-    return Text(spell_printable(text))
+    return Text(escape_unprintable(text))
 
 
 def format_bytes(count: float) -> str:
@@ -67,11 +67,11 @@ def plan_panel(plan: RunPlan, *, title: str | None = None) -> Panel:
     )
     rows.add_row("output", _plain(f"{plan.out} ({plan.format}): {', '.join(plan.outputs)}"))
     if plan.settings:
-        rows.add_row("settings", _plain(_chosen_words(plan.settings)))
+        rows.add_row("settings", _plain(_format_options(plan.settings)))
     size = "" if plan.input_bytes is None else f" in {format_bytes(plan.input_bytes)}"
     rows.add_row("documents", f"{_about(plan.documents)}{size}")
     if plan.unread:
-        rows.add_row("not read", _plain(_unread_words(plan.unread)))
+        rows.add_row("not read", _plain(_format_unread(plan.unread)))
     if plan.tokens is not None:
         rows.add_row("tokens", _about(plan.tokens))
     if plan.num_shards is None:
@@ -82,7 +82,7 @@ def plan_panel(plan: RunPlan, *, title: str | None = None) -> Panel:
     if plan.bytes_on_disk is not None:
         parts = ", ".join(f"{output} {format_bytes(size)}" for output, size in plan.bytes_on_disk.items())
         rows.add_row("disk", f"about {format_bytes(sum(plan.bytes_on_disk.values()))}: {parts}")
-    rows.add_row("free", _free_words(plan))
+    rows.add_row("free", _format_free(plan))
     choices = plan.colbert_choices or {}
     if title is None and choices:
         rows.add_row("colbert as", ", ".join(f"{name} {format_bytes(size)}" for name, size in _short_names(choices)))
@@ -93,13 +93,13 @@ def plan_panel(plan: RunPlan, *, title: str | None = None) -> Panel:
     return Panel(rows, title=title, subtitle=f"fingerprint {plan.fingerprint[:7]}", box=box.ROUNDED, expand=False)
 
 
-def _unread_words(unread: Mapping[str, int]) -> str:
+def _format_unread(unread: Mapping[str, int]) -> str:
     count = sum(unread.values())
     endings = _name_some([f"{count:,} {ending}" for ending, count in unread.items()])
     return f"{count:,} file{'s' * (count != 1)}: {endings}; name a file itself to read it"
 
 
-def _free_words(plan: RunPlan) -> str:
+def _format_free(plan: RunPlan) -> str:
     free, needed = format_bytes(plan.free_bytes), plan.bytes_needed
     if needed is None or needed <= plan.free_bytes:
         return free
@@ -116,11 +116,11 @@ def summary_panel(summary: RunSummary) -> Panel:
     rows = _rows()
     chunks = f" in {count_noun(summary.chunks, 'chunk')}" if summary.chunks != summary.documents else ""
     rows.add_row("documents", f"{summary.documents:,}{chunks}, {count_noun(summary.tokens, 'token')}")
-    rows.add_row("skipped", _skipped_words(summary))
+    rows.add_row("skipped", _format_skipped(summary))
     listed = f", listed by m3 info {summary.out} --truncated" if summary.truncated else ""
     rows.add_row("truncated", f"{summary.truncated:,}{listed}")
     if summary.unread:
-        rows.add_row("not read", _plain(_unread_words(summary.unread)))
+        rows.add_row("not read", _plain(_format_unread(summary.unread)))
     if summary.taken or summary.gone is not None:
         gone = "" if summary.gone is None else f"; {count_noun(summary.gone, 'id')} of the older folder not in this one"
         rows.add_row("taken over", f"{count_noun(summary.taken, 'document')}{gone}")
@@ -141,7 +141,7 @@ def summary_panel(summary: RunSummary) -> Panel:
     return Panel(rows, title=_plain(summary.out), box=box.ROUNDED, expand=False)
 
 
-def _skipped_words(summary: RunSummary) -> str:
+def _format_skipped(summary: RunSummary) -> str:
     if not summary.skipped:
         return "0"
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in summary.skipped_reasons.items())
@@ -155,7 +155,7 @@ def info_panel(folder: str, found: dict[str, Any]) -> Panel:
     if run is not None:
         config, checkpoint = run["config"], run["checkpoint"]
         rows.add_row("model", _plain(f"{checkpoint['name']}, {config['dtype']}, {checkpoint['dim']} wide"))
-        rows.add_row("settings", _plain(_settings_words(config)))
+        rows.add_row("settings", _plain(_format_settings(config)))
         rows.add_row("sources", _plain(_name_some([source["name"] for source in run["sources"]])))
     rows.add_row(
         "documents",
@@ -174,15 +174,15 @@ def info_panel(folder: str, found: dict[str, Any]) -> Panel:
     return Panel(rows, title=_plain(folder), box=box.ROUNDED, expand=False)
 
 
-def _settings_words(config: dict[str, Any]) -> str:
+def _format_settings(config: dict[str, Any]) -> str:
     fields = config["fields"]
     named = [f"{part} from '{fields[part]}'" for part in ("id", "title", "text") if fields[part]]
     words = f"{config['format']}, up to {config['max_length']:,} tokens a row, {', '.join(named)}"
-    chosen = _chosen_words(list_chosen(config))
+    chosen = _format_options(list_non_defaults(config))
     return f"{words}; {chosen}" if chosen else words
 
 
-def _chosen_words(settings: Mapping[str, Any]) -> str:
+def _format_options(settings: Mapping[str, Any]) -> str:
     """Spell settings as flags without their dashes: 'long-docs merge, overlap 32, keep-text'."""
     words = []
     for name, value in settings.items():

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3cli.concurrency import has_stragglers, map_lanes, run_ahead
+from m3cli.concurrency import has_live_threads, parallel_map, prefetch
 
 
 class Broken(Exception):
@@ -23,13 +23,13 @@ def test_lanes_give_results_in_order_whichever_is_ready_first(pauses: list[int],
         time.sleep(item[1] / 2000)
         return item[0]
 
-    assert list(map_lanes(work, enumerate(pauses), lanes=lanes, name="test")) == list(range(len(pauses)))
-    assert not has_stragglers()
+    assert list(parallel_map(work, enumerate(pauses), lanes=lanes, name="test")) == list(range(len(pauses)))
+    assert not has_live_threads()
 
 
 def test_all_lanes_work_at_once() -> None:
     meeting = threading.Barrier(3)
-    assert len(list(map_lanes(lambda _: meeting.wait(timeout=60), range(6), lanes=3, name="test"))) == 6
+    assert len(list(parallel_map(lambda _: meeting.wait(timeout=60), range(6), lanes=3, name="test"))) == 6
 
 
 def test_no_more_is_taken_than_the_lanes_need() -> None:
@@ -40,12 +40,12 @@ def test_no_more_is_taken_than_the_lanes_need() -> None:
             taken.append(item)
             yield item
 
-    results = map_lanes(lambda item: item, items(), lanes=3, name="test")
+    results = parallel_map(lambda item: item, items(), lanes=3, name="test")
     assert (next(results), len(taken)) == (0, 6)
     assert (next(results), len(taken)) == (1, 7)
     results.close()
     assert len(taken) == 7
-    assert not has_stragglers()
+    assert not has_live_threads()
 
 
 def test_an_error_comes_in_the_place_of_its_item() -> None:
@@ -54,11 +54,11 @@ def test_an_error_comes_in_the_place_of_its_item() -> None:
             raise Broken
         return item
 
-    results = map_lanes(work, range(20), lanes=2, name="test")
+    results = parallel_map(work, range(20), lanes=2, name="test")
     assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(Broken):
         next(results)
-    assert not has_stragglers()
+    assert not has_live_threads()
 
 
 def test_an_error_of_the_items_comes_through_and_ends_the_lanes() -> None:
@@ -67,8 +67,8 @@ def test_an_error_of_the_items_comes_through_and_ends_the_lanes() -> None:
         raise Broken
 
     with pytest.raises(Broken):
-        list(map_lanes(lambda item: item, items(), lanes=2, name="test"))
-    assert not has_stragglers()
+        list(parallel_map(lambda item: item, items(), lanes=2, name="test"))
+    assert not has_live_threads()
 
 
 def test_what_was_not_begun_when_the_reader_left_is_not_done() -> None:
@@ -80,14 +80,14 @@ def test_what_was_not_begun_when_the_reader_left_is_not_done() -> None:
             gate.wait(60)
         return item
 
-    results = map_lanes(work, range(100), lanes=2, name="test")
+    results = parallel_map(work, range(100), lanes=2, name="test")
     assert next(results) == 0
     while len(begun) < 3:
         time.sleep(0.001)
     threading.Timer(0.05, gate.set).start()
     results.close()
     assert sorted(begun) == [0, 1, 2]
-    assert not has_stragglers()
+    assert not has_live_threads()
 
 
 def test_a_thread_runs_ahead_of_its_reader_and_stops_with_it() -> None:
@@ -101,13 +101,13 @@ def test_a_thread_runs_ahead_of_its_reader_and_stops_with_it() -> None:
         finally:
             closed.append(True)
 
-    ahead = run_ahead(items(), depth=2, name="test")
+    ahead = prefetch(items(), depth=2, name="test")
     assert next(ahead) == 0
     while len(taken) < 4:
         time.sleep(0.001)
     ahead.close()
     assert (len(taken), closed) == (4, [True])
-    assert not has_stragglers()
+    assert not has_live_threads()
 
 
 def test_an_error_ahead_is_raised_where_items_are_read() -> None:
@@ -115,7 +115,7 @@ def test_an_error_ahead_is_raised_where_items_are_read() -> None:
         yield 0
         raise Broken
 
-    ahead = run_ahead(items(), depth=1, name="test")
+    ahead = prefetch(items(), depth=1, name="test")
     assert next(ahead) == 0
     with pytest.raises(Broken):
         next(ahead)

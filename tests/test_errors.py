@@ -11,17 +11,17 @@ import pytest
 from m3cli.corpus.sources import find_sources
 from m3cli.corpus.trec import read_run
 from m3cli.encoder.checkpoint import find_checkpoint
-from m3cli.errors import CorpusError, M3Error, ModelError, OutputError, refuse_unreachable
+from m3cli.errors import CorpusError, M3Error, ModelError, OutputError, check_reachable
 from m3cli.store.reader import open_folder
 
 LONG = "x" * 300
 
 
 def test_what_is_not_there_is_no_fault(tmp_path: Path) -> None:
-    refuse_unreachable(tmp_path, CorpusError)
-    refuse_unreachable(tmp_path / "nothing", CorpusError)
+    check_reachable(tmp_path, CorpusError)
+    check_reachable(tmp_path / "nothing", CorpusError)
     (tmp_path / "file").touch()
-    refuse_unreachable(tmp_path / "file" / "below", CorpusError)
+    check_reachable(tmp_path / "file" / "below", CorpusError)
 
 
 def test_what_may_not_be_looked_at_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +30,7 @@ def test_what_may_not_be_looked_at_is_refused(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "stat", stat)
     with pytest.raises(CorpusError, match=r"a\.jsonl cannot be read: Permission denied; check its name and who may"):
-        refuse_unreachable(tmp_path / "a.jsonl", CorpusError)
+        check_reachable(tmp_path / "a.jsonl", CorpusError)
 
 
 @pytest.mark.parametrize(

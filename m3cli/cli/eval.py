@@ -11,7 +11,7 @@ import typer
 from m3cli.cli import options
 from m3cli.cli.options import parse_names
 from m3cli.cli.terminal import open_stdin, print_json
-from m3cli.errors import UsageError, count_noun, spell_printable
+from m3cli.errors import UsageError, count_noun, escape_unprintable
 
 if TYPE_CHECKING:
     from m3cli.jobs.eval import Evaluation
@@ -44,7 +44,7 @@ def eval_runs(
 
     found = evaluate_runs(runs, qrels, measures=parse_names(measures) or (), stdin=open_stdin(files))
     for line in found.describe():
-        sys.stderr.write(f"m3: {spell_printable(line)}\n")
+        sys.stderr.write(f"m3: {escape_unprintable(line)}\n")
     if as_json:
         print_json(asdict(found))
     elif sys.stdout.isatty():
@@ -58,8 +58,8 @@ def _print_table(found: Evaluation) -> None:
 
     rows = [
         [
-            spell_printable(worth.run),
-            *(_spell(value, (worth.p or {}).get(name)) for name, value in worth.measures.items()),
+            escape_unprintable(worth.run),
+            *(_format(value, (worth.p or {}).get(name)) for name, value in worth.measures.items()),
         ]
         for worth in found.runs
     ]
@@ -67,7 +67,7 @@ def _print_table(found: Evaluation) -> None:
     open_console(sys.stdout).print(draw_table(title, rows, columns=["run", *found.runs[0].measures]))
 
 
-def _spell(value: float, p: float | None) -> str:
+def _format(value: float, p: float | None) -> str:
     return f"{value:.4f}" if p is None else f"{value:.4f} (p {p:.3f})"
 
 
@@ -77,7 +77,7 @@ def _print_tsv(found: Evaluation) -> None:
     header = ["run", *names, *([f"p({name})" for name in names] if several else [])]
     sys.stdout.write("\t".join(header) + "\n")
     for worth in found.runs:
-        cells = [spell_printable(worth.run), *(f"{worth.measures[name]:.4f}" for name in names)]
+        cells = [escape_unprintable(worth.run), *(f"{worth.measures[name]:.4f}" for name in names)]
         if several:
             cells += ["" if worth.p is None else f"{worth.p[name]:.4g}" for name in names]
         sys.stdout.write("\t".join(cells) + "\n")

@@ -15,7 +15,7 @@ from m3cli.cli import options
 from m3cli.cli.options import auto
 from m3cli.cli.terminal import open_results, print_json
 from m3cli.config import CheckRequest
-from m3cli.errors import UsageError, count_noun, spell_printable
+from m3cli.errors import UsageError, count_noun, escape_unprintable
 
 if TYPE_CHECKING:
     from m3cli.jobs.check import FolderCheck
@@ -134,7 +134,7 @@ def check(
         # Not orjson: a stray file's name may be no UTF-8, and is to be named all the same.
         sys.stdout.write(json.dumps(asdict(found), indent=2) + "\n")
     else:
-        sys.stdout.writelines(f"{spell_printable(line)}\n" for line in describe(found, repair=repair))
+        sys.stdout.writelines(f"{escape_unprintable(line)}\n" for line in describe(found, repair=repair))
     raise typer.Exit(found.exit_code)
 
 

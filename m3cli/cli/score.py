@@ -87,7 +87,7 @@ def score(
     A row that is no pair (an empty side, an unknown id) has empty scores; then the exit code is 3.
     """
     check_choices({"dtype": dtype, "chunks": chunks}, {"dtype": DTYPES, "chunks": _CHUNKS})
-    settled_weights, settled_modes = parse_weights(weights), parse_modes(modes)
+    chosen_weights, chosen_modes = parse_weights(weights), parse_modes(modes)
     from m3cli.jobs.score.command import ScoreRequest, score_pairs  # noqa: PLC0415  pyarrow, not for --help
 
     request = ScoreRequest(
@@ -96,8 +96,8 @@ def score(
         input_format=input_format,
         query_field=query_field,
         passage_field=passage_field,
-        modes=settled_modes,
-        weights=settled_weights,
+        modes=chosen_modes,
+        weights=chosen_weights,
         model=model,
         revision=revision,
         dtype=auto(dtype),
@@ -178,14 +178,14 @@ def _print_tables(pair: dict[str, Any]) -> None:
     from m3cli.tables import draw_table, open_console  # noqa: PLC0415  rich is slow
 
     console = open_console(sys.stdout)
-    scores = "  ".join(f"{mode} {_spell(value)}" for mode, value in pair["scores"].items())
+    scores = "  ".join(f"{mode} {_format(value)}" for mode, value in pair["scores"].items())
     lines = [("query", pair["query"]), ("passage", pair["passage"]), ("scores", pair["fault"] or scores)]
     console.print(draw_table(f"\nrow {pair['row']}", lines))
     for member, title, columns in _TABLES:
         if member in pair:
-            rows = [[_spell(row[name]) for name in columns] for row in pair[member]]
+            rows = [[_format(row[name]) for name in columns] for row in pair[member]]
             console.print(draw_table(title, rows, columns=[name.replace("_", " ") for name in columns]))
 
 
-def _spell(value: object) -> str:
+def _format(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -144,7 +144,7 @@ def search(
     """
     chosen = {"mode": mode, "fusion": fusion, "level": level, "format": ranking_format, "tokenizer": tokenizer}
     check_choices({**chosen, "dtype": dtype}, _CHOICES)
-    settled_weights = None if weights is None else parse_weights(weights)
+    chosen_weights = None if weights is None else parse_weights(weights)
     from m3cli.config import SearchRequest  # noqa: PLC0415
     from m3cli.jobs.search.command import search_corpus  # noqa: PLC0415  pyarrow, not for --help
 
@@ -156,7 +156,7 @@ def search(
         mode=mode,  # type: ignore[arg-type]
         top_k=top_k,
         level=level,  # type: ignore[arg-type]
-        weights=settled_weights,
+        weights=chosen_weights,
         candidates=candidates,
         candidates_by=_parse_sources(candidates_by),
         fusion=fusion,  # type: ignore[arg-type]

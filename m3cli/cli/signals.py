@@ -65,7 +65,7 @@ def limit_runtime(seconds: float | None, *, spelt: str) -> Iterator[None]:
 
 def leave(code: int) -> None:
     """End the process, without waiting for a thread that is deep in a batch; Python would wait, or crash on it."""
-    if ahead.has_stragglers():
+    if ahead.has_live_threads():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from m3cli.cli.options import check_choices
-from m3cli.errors import EXIT_INTERRUPTED, M3Error, escape_controls, spell_printable
+from m3cli.errors import EXIT_INTERRUPTED, M3Error, escape_controls, escape_unprintable
 
 if TYPE_CHECKING:
     from m3cli.corpus.streams import PeekableStream
@@ -121,7 +121,7 @@ class OneLine(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one line."""
-        return f"m3: {spell_printable(record.getMessage())}"
+        return f"m3: {escape_unprintable(record.getMessage())}"
 
 
 def describe_end(error: BaseException) -> tuple[str, int]:
@@ -139,4 +139,4 @@ def tell_end(text: str, code: int, arguments: Sequence[str]) -> None:
     if "--progress=json" in arguments or ("--progress", "json") in pairwise(arguments):
         sys.stderr.write(json.dumps({"event": "error", "text": text, "exit_code": code}) + "\n")
     else:
-        sys.stderr.write(f"m3: {spell_printable(text)}\n")
+        sys.stderr.write(f"m3: {escape_unprintable(text)}\n")

@@ -16,12 +16,12 @@ from typing import Any, Literal, get_args
 
 from m3cli.config import MAX_ROW_BYTES
 from m3cli.corpus.lines import BOM, LineStream
-from m3cli.corpus.parquet import name_parquet_faults, open_parquet, read_parquet_schema
+from m3cli.corpus.parquet import open_parquet, parquet_errors, read_parquet_schema
 from m3cli.corpus.rows import INVALID_UTF8, TOO_LONG, WRONG_COLUMNS, Fault, name_type, parse_json_line, split_cells
 from m3cli.corpus.sources import check_local_input, find_sources, split_endings
 from m3cli.corpus.streams import ByteStream, PeekableStream, read_head
 from m3cli.corpus.trec import RUN_COLUMNS, split_run_line
-from m3cli.errors import CorpusError, UsageError, count_noun, is_utf8, refuse_unreachable
+from m3cli.errors import CorpusError, UsageError, check_reachable, count_noun, is_utf8
 from m3cli.records import Source
 
 PairsFormat = Literal["tsv", "csv", "jsonl", "parquet", "trec"]
@@ -80,7 +80,7 @@ def find_pairs(given: str, *, input_format: str = "auto", stdin: PeekableStream 
     check_local_input(given)
     if given != "-":
         path = Path(given)
-        refuse_unreachable(path, CorpusError)
+        check_reachable(path, CorpusError)
         if path.is_dir():
             raise UsageError(f"{given} is a folder: give one file of pairs, or '-' for standard input")
         if not path.exists():
@@ -358,7 +358,7 @@ def _decode_lines(stream: ByteStream) -> Iterator[str]:
 
 
 def _read_parquet(source: PairSource) -> Iterator[ReadRow]:
-    with open_parquet(source.source) as file, name_parquet_faults(source.source):
+    with open_parquet(source.source) as file, parquet_errors(source.source):
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
             for place, row in enumerate(batch.to_pylist()):
                 yield ReadRow(row=row, batch=(batch, place))

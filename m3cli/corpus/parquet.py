@@ -19,7 +19,7 @@ import xxhash
 
 from m3cli.config import ENCODE_FLAGS, FieldFlags
 from m3cli.corpus.rows import INVALID_UTF8, TOO_LONG, Fault, RawRow
-from m3cli.corpus.streams import name_faults
+from m3cli.corpus.streams import corpus_errors
 from m3cli.errors import CorpusError
 from m3cli.records import Fields, Source
 
@@ -30,10 +30,10 @@ _BYTES_OF = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 
 
 @contextmanager
-def name_parquet_faults(source: Source) -> Iterator[None]:
+def parquet_errors(source: Source) -> Iterator[None]:
     """Turn what can go wrong with a Parquet file into an error that names it and the remedy."""
     try:
-        with name_faults(source):
+        with corpus_errors(source):
             yield
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise CorpusError(
@@ -48,14 +48,14 @@ def _first_line(error: Exception) -> str:
 
 def open_parquet(source: Source) -> Any:
     """Return the file as a `pyarrow.parquet.ParquetFile`, its footer read."""
-    with name_parquet_faults(source):
+    with parquet_errors(source):
         # With pre_buffer, the default, a whole row group is held: 752 MB where this takes 131 MB, and slower.
         return pq.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False)
 
 
 def read_parquet_schema(source: Source) -> Any:
     """Return the Arrow schema of the file."""
-    with open_parquet(source) as file, name_parquet_faults(source):
+    with open_parquet(source) as file, parquet_errors(source):
         return file.schema_arrow
 
 
@@ -167,7 +167,7 @@ class GroupCursor:
         self._source = source
         rows = file.metadata.row_group(group).num_rows
         text_bytes = count_text_bytes(file.metadata, group, fields)
-        with name_parquet_faults(source):
+        with parquet_errors(source):
             self._batches = file.iter_batches(
                 row_groups=[group],
                 columns=columns_to_read(file.schema_arrow, fields),
@@ -180,7 +180,7 @@ class GroupCursor:
         pieces: list[Any] = []
         self._pass_rows(start - self.at, [])
         self._pass_rows(stop - self.at, pieces)
-        with name_parquet_faults(self._source):
+        with parquet_errors(self._source):
             table = pa.Table.from_batches(pieces)
             schema = pa.schema([field.with_type(without_views(field.type)) for field in table.schema])
             return table.cast(schema).unify_dictionaries().combine_chunks()
@@ -196,7 +196,7 @@ class GroupCursor:
             count -= piece.num_rows
 
     def _next_batch(self) -> Any:
-        with name_parquet_faults(self._source):
+        with parquet_errors(self._source):
             batch = next(self._batches, None)
         if batch is None:
             raise CorpusError(

@@ -24,12 +24,12 @@ from m3cli.corpus.parquet import (
     GroupCursor,
     check_columns,
     hash_table,
-    name_parquet_faults,
     open_parquet,
+    parquet_errors,
     split_table,
 )
 from m3cli.corpus.plan import Plan, plan_source
-from m3cli.corpus.rows import Fault, Gathered, Row, gather_documents, parse_json_line, parse_text_line, parse_tsv_line
+from m3cli.corpus.rows import Fault, ParsedRows, Row, build_documents, parse_json_line, parse_text_line, parse_tsv_line
 from m3cli.corpus.streams import ByteStream, PeekableStream, check_unchanged, find_inode
 from m3cli.records import Fields, Shard, ShardText, Source
 
@@ -179,7 +179,7 @@ class _ParquetFile:
     def read(self, shard: Shard, *, parse: bool) -> ShardText:
         table = self._cursor_for(shard).take(shard.start, shard.stop)
         fields = self._settings.fields
-        gathered = Gathered()
+        gathered = ParsedRows()
         if parse:
             rows = split_table(
                 table,
@@ -187,7 +187,7 @@ class _ParquetFile:
                 fields=fields,
                 max_row_bytes=self._settings.max_row_bytes,
             )
-            gathered = gather_documents(rows, source=self._source, fields=fields, title_sep=self._settings.title_sep)
+            gathered = build_documents(rows, source=self._source, fields=fields, title_sep=self._settings.title_sep)
         return _pack(shard, gathered, self._keep(table, gathered.places), hash_table(table))
 
     def _cursor_for(self, shard: Shard) -> GroupCursor:
@@ -205,7 +205,7 @@ class _ParquetFile:
         schema = self._settings.schema
         if not self._settings.fields.kept:
             return None
-        with name_parquet_faults(self._source):
+        with parquet_errors(self._source):
             taken = table if len(places) == table.num_rows else table.take(pa.array(places, pa.int64()))
             columns = [
                 taken.column(field.name).cast(field.type)
@@ -224,7 +224,7 @@ def _read_lines(lines: LineStream, shard: Shard, source: Source, *, settings: _S
     digest = xxhash.xxh3_128()
     fields = settings.fields
     blocks = _hash_blocks(lines.take(shard.stop), digest)
-    gathered = Gathered(kept=[[] for _ in fields.kept])
+    gathered = ParsedRows(kept=[[] for _ in fields.kept])
     if parse:
         rows = split_rows(
             blocks,
@@ -232,7 +232,7 @@ def _read_lines(lines: LineStream, shard: Shard, source: Source, *, settings: _S
             max_row_bytes=settings.max_row_bytes,
             header=_has_header(source, fields),
         )
-        gathered = gather_documents(rows, source=source, fields=fields, title_sep=settings.title_sep, kept=fields.kept)
+        gathered = build_documents(rows, source=source, fields=fields, title_sep=settings.title_sep, kept=fields.kept)
     for _ in blocks:
         pass
     kept = None
@@ -248,7 +248,7 @@ def _hash_blocks(blocks: Iterable[Block], digest: xxhash.xxh3_128) -> Iterator[B
         yield block
 
 
-def _pack(shard: Shard, gathered: Gathered, kept: Any, input_hash: str) -> ShardText:
+def _pack(shard: Shard, gathered: ParsedRows, kept: Any, input_hash: str) -> ShardText:
     return ShardText(
         shard=shard,
         documents=tuple(gathered.documents),

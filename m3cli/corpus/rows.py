@@ -52,7 +52,7 @@ RawRow = tuple[int, bytes, Row | Fault]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gathered:
+class ParsedRows:
     """What rows became."""
 
     documents: list[Document] = field(default_factory=list)
@@ -63,11 +63,11 @@ class Gathered:
     skipped: list[SkippedRow] = field(default_factory=list)
 
 
-def gather_documents(
+def build_documents(
     rows: Iterable[RawRow], *, source: Source, fields: Fields, title_sep: str, kept: tuple[str, ...] = ()
-) -> Gathered:
+) -> ParsedRows:
     """Make a document or a skipped row of each row; the fields `kept` are gathered as text."""
-    gathered = Gathered(kept=[[] for _ in kept])
+    gathered = ParsedRows(kept=[[] for _ in kept])
     for place, (position, raw, row) in enumerate(rows):
         made = row if isinstance(row, Fault) else _make_document(row, raw, position, source.name, fields, title_sep)
         if isinstance(row, Fault) or isinstance(made, Fault):

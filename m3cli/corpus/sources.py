@@ -13,8 +13,8 @@ from pathlib import Path, PurePath
 from typing import get_args
 
 from m3cli.corpus.lines import BOM
-from m3cli.corpus.streams import PeekableStream, name_faults, read_head
-from m3cli.errors import CorpusError, UsageError, is_utf8, refuse_unreachable
+from m3cli.corpus.streams import PeekableStream, corpus_errors, read_head
+from m3cli.errors import CorpusError, UsageError, check_reachable, is_utf8
 from m3cli.paths import is_output_folder
 from m3cli.records import Compression, Source, SourceFormat
 
@@ -97,7 +97,7 @@ def identify(
         return _identify_parquet(source, magic, wanted)
     compression = _name_compression(magic)
     if source.path != "-" and magic and promised != compression:
-        _refuse_ending(source, promised, compression)
+        _check_ending(source, promised, compression)
     source = replace(source, compression=compression if magic else promised)
     head = read_head(source, HEAD_BYTES, stdin=stdin)
     encoding = find_wide_encoding(head)
@@ -145,7 +145,7 @@ def _name_compression(magic: bytes) -> Compression:
     return "zstd" if _ZSTD_MAGIC.match(magic) else "none"
 
 
-def _refuse_ending(source: Source, promised: Compression, found: Compression) -> None:
+def _check_ending(source: Source, promised: Compression, found: Compression) -> None:
     if promised == "none":
         ending = ".gz" if found == "gzip" else ".zst"
         raise CorpusError(f"{source.name} is {found} data but its name does not say so: add {ending} to its name")
@@ -169,7 +169,7 @@ def _sniff(source: Source, head: bytes, flag: str | None) -> SourceFormat:
     body = head.removeprefix(BOM)
     if body.lstrip().startswith(b"{") or _JSON_ARRAY.match(body):
         return "jsonl"
-    with name_faults(source):
+    with corpus_errors(source):
         try:
             head.decode()
         except UnicodeDecodeError as error:
@@ -222,7 +222,7 @@ def find_sources(
     found = [(path, root) for each in inputs for path, root in _find_files(each) if os.path.realpath(path) not in own]
     if not found:
         raise CorpusError(f"{' '.join(inputs)}: nothing to read there but what this run writes; give the corpus itself")
-    _refuse_duplicates([path for path, _ in found])
+    _check_duplicates([path for path, _ in found])
     common = Path(os.path.commonpath([root for _, root in found]))
     sources = tuple(_open_source(path, path.relative_to(common).as_posix(), forced, format_flag) for path, _ in found)
     if not any(source.size for source in sources):
@@ -278,7 +278,7 @@ def _find_files(given: str) -> list[tuple[Path, Path]]:
     """Return the files of one input, each with the folder that its name is relative to."""
     path = Path(os.path.abspath(given))  # noqa: PTH100 -- Path.resolve would follow links, and name another file
     if not glob.has_magic(given):
-        refuse_unreachable(path, CorpusError)
+        check_reachable(path, CorpusError)
     if path.is_dir():
         if _is_written_by_m3(path):
             raise CorpusError(f"{given} is a folder that m3 writes: give the corpus itself")
@@ -352,7 +352,7 @@ def _hint(folder: Path) -> str:
     return ENDINGS_HINT
 
 
-def _refuse_duplicates(paths: Sequence[Path]) -> None:
+def _check_duplicates(paths: Sequence[Path]) -> None:
     seen: dict[str, Path] = {}
     for path in paths:
         real = os.path.realpath(path)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from m3cli.corpus.plan import Plan
-from m3cli.corpus.streams import BLOCK_BYTES, name_faults
+from m3cli.corpus.streams import BLOCK_BYTES, corpus_errors
 from m3cli.records import Shard, Source
 
 
@@ -80,7 +80,7 @@ def _take_whole_rows(source: Source, shard: Shard, *, after: int, max_row_bytes:
     """
     if shard.stop <= after:
         return None
-    with name_faults(source), Path(source.path).open("rb") as file:
+    with corpus_errors(source), Path(source.path).open("rb") as file:
         start = after if shard.start <= after else _find_start(file, shard.start, max_row_bytes=max_row_bytes)
         stop = _find_stop(file, shard.stop, size=source.size, max_row_bytes=max_row_bytes)
     if start is None or stop is None:

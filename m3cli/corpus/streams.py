@@ -74,7 +74,7 @@ class ByteStream:
             assert stdin is not None, "a run that reads standard input passes it along"
             raw = stdin
         else:
-            with name_faults(source):
+            with corpus_errors(source):
                 raw = self._file = Path(source.path).open("rb")  # noqa: SIM115 -- closed by close()
         self._bytes = _decompress(raw, source.compression)
 
@@ -90,14 +90,14 @@ class ByteStream:
 
     def read(self, size: int, /) -> bytes:
         """Read about `size` bytes; none at the end only."""
-        with name_faults(self._source):
+        with corpus_errors(self._source):
             return self._bytes.read(size)
 
     def seek(self, offset: int) -> None:
         """Go to `offset` of a plain file."""
         assert self._file is not None
         assert not self._source.sequential
-        with name_faults(self._source):
+        with corpus_errors(self._source):
             self._file.seek(offset)
 
     def close(self) -> None:
@@ -116,7 +116,7 @@ def read_head(source: Source, size: int, *, stdin: PeekableStream | None = None)
     raw = stdin.peek(looked_at)
     decompressed = _decompress(io.BytesIO(raw), source.compression)
     if len(raw) < looked_at:
-        with name_faults(source):
+        with corpus_errors(source):
             return PeekableStream(decompressed).peek(size)
     head = b""
     # What was peeked at is cut off somewhere; what can be decompressed of it is enough.
@@ -126,7 +126,7 @@ def read_head(source: Source, size: int, *, stdin: PeekableStream | None = None)
     except EOFError:
         pass
     except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError):
-        with name_faults(source):
+        with corpus_errors(source):
             raise
     return head[:size]
 
@@ -136,7 +136,7 @@ def measure_ratio(source: Source, *, size: int) -> float:
 
     A little more is read from the disk than was decompressed; a file that is no longer is decompressed whole.
     """
-    with name_faults(source), Path(source.path).open("rb") as file:
+    with corpus_errors(source), Path(source.path).open("rb") as file:
         decompressed, length = _decompress(file, source.compression), 0
         whole = source.size <= size
         while (whole or file.tell() < size) and (part := decompressed.read(BLOCK_BYTES)):
@@ -148,7 +148,7 @@ def find_inode(source: Source) -> int | None:
     """Return what tells a file from one that takes its place; None for standard input."""
     if source.path == "-":
         return None
-    with name_faults(source):
+    with corpus_errors(source):
         return Path(source.path).stat().st_ino
 
 
@@ -160,7 +160,7 @@ def check_unchanged(source: Source, *, inode: int | None = None) -> None:
     """
     if source.path == "-":
         return
-    with name_faults(source):
+    with corpus_errors(source):
         status = Path(source.path).stat()
     if status.st_size != source.size:
         raise CorpusError(
@@ -175,7 +175,7 @@ def check_unchanged(source: Source, *, inode: int | None = None) -> None:
 
 
 @contextmanager
-def name_faults(source: Source) -> Iterator[None]:
+def corpus_errors(source: Source) -> Iterator[None]:
     """Turn what can go wrong with a file's bytes into an error that names the source and the remedy."""
     try:
         yield

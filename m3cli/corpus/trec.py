@@ -18,7 +18,7 @@ from m3cli.corpus.lines import BOM
 from m3cli.corpus.rows import Fault, parse_json_line
 from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import BLOCK_BYTES, ByteStream, PeekableStream
-from m3cli.errors import CorpusError, count_noun, refuse_unreachable
+from m3cli.errors import CorpusError, check_reachable, count_noun
 from m3cli.records import Judgements, Rankings
 
 RUN_COLUMNS = ("query_id", "Q0", "doc_id", "rank", "score", "tag")
@@ -75,7 +75,7 @@ def read_lines(given: str, *, stdin: PeekableStream | None = None, what: str = "
     """
     path = Path(given)
     if given != "-":
-        refuse_unreachable(path, CorpusError)
+        check_reachable(path, CorpusError)
     if given != "-" and (path.is_dir() or (path.is_file() and path.stat().st_size == 0)):
         raise CorpusError(
             f"{given} is {'a folder' if path.is_dir() else 'empty'}, {what}; give a file, or '-' for standard input"
@@ -216,15 +216,15 @@ def _parse_json(line: str) -> _Judged:
     row = parse_json_line(line.encode())
     if isinstance(row, Fault):
         raise _NoJudgement(row.reason)
-    query = _spell_id(_find(row, QUERY_NAMES))
+    query = _format_id(_find(row, QUERY_NAMES))
     if "positive_passages" not in row:
-        return query, [(_spell_id(_find(row, DOCUMENT_NAMES)), _read_relevance(_find(row, RELEVANCE_NAMES)))]
+        return query, [(_format_id(_find(row, DOCUMENT_NAMES)), _read_relevance(_find(row, RELEVANCE_NAMES)))]
     judged = []
     for name, relevance in _PASSAGES.items():
         passages = row.get(name) or []
         if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
             raise _NoJudgement(f"{name} is no list of objects")
-        judged += [(_spell_id(_find(passage, DOCUMENT_NAMES)), relevance) for passage in passages]
+        judged += [(_format_id(_find(passage, DOCUMENT_NAMES)), relevance) for passage in passages]
     return query, judged
 
 
@@ -235,7 +235,7 @@ def _find(row: dict[str, Any], names: tuple[str, ...]) -> Any:
     return found
 
 
-def _spell_id(value: Any) -> str:
+def _format_id(value: Any) -> str:
     if type(value) not in (str, int):
         raise _NoJudgement(f"id {value!r:.40} is neither a string nor an integer")
     return str(value)

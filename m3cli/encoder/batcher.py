@@ -15,9 +15,9 @@ from m3cli.records import Batch, Chunks
 
 WINDOW_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 "ColBERT bytes of a window by device kind; fixed, because the bytes of a folder depend on it as on max_batch_tokens"
-ALIKE_STEP = 128
+BALANCE_STEP = 128
 "tokens; sizes of alike batches are multiples of it, as batches are filled up to one (TOKEN_STEP in model.py)"
-ALIKE_TRIES = 32
+BALANCE_TRIES = 32
 
 
 def plan_windows(num_tokens: NDArray[np.int64], *, max_window_tokens: int | None) -> list[tuple[int, int]]:
@@ -52,8 +52,8 @@ def batch_rows(num_tokens: NDArray[np.int64], *, max_batch_tokens: int, lanes: i
     runs = plan_windows(lengths, max_window_tokens=max_batch_tokens)
     if lanes > 1 and runs:
         most = -(-len(runs) // lanes) * lanes
-        step = max(ALIKE_STEP, max_batch_tokens // ALIKE_TRIES // ALIKE_STEP * ALIKE_STEP)
-        least_tokens = -(-int(lengths.sum()) // most // ALIKE_STEP) * ALIKE_STEP
+        step = max(BALANCE_STEP, max_batch_tokens // BALANCE_TRIES // BALANCE_STEP * BALANCE_STEP)
+        least_tokens = -(-int(lengths.sum()) // most // BALANCE_STEP) * BALANCE_STEP
         for budget in range(least_tokens, max_batch_tokens, step):
             alike = plan_windows(lengths, max_window_tokens=budget)
             if len(alike) <= most:
@@ -62,7 +62,7 @@ def batch_rows(num_tokens: NDArray[np.int64], *, max_batch_tokens: int, lanes: i
     return [order[start:stop] for start, stop in runs]
 
 
-def count_with_added(num_tokens: NDArray[np.int64], *, every: int) -> NDArray[np.int64]:
+def lengths_with_mcls(num_tokens: NDArray[np.int64], *, every: int) -> NDArray[np.int64]:
     """Return the tokens that rows of `num_tokens` have with those that are added; `every` 0 adds none."""
     if not every:
         return num_tokens
@@ -73,7 +73,7 @@ def count_with_added(num_tokens: NDArray[np.int64], *, every: int) -> NDArray[np
 def fit_length(limit: int, *, every: int) -> int:
     """Return the most tokens that a row may have so that with those added it has at most `limit`."""
     length = limit - max(0, (limit - 3) // (every + 1))
-    while count_with_added(np.array([length]), every=every)[0] > limit:
+    while lengths_with_mcls(np.array([length]), every=every)[0] > limit:
         length -= 1
     return length
 

@@ -21,7 +21,7 @@ import orjson
 import xxhash
 
 from m3cli.config import MAX_LENGTH_CEILING
-from m3cli.errors import ModelError, refuse_unreachable
+from m3cli.errors import ModelError, check_reachable
 from m3cli.records import Output
 
 Pooling = Literal["cls", "mean", "lasttoken"]
@@ -102,7 +102,7 @@ def find_checkpoint(model: str, *, revision: str | None = None, download: bool =
         ModelError: neither a folder nor to be had from the hub.
     """
     folder = Path(model).expanduser()
-    refuse_unreachable(folder, ModelError)
+    check_reachable(folder, ModelError)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -128,13 +128,13 @@ def _fetch_from_hub(model: str, *, revision: str | None, download: bool, heads: 
             _fetch_small_files(model, cached)
         return cached
     if not download:
-        raise ModelError(f"{model} is neither a folder nor in the hub's cache; {_tell_download(model)}")
+        raise ModelError(f"{model} is neither a folder nor in the hub's cache; {_log_download(model)}")
     try:
         return Path(snapshot_download(model, revision=revision, **patterns))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{model} is neither a folder nor in the hub's cache, and {_explain(error, revision=revision)}; "
-            f"{_tell_download(model)}"
+            f"{_log_download(model)}"
         ) from error
 
 
@@ -187,7 +187,7 @@ def _explain(error: Exception, *, revision: str | None) -> str:
     return "the hub cannot be reached"
 
 
-def _tell_download(model: str) -> str:
+def _log_download(model: str) -> str:
     folder = model.rpartition("/")[2]
     return f"where the hub can be reached: hf download {model} --local-dir {folder}, then --model {folder}"
 

@@ -130,7 +130,7 @@ def cutting_of(config: EncodeConfig) -> Cutting:
     )
 
 
-def refuse_no_room(tokenizer: Tokenizer, cutting: Cutting) -> None:
+def check_chunk_room(tokenizer: Tokenizer, cutting: Cutting) -> None:
     """Refuse a prefix and an overlap that leave no room for text in a chunk.
 
     Raises:

@@ -27,7 +27,7 @@ INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm")
 "instruction sets that multiply a dtype"
 _CPU_BATCH_TOKENS = 4096
 "queries, keys and values of 8,192 tokens, 48 MiB, would be mapped anew in each layer: see INNER_ROWS in model.py"
-MOST_LANES = 4
+MAX_PARALLEL = 4
 """each has a batch's activations, some 100 MiB at the width of BGE-M3; fixed, as the threads a lane has may decide the
 last bit of a sum, and with it a folder's bytes"""
 _GPU_BATCH_TOKENS = ((40 << 30, 65536), (20 << 30, 32768), (0, 16384))
@@ -72,6 +72,11 @@ def resolve_dtype(dtype: Dtype | None, device: str) -> Dtype:
         raise UsageError(f"--dtype int8 runs on a CPU only, not on {device}; use float16 there, or --device cpu")
     if dtype == "int8" and not can_run_int8():
         raise UsageError(f"--dtype int8: torch {torch.__version__} comes without oneDNN here; use --dtype float32")
+    if dtype == "int8" and not cpu_has(INT8):
+        raise UsageError(
+            "--dtype int8: this CPU has no VNNI instructions, and 8-bit products overflow in oneDNN without them; "
+            "use --dtype float32"
+        )
     return dtype or auto_dtype(device)
 
 
@@ -105,7 +110,7 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def plan_lanes(threads: int, *, device: str) -> int:
+def plan_threads(threads: int, *, device: str) -> int:
     """Return how many batches go through the model at once, each with an equal share of the threads.
 
     Between one matmul and the next a batch has work for a single thread (packing, layout, the heads' ends), which
@@ -113,7 +118,7 @@ def plan_lanes(threads: int, *, device: str) -> int:
     """
     if device.startswith("cuda"):
         return 1
-    return next(lanes for lanes in range(MOST_LANES, 0, -1) if lanes <= threads and threads % lanes <= 1)
+    return next(lanes for lanes in range(MAX_PARALLEL, 0, -1) if lanes <= threads and threads % lanes <= 1)
 
 
 def lacks_memory(error: Exception) -> bool:

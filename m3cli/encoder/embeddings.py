@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from m3cli.records import Chunks, Embeddings, LexicalWeights, TokenMatrices
 
 
-def pick_rows(embeddings: Embeddings, places: NDArray[np.int64], *, rows: NDArray[np.int64]) -> Embeddings:
+def select_rows(embeddings: Embeddings, places: NDArray[np.int64], *, rows: NDArray[np.int64]) -> Embeddings:
     """Return the embeddings at `places` [R], in that order, as those of the rows `rows` [R] of a shard."""
     dense, lexical, colbert = embeddings.dense_vecs, embeddings.lexical_weights, embeddings.colbert_vecs
     if lexical is not None:
-        indptr, take = _pick_spans(lexical.indptr, places)
+        indptr, take = _select_spans(lexical.indptr, places)
         lexical = LexicalWeights(indptr=indptr, indices=lexical.indices[take], values=lexical.values[take])
     if colbert is not None:
-        colbert = take_vectors(colbert, *_pick_spans(colbert.indptr, places))
+        colbert = take_vectors(colbert, *_select_spans(colbert.indptr, places))
     return Embeddings(
         rows=rows,
         dense_vecs=None if dense is None else dense[places],
@@ -40,9 +40,9 @@ def take_vectors(
     )
 
 
-def pick_chunks(chunks: Chunks, rows: NDArray[np.int64]) -> Chunks:
+def select_chunks(chunks: Chunks, rows: NDArray[np.int64]) -> Chunks:
     """Return some rows, in that order, of the documents that they are of."""
-    cu_seqlens, take = _pick_spans(chunks.cu_seqlens, rows)
+    cu_seqlens, take = _select_spans(chunks.cu_seqlens, rows)
     return Chunks(
         input_ids=chunks.input_ids[take],
         cu_seqlens=cu_seqlens,
@@ -71,7 +71,7 @@ def join_chunks(first: Chunks, second: Chunks) -> Chunks:
     )
 
 
-def _pick_spans(
+def _select_spans(
     indptr: NDArray[np.int64], places: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64] | slice]:
     """Return where the picked spans begin, and what to take of the values that `indptr` counts in."""
@@ -84,7 +84,7 @@ def _pick_spans(
     return picked, np.arange(picked[-1]) + np.repeat(begins - picked[:-1], lengths)
 
 
-def join_embeddings(parts: Sequence[Embeddings]) -> Embeddings:
+def concat_embeddings(parts: Sequence[Embeddings]) -> Embeddings:
     """Put one or more records with the same outputs one after the other."""
     dense = [part.dense_vecs for part in parts if part.dense_vecs is not None]
     lexical = [part.lexical_weights for part in parts if part.lexical_weights is not None]
@@ -121,7 +121,7 @@ def _join_indptr(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
 
 
-def order_rows(batches: Iterable[Embeddings], *, start: int, stop: int) -> Embeddings:
+def restore_order(batches: Iterable[Embeddings], *, start: int, stop: int) -> Embeddings:
     """Collect the batches of the rows [start, stop) into one record with rows ascending.
 
     How many ColBERT vectors a row has is what its batch says. Batches are let go of one by one as their matrices are

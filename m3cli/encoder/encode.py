@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from m3cli.config import VectorDtype
 from m3cli.encoder.batcher import split_batch
 from m3cli.encoder.device import lacks_memory
-from m3cli.encoder.embeddings import pick_rows
+from m3cli.encoder.embeddings import select_rows
 from m3cli.encoder.heads import Wanted, build_embeddings, run_heads
 from m3cli.encoder.mcls import pool_as_cls, run_with_added
 from m3cli.encoder.model import Model, run_model
@@ -50,7 +50,7 @@ class FailedRow:
     detail: str
 
 
-Spread = Callable[[Callable[[Batch], "_Made | None"], Iterable[Batch]], Generator["_Made | None"]]
+Spread = Callable[[Callable[[Batch], "_BatchResult | None"], Iterable[Batch]], Generator["_BatchResult | None"]]
 "calls a function for each of some batches, several at once, and yields what it returns, in order"
 
 
@@ -64,7 +64,7 @@ class _Launched:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Made:
+class _BatchResult:
     """What came of a batch."""
 
     batch: Batch
@@ -159,7 +159,7 @@ class BatchEncoder:
     def _is_too_large(self, batch: Batch) -> bool:
         return len(batch.rows) > 1 and self.max_tokens is not None and len(batch.input_ids) > self.max_tokens
 
-    def _run(self, batch: Batch) -> _Made | None:
+    def _run(self, batch: Batch) -> _BatchResult | None:
         """Return what comes of a batch; None: memory ran out."""
         launched = self._launch(self.model, batch)
         return None if launched is None else _collect(launched)
@@ -184,10 +184,10 @@ class BatchEncoder:
                 torch.cuda.empty_cache()
                 yield _lacks_memory(batch, self.model.dtype, self.model.device)
             else:
-                self._learn_limit(batch)
+                self._reduce_batch_limit(batch)
                 yield from self._encode_ahead((batch,), waiting)  # now in halves
 
-    def _learn_limit(self, batch: Batch) -> None:
+    def _reduce_batch_limit(self, batch: Batch) -> None:
         torch.cuda.empty_cache()
         self.max_tokens = len(batch.input_ids) // 2
         _log.warning(
@@ -225,14 +225,14 @@ class BatchEncoder:
             for made in collected:
                 yield from self._repair(made)
 
-    def _repair(self, made: _Made) -> Iterator[Embeddings | FailedRow]:
+    def _repair(self, made: _BatchResult) -> Iterator[Embeddings | FailedRow]:
         """Yield the rows that hold numbers only, and each other row again on its own, in float32."""
         if made.whole.all():
             yield made.embeddings
             return
         good = np.flatnonzero(made.whole)
         if len(good):
-            yield pick_rows(made.embeddings, good, rows=made.embeddings.rows[good])
+            yield select_rows(made.embeddings, good, rows=made.embeddings.rows[good])
         for place in np.flatnonzero(~made.whole).tolist():
             yield self._encode_exactly(_single_out(made.batch, place), fault=int(made.faults[place]))
 
@@ -259,11 +259,11 @@ class BatchEncoder:
         return FailedRow(row=int(batch.rows[0]), reason=NOT_A_NUMBER, detail=f"{FAULTS[fault]} in {tried}")
 
 
-def _collect(launched: _Launched) -> _Made:
+def _collect(launched: _Launched) -> _BatchResult:
     """Wait for a batch, and return what came of it."""
     outputs, batch = launched.outputs.wait(), launched.batch
     made = build_embeddings(batch, outputs)
-    return _Made(batch=batch, embeddings=made, faults=_find_faults(outputs["finite"], made, batch))
+    return _BatchResult(batch=batch, embeddings=made, faults=_find_faults(outputs["finite"], made, batch))
 
 
 def _find_faults(finite: NDArray[np.bool_], made: Embeddings, batch: Batch) -> NDArray[np.uint8]:

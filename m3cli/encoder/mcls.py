@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from m3cli.encoder.attention import SequenceLayout
-from m3cli.encoder.batcher import count_with_added
-from m3cli.encoder.model import Model, fill_up, run_model
+from m3cli.encoder.batcher import lengths_with_mcls
+from m3cli.encoder.model import Model, padded_num_tokens, run_model
 from m3cli.encoder.transfer import send
 from m3cli.records import Batch
 
@@ -38,7 +38,7 @@ def run_with_added(model: Model, batch: Batch, *, every: int) -> tuple[torch.Ten
     added[places] = False
     added[longer.cu_seqlens[:-1]] = True
     counts = np.add.reduceat(added, longer.cu_seqlens[:-1], dtype=np.int32)
-    take = np.zeros(fill_up(len(places), device=model.device), np.int32)
+    take = np.zeros(padded_num_tokens(len(places), device=model.device), np.int32)
     take[: len(places)] = places
     marks, counts_there, take_there, borders = send(model.device, np.flatnonzero(added), counts, take, batch.cu_seqlens)
     # `unsafe` leaves out checks of the lengths, which would wait for the device.
@@ -54,7 +54,7 @@ def run_with_added(model: Model, batch: Batch, *, every: int) -> tuple[torch.Ten
 
 def _insert(batch: Batch, lengths: NDArray[np.int64], *, every: int) -> tuple[Batch, NDArray[np.int64]]:
     """Return a batch with `<s>` added, and the places there of the tokens that it had."""
-    longer = count_with_added(lengths, every=every)
+    longer = lengths_with_mcls(lengths, every=every)
     cu_seqlens = np.concatenate(([0], np.cumsum(longer)))
     place = np.arange(len(batch.input_ids)) - np.repeat(batch.cu_seqlens[:-1].astype(np.int64), lengths)
     # Before token p of a row (0 is its <s>) stand those that were added to the whole `every`s before it; </s> has none.

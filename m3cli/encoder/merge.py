@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from m3cli.config import ColbertForm, LongDocs, VectorDtype
 from m3cli.encoder.colbert import choose_vectors, keep_vectors
-from m3cli.encoder.embeddings import join_chunks, pick_chunks, pick_rows
+from m3cli.encoder.embeddings import join_chunks, select_chunks, select_rows
 from m3cli.records import Chunks, Embeddings, LexicalWeights, TokenMatrices
 
 DOCUMENT_ROW = -1
@@ -51,14 +51,14 @@ def merge_chunks(chunks: Chunks) -> Chunks:
 def add_document_rows(chunks: Chunks, *, taken: NDArray[np.int64]) -> Chunks:
     """Return all rows, and behind those of each document of several chunks its own; rows taken over have theirs."""
     fresh = np.setdiff1d(np.flatnonzero(chunks.num_chunks > 1), taken)
-    merged = merge_chunks(pick_chunks(chunks, fresh))
+    merged = merge_chunks(select_chunks(chunks, fresh))
     own = replace(
         merged,
         chunk_index=np.full(merged.num_rows, DOCUMENT_ROW, np.int32),
         num_chunks=chunks.num_chunks[fresh[chunks.chunk_index[fresh] == 0]],
     )
     both = join_chunks(chunks, own)
-    return pick_chunks(both, np.argsort(both.document, kind="stable"))
+    return select_chunks(both, np.argsort(both.document, kind="stable"))
 
 
 def plan_rows(chunks: Chunks, *, long_docs: LongDocs, taken: NDArray[np.int64]) -> Chunks:
@@ -127,7 +127,7 @@ class Merger:
             yield self.place(self._round(window))
         elif not several.all():
             alone = np.flatnonzero(~several)
-            yield self.place(self._round(pick_rows(window, alone, rows=window.rows[alone])))
+            yield self.place(self._round(select_rows(window, alone, rows=window.rows[alone])))
         many = np.flatnonzero(several)
         borders = np.flatnonzero(np.diff(self._chunks.document[window.rows[many]])) + 1
         for places in np.split(many, borders) if len(many) else ():

@@ -250,7 +250,7 @@ def run_model(model: Model, batch: Batch) -> tuple[torch.Tensor, SequenceLayout]
     """
     checkpoint, device = model.checkpoint, model.device
     num_tokens = len(batch.input_ids)
-    filled = fill_up(num_tokens, device=device)
+    filled = padded_num_tokens(num_tokens, device=device)
     ids_and_positions = np.zeros((2, filled), np.int32)
     ids_and_positions[0, :num_tokens] = batch.input_ids
     ids_and_positions[1, :num_tokens] = _positions(batch.cu_seqlens)
@@ -273,7 +273,7 @@ def run_model(model: Model, batch: Batch) -> tuple[torch.Tensor, SequenceLayout]
     return hidden, layout
 
 
-def fill_up(num_tokens: int, *, device: torch.device) -> int:
+def padded_num_tokens(num_tokens: int, *, device: torch.device) -> int:
     """Return how many tokens a packed batch is filled up to on a device: one of few sizes."""
     step = TOKEN_STEP
     if device.type == "cuda":

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.concurrency import run_ahead
+from m3cli.concurrency import prefetch
 from m3cli.config import CheckRequest, ColbertForm, EncodeRequest, RunConfig
 from m3cli.encoder import device as machine
 from m3cli.encoder.batcher import batch_rows, pack_rows
 from m3cli.encoder.chunker import chunk_documents, cutting_of
-from m3cli.encoder.embeddings import pick_chunks
+from m3cli.encoder.embeddings import select_chunks
 from m3cli.encoder.encode import BatchEncoder, FailedRow
 from m3cli.encoder.merge import plan_rows
 from m3cli.encoder.model import Model, load_model
@@ -40,10 +40,10 @@ from m3cli.errors import (
     OutputError,
     Stopped,
     UsageError,
-    refuse_unreachable,
+    check_reachable,
 )
 from m3cli.jobs.encode.pipeline import EncodedBatch, TokenisedShard, finish_windows, make_encoder
-from m3cli.jobs.encode.resolve import make_form, open_checkpoint, refuse_other_checkpoint, refuse_other_tokenizer
+from m3cli.jobs.encode.resolve import check_same_checkpoint, check_same_tokenizer, make_form, open_checkpoint
 from m3cli.jobs.reread import find_input, read_texts
 from m3cli.progress import FileMeter
 from m3cli.records import Document, DoneEntry, Embeddings, LexicalWeights, Origins, ShardText, TokenMatrices
@@ -88,7 +88,7 @@ class FolderCheck:
 def check_folder(request: CheckRequest, *, meter: FileMeter) -> FolderCheck:
     """Check a folder, and repair it if asked to."""
     root = Path(request.folder).absolute()
-    refuse_unreachable(root / "_m3", OutputError)
+    check_reachable(root / "_m3", OutputError)
     if not root.is_dir():
         raise UsageError(f"{request.folder}: no such folder")
     if not is_ours(root):
@@ -141,7 +141,7 @@ def _check_shards(
     faults: list[Fault] = []
     hashes: dict[int, NDArray[np.int64]] = {}
     meter.start(_count_bytes(ledger))
-    shards = run_ahead(_hash_shards(root, ledger), depth=1, name="hashing")
+    shards = prefetch(_hash_shards(root, ledger), depth=1, name="hashing")
     try:
         for entry, damaged in shards:
             faults += damaged
@@ -219,9 +219,9 @@ def sample_rows(
     run = find_input(run, root, otherwise="check without --sample")
     asked = EncodeRequest(inputs=(), model=request.model, revision=request.revision)
     checkpoint = open_checkpoint(asked)
-    refuse_other_checkpoint(run, checkpoint, out=root.name)
+    check_same_checkpoint(run, checkpoint, out=root.name)
     tokenizer = load_tokenizer(checkpoint)
-    refuse_other_tokenizer(run, tokenizer.serialisation_hash, out=root.name)
+    check_same_tokenizer(run, tokenizer.serialisation_hash, out=root.name)
     machine.set_threads(run.runtime.threads)
     model = load_model(checkpoint, device=machine.resolve_device(request.device), dtype=run.config.dtype)
     faults: list[Fault] = []
@@ -304,7 +304,7 @@ def _compare_shard(
     if not config.merges:
         wanted = set(pairs.values())
         cut = zip(chunks.document.tolist(), chunks.chunk_index.tolist(), strict=True)
-        chunks = pick_chunks(chunks, np.array([place for place, pair in enumerate(cut) if pair in wanted], np.int64))
+        chunks = select_chunks(chunks, np.array([place for place, pair in enumerate(cut) if pair in wanted], np.int64))
     none = np.empty(0, np.int64)
     rows = plan_rows(chunks, long_docs=config.long_docs, taken=none)
     cut = zip(rows.document.tolist(), rows.chunk_index.tolist(), strict=True)

@@ -182,7 +182,7 @@ def _check_tokens(scorer: TextScorer) -> Iterator[Figure]:
     ids = tuple(tokenised.input_ids[0].tolist())
     yield _text_figure(f"token ids of {SENTENCES_1[0]!r}", " ".join(map(str, INPUT_IDS)), " ".join(map(str, ids)))
     for sentence, weights, found in zip(SENTENCES_1, LEXICAL_WEIGHTS, tokenised.input_ids, strict=True):
-        strings = [scorer.spell_token(token) for token in found[1:-1].tolist()]
+        strings = [scorer.format_token(token) for token in found[1:-1].tolist()]
         yield _text_figure(f"tokens of {sentence!r}", " ".join(weights), " ".join(strings))
 
 
@@ -214,7 +214,7 @@ def _check_lexical(scorer: TextScorer, *, judged: bool) -> Iterator[Figure]:
         found: dict[str, float] = {}
         if lexical is not None:
             span = slice(lexical.indptr[row], lexical.indptr[row + 1])
-            strings = [scorer.spell_token(token) for token in lexical.indices[span].tolist()]
+            strings = [scorer.format_token(token) for token in lexical.indices[span].tolist()]
             found = dict(zip(strings, lexical.values[span].tolist(), strict=True))
         for token, published in weights.items():
             value = None if lexical is None else found.get(token, 0.0)

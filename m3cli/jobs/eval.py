@@ -22,7 +22,7 @@ from m3cli.retrieval.measures import (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunWorth:
+class RunScores:
     """What one run is worth."""
 
     run: str
@@ -45,7 +45,7 @@ class Evaluation:
     "judged; every mean is over all of them"
     without_relevant: int
     "judged queries no document of which is relevant: 0 by every measure, for every run"
-    runs: list[RunWorth] = field(default_factory=list)
+    runs: list[RunScores] = field(default_factory=list)
 
     def describe(self) -> list[str]:
         """Say what the means hide, a line each."""
@@ -92,7 +92,7 @@ def evaluate_runs(
             )
         values = measure_queries(rankings, judgements, parsed)
         found.runs.append(
-            RunWorth(
+            RunScores(
                 run=run,
                 measures={name: float(each.mean()) for name, each in values.items()},
                 p=None if base is None else {name: compare_queries(base[name], values[name]) for name in values},

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from m3cli.errors import UsageError
 
 
-def refuse_idle_flags(typed: Mapping[str, object], *, beside: str, reason: str) -> None:
+def check_ignored_options(typed: Mapping[str, object], *, beside: str, reason: str) -> None:
     """Refuse the first flag that was typed.
 
     Args:

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from m3cli.config import EncodeRequest, RunConfig, list_chosen
+from m3cli.config import EncodeRequest, RunConfig, list_non_defaults
 from m3cli.corpus.sources import count_unread, find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder import device as machine
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.jobs.encode.estimate import Estimate, count_needed, estimate_corpus, find_free_bytes
 from m3cli.jobs.encode.resolve import (
-    adopt_run,
+    check_same_checkpoint,
     choose_out,
     make_form,
     open_checkpoint,
     plan_run,
-    refuse_other_checkpoint,
-    settle,
+    resolve_new_run,
+    resume_run,
 )
 from m3cli.records import DoneEntry, RunPlan
 from m3cli.store.folder import read_done_to_resume, read_run_to_resume
@@ -31,12 +31,12 @@ def plan_corpus(request: EncodeRequest, *, stdin: PeekableStream | None = None) 
     before = read_run_to_resume(out)
     done: Mapping[int, DoneEntry] = {}
     if before is None:
-        settled = settle(request, sources, stdin)
+        settled = resolve_new_run(request, sources, stdin)
         run, form, tokenizer = settled.run, settled.form, settled.tokenizer
     else:
-        run = adopt_run(before, request, sources=sources, out=out.name)
+        run = resume_run(before, request, sources=sources, out=out.name)
         checkpoint = open_checkpoint(request)
-        refuse_other_checkpoint(run, checkpoint, out=out.name)
+        check_same_checkpoint(run, checkpoint, out=out.name)
         done, form, tokenizer = read_done_to_resume(out), make_form(run), load_tokenizer(checkpoint)
     plan = plan_run(run)
     return describe_run(
@@ -74,7 +74,7 @@ def describe_run(
         max_length=config.max_length,
         outputs=config.outputs,
         format=config.format,
-        settings=list_chosen(config.to_json()),
+        settings=list_non_defaults(config.to_json()),
         fingerprint=run.fingerprint,
         documents=estimate.documents if estimate else None,
         tokens=estimate.tokens if estimate else None,

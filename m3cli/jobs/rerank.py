@@ -32,12 +32,12 @@ from m3cli.encoder import device as machine
 from m3cli.encoder.reranker import PAIR_SPECIALS, Reranker, join_pair, load_reranker, score_batch
 from m3cli.encoder.texts import TokenisedTexts, pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
-from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, CorpusError, UsageError, count_noun, refuse_unreachable
+from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, CorpusError, UsageError, check_reachable, count_noun
 from m3cli.jobs.encode.resolve import open_checkpoint
 from m3cli.jobs.paths import check_paths
 from m3cli.progress import Progress
 from m3cli.records import QueryHits, Rankings, Shard
-from m3cli.store.commit import check_writable, publish_beside
+from m3cli.store.commit import check_writable, publish_outside
 from m3cli.store.lookup import iter_passages
 from m3cli.store.reader import open_folder
 from m3cli.store.results import JsonRanking, ranking_format
@@ -184,7 +184,7 @@ def _open_output(out: str | None, stdout: BinaryIO) -> Iterator[BinaryIO]:
     if out is None or out == "-":
         yield stdout
     else:
-        with publish_beside(Path(out).absolute()) as file:
+        with publish_outside(Path(out).absolute()) as file:
             yield file
 
 
@@ -352,7 +352,7 @@ class TextSource:
         """
         if self.given == "-":
             raise UsageError(f"{self.flag} -: texts are looked up by id, more than once; give a file or a folder")
-        refuse_unreachable(Path(self.given, "_m3"), CorpusError)
+        check_reachable(Path(self.given, "_m3"), CorpusError)
         left = set(wanted)
         for name, text in self._iter_folder(left) if Path(self.given, "_m3").is_dir() else self._iter_files(left):
             if name in left:

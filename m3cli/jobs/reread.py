@@ -10,7 +10,7 @@ from m3cli.config import EncodeRequest, RunConfig
 from m3cli.corpus.plan import Plan
 from m3cli.corpus.reader import Action, read_shards
 from m3cli.errors import CorpusError
-from m3cli.jobs.encode.resolve import adopt_run, make_form, plan_run
+from m3cli.jobs.encode.resolve import make_form, plan_run, resume_run
 from m3cli.records import Shard, ShardText
 
 
@@ -30,7 +30,7 @@ def find_input(run: RunConfig, root: Path, *, otherwise: str) -> RunConfig:
             raise CorpusError(f"{path} is gone: put {source.name} back there, or {otherwise}")
         status = path.stat()
         now.append(replace(source, size=status.st_size, mtime_ns=status.st_mtime_ns))
-    return adopt_run(run, EncodeRequest(inputs=()), sources=tuple(now), out=root.name)
+    return resume_run(run, EncodeRequest(inputs=()), sources=tuple(now), out=root.name)
 
 
 def read_texts(run: RunConfig, shards: Container[int], *, plan: Plan | None = None) -> Iterator[ShardText]:

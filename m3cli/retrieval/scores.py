@@ -201,7 +201,7 @@ def score_rows(
 RRF_K = 60
 
 
-def settle_weights(typed: Weights | None, outputs: Sequence[Output]) -> Weights:
+def resolve_weights(typed: Weights | None, outputs: Sequence[Output]) -> Weights:
     """Return weights in the order dense, sparse, colbert; 0 for what is not there, 1 for the rest if none were typed.
 
     Raises:

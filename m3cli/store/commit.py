@@ -26,7 +26,7 @@ import xxhash
 from m3cli.errors import OutputError
 from m3cli.paths import is_stream, open_to_append
 from m3cli.records import DoneEntry, FileRecord
-from m3cli.store.documents import entry_document, seal_json
+from m3cli.store.documents import dumps_with_checksum, entry_document
 from m3cli.store.layout import done_name, skipped_name
 
 REMEDIES = {
@@ -96,7 +96,7 @@ def publish_file(temp: Path, final: Path) -> None:
 
 def publish_json(document: dict[str, Any], final: Path, *, staging: Path) -> None:
     """Publish a document with its checksum."""
-    publish_bytes(seal_json(document), final, staging=staging)
+    publish_bytes(dumps_with_checksum(document), final, staging=staging)
 
 
 def publish_bytes(content: bytes, final: Path, *, staging: Path) -> None:
@@ -111,7 +111,7 @@ def publish_bytes(content: bytes, final: Path, *, staging: Path) -> None:
 
 
 @contextmanager
-def publish_beside(final: Path, *, wait: bool = True) -> Iterator[BinaryIO]:
+def publish_outside(final: Path, *, wait: bool = True) -> Iterator[BinaryIO]:
     """Write a file that is in no output folder; it has a temporary name until it is complete.
 
     A link is followed: what it points to is replaced, not the link. A device or a pipe is written into; without `wait`
@@ -124,7 +124,7 @@ def publish_beside(final: Path, *, wait: bool = True) -> Iterator[BinaryIO]:
             yield file
         return
     final = Path(os.path.realpath(final))
-    temp = _wait_beside(final)
+    temp = _wait_outside(final)
     try:
         with output_errors(final):
             temp.unlink(missing_ok=True)  # of a dead run with this run's pid
@@ -139,7 +139,7 @@ def publish_beside(final: Path, *, wait: bool = True) -> Iterator[BinaryIO]:
 
 
 def check_writable(out: str | None) -> None:
-    """Raise what `publish_beside` would raise in the end, before hours of work; None and '-' are standard output.
+    """Raise what `publish_outside` would raise in the end, before hours of work; None and '-' are standard output.
 
     Raises:
         OutputError: there is no such folder, it cannot be written to, or the name is of a folder or the like.
@@ -154,13 +154,13 @@ def check_writable(out: str | None) -> None:
         final = Path(os.path.realpath(out))
         if not final.parent.is_dir():
             raise OutputError(f"cannot write {out}: there is no folder {final.parent}; make it, or choose another")
-        temp = _wait_beside(final)
+        temp = _wait_outside(final)
         temp.unlink(missing_ok=True)
         temp.touch(exist_ok=False)  # never through a link that somebody put there
         remove(temp)
 
 
-def _wait_beside(final: Path) -> Path:
+def _wait_outside(final: Path) -> Path:
     return final.with_name(f".{final.name}.{os.getpid()}.tmp")
 
 

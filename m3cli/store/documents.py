@@ -47,7 +47,7 @@ from m3cli.store.layout import (
 
 _OPENING = b',\n  "checksum": "'
 _CLOSING = b'"\n}\n'
-_SEAL_LENGTH = len(_OPENING) + 32 + len(_CLOSING)
+_CHECKSUM_LENGTH = len(_OPENING) + 32 + len(_CLOSING)
 _END = b"\n}\n"
 
 
@@ -64,18 +64,18 @@ def read_errors(path: Path) -> Iterator[None]:
         raise DamageFound(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def seal_json(document: dict[str, Any]) -> bytes:
+def dumps_with_checksum(document: dict[str, Any]) -> bytes:
     """Spell a document of at least one member out, its checksum last."""
     body = orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-    return body[: -len(_END)] + _seal(body)
+    return body[: -len(_END)] + _checksum_member(body)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a document and take its checksum off; a file that does not match it raises DamageFound."""
     with read_errors(path):
         raw = path.read_bytes()
-    body = raw[:-_SEAL_LENGTH] + _END
-    if raw[-_SEAL_LENGTH:] != _seal(body):
+    body = raw[:-_CHECKSUM_LENGTH] + _END
+    if raw[-_CHECKSUM_LENGTH:] != _checksum_member(body):
         raise DamageFound(f"{path} does not match its checksum")
     try:
         document = orjson.loads(body)
@@ -86,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _seal(body: bytes) -> bytes:
+def _checksum_member(body: bytes) -> bytes:
     return _OPENING + xxhash.xxh3_128_hexdigest(body).encode() + _CLOSING
 
 

@@ -129,7 +129,7 @@ class RunFolder:
 def open_run_folder(path: Path, *, worker: int = 0, num_workers: int = 1) -> Iterator[RunFolder]:
     """Create the folder if need be, lock it, and clear what a dead run left in its tmp folder."""
     root = path.absolute()
-    _refuse_foreign(root)
+    _check_ours(root)
     _check_links(root)
     if not (root / RUN_NAME).exists():
         _create(root)
@@ -156,7 +156,7 @@ def _check_links(root: Path) -> None:
         )
 
 
-def _refuse_foreign(root: Path) -> None:
+def _check_ours(root: Path) -> None:
     with output_errors(root):
         if not root.exists():
             return

@@ -29,12 +29,12 @@ from m3cli.store.verify.rows import hash_ids
 Rows = NDArray[np.int64]
 _ROW_BITS = 32
 _PLACED = ("id", "chunk_index")
-_ODD = np.int64(-7046029254386353131)
+HASH_MULTIPLIER = np.int64(-7046029254386353131)
 "2^64 over the golden ratio: what a chunk's number is multiplied with before it is mixed into the hash of its id"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlacedPart:
+class RowBlock:
     """Some consecutive rows of a folder; R of them."""
 
     embeddings: Embeddings
@@ -52,12 +52,12 @@ class PlacedPart:
         distinct, numbers = np.unique(rows, return_inverse=True)
         keys = hash_ids(self.ids.take(pa.array(distinct)))
         if self.chunk_index is not None:
-            keys ^= self.chunk_index[distinct] * _ODD
+            keys ^= self.chunk_index[distinct] * HASH_MULTIPLIER
         return keys[numbers]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowWords:
+class RowMetadata:
     """What some rows say of themselves; F of them, by place, ascending."""
 
     ids: tuple[str, ...]
@@ -71,9 +71,9 @@ class RowWords:
     "[F] the first Unicode code points of the kept text"
 
 
-def iter_placed(
+def iter_blocks(
     folder: OutputFolder, *, outputs: Sequence[Output], chunks: bool, wanted: Rows | None = None
-) -> Iterator[PlacedPart]:
+) -> Iterator[RowBlock]:
     """Read a folder part by part.
 
     Args:
@@ -87,13 +87,13 @@ def iter_placed(
         yield _place_rows(folder, part, chunks=chunks)
 
 
-def _place_rows(folder: OutputFolder, part: ShardArrays, *, chunks: bool) -> PlacedPart:
+def _place_rows(folder: OutputFolder, part: ShardArrays, *, chunks: bool) -> RowBlock:
     places = (part.shard << _ROW_BITS) + part.embeddings.rows
     chunk_index = part.rows.column("chunk_index").to_numpy().astype(np.int64)
     first = int(places[0])
     if folder.run.config.long_docs == "both":
         places = np.where(chunk_index < 0, -1, places)
-    return PlacedPart(
+    return RowBlock(
         embeddings=part.embeddings,
         first=first,
         places=places,
@@ -106,7 +106,7 @@ def find_rows(folder: OutputFolder, keys: Rows, *, chunks: bool) -> tuple[Rows, 
     """Return [F] the places of all rows with one of these keys, ascending, and [F] their keys."""
     found: list[tuple[Rows, Rows]] = [(np.empty(0, np.int64), np.empty(0, np.int64))]
     distinct = np.unique(keys)
-    for part in iter_placed(folder, outputs=(), chunks=chunks):
+    for part in iter_blocks(folder, outputs=(), chunks=chunks):
         theirs = part.find_keys(np.arange(len(part.places)))
         hits = np.isin(theirs, distinct) & (part.places >= 0)
         found.append((part.places[hits], theirs[hits]))
@@ -114,7 +114,7 @@ def find_rows(folder: OutputFolder, keys: Rows, *, chunks: bool) -> tuple[Rows, 
     return np.concatenate(places), np.concatenate(owners)
 
 
-def read_words(folder: OutputFolder, places: Rows, *, spans: bool, length: int = 0) -> RowWords:
+def read_metadata(folder: OutputFolder, places: Rows, *, spans: bool, length: int = 0) -> RowMetadata:
     """Read what rows say of themselves.
 
     Args:
@@ -143,7 +143,7 @@ def read_words(folder: OutputFolder, places: Rows, *, spans: bool, length: int =
 
     chunk_index = read_numbers("chunk_index")
     assert chunk_index is not None
-    return RowWords(
+    return RowMetadata(
         ids=tuple(table.column("id").to_pylist()),
         chunk_index=chunk_index,
         char_start=read_numbers("char_start"),

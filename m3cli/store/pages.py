@@ -24,7 +24,7 @@ _STOP, _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _STRUCT = 0, 1, 2, 3, 7, 8, 12
 _INTEGERS = (4, 5, 6)
 _KIND, _FULL_SIZE, _SIZE, _DATA_PAGE = 1, 2, 3, 5
 _NUM_VALUES, _ENCODING = 1, 2
-_PLAIN = 0
+COMPARED_OPTIONS = 0
 _DEPTH = 2
 "of structs in a PageHeader: a DataPageHeader, and its Statistics"
 _INTEGER_BITS = 64
@@ -65,7 +65,7 @@ def _iter_values(pages: NDArray[np.uint8], codec: pa.Codec | None, size: int) ->
     place = 0
     while place < len(pages):
         header, place = _read_struct(pages, place)
-        if header[_KIND] != 0 or header[_DATA_PAGE][_ENCODING] != _PLAIN:
+        if header[_KIND] != 0 or header[_DATA_PAGE][_ENCODING] != COMPARED_OPTIONS:
             raise ValueError("no plain data page")
         page = pages[place : place + max(header[_SIZE], 0)]
         place += len(page)

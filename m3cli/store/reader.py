@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from m3cli.config import ALL_OUTPUTS, RunConfig
-from m3cli.errors import DamageFound, OutputError, UsageError, refuse_unreachable
+from m3cli.errors import DamageFound, OutputError, UsageError, check_reachable
 from m3cli.records import DoneEntry, Embeddings, LexicalWeights, Manifest, Output, ShardCounts, TokenMatrices
 from m3cli.store.documents import (
     find_misplaced,
@@ -85,7 +85,7 @@ def open_folder(path: Path) -> OutputFolder:
         DamageFound: one of the documents is damaged.
     """
     root = path.absolute()
-    refuse_unreachable(root / "_m3", OutputError)
+    check_reachable(root / "_m3", OutputError)
     if not root.is_dir():
         raise UsageError(f"{path}: no such folder")
     if not is_ours(root):

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from m3cli.errors import UsageError
 from m3cli.records import QueryHits
-from m3cli.store.commit import publish_beside
+from m3cli.store.commit import publish_outside
 
 TABLE_FORMATS = {".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
 
@@ -84,7 +84,7 @@ def open_table(
         yield writer
         writer.finish()
         return
-    with publish_beside(Path(out).absolute()) as file:
+    with publish_outside(Path(out).absolute()) as file:
         if kind == "tsv":
             writer = TsvTable(file, columns, score_names)
         elif kind == "jsonl":
@@ -137,7 +137,7 @@ class JsonTable:
         """Append rows."""
         values = [[_finite(value) for value in scores[name].tolist()] for name in self._score_names]
         for row, raw, *numbers in zip(rows, raws, *values, strict=True):
-            self._refuse_clash(row)
+            self._check_clash(row)
             head = raw.strip() if raw else orjson.dumps(self._plain(row), default=str)
             tail = orjson.dumps(dict(zip(self._score_names, numbers, strict=True)))
             comma = b"," if head[1:-1].strip() else b""
@@ -150,7 +150,7 @@ class JsonTable:
     def _plain(self, row: Row) -> dict[str, Any]:
         return {name: row.get(name) for name in (row or self._columns)}
 
-    def _refuse_clash(self, row: Row) -> None:
+    def _check_clash(self, row: Row) -> None:
         for name in self._score_names:
             if name in row:
                 raise UsageError(f"a row of the input has a field {name!r}, as the scores have: rename it")
@@ -242,7 +242,7 @@ def open_ranking(out: str | None, stdout: BinaryIO, *, kind: str, tag: str) -> I
         yield _write_as(kind, stdout, tag)
         stdout.flush()
         return
-    with publish_beside(Path(out).absolute()) as file:
+    with publish_outside(Path(out).absolute()) as file:
         yield _write_as(kind, file, tag)
 
 
@@ -264,7 +264,7 @@ class TrecRanking:
             UsageError: an id that a line cannot hold.
         """
         for found in hits:
-            _refuse_breaks(found)
+            _check_line_breaks(found)
         for found in hits:
             self._write_query(found)
 
@@ -277,7 +277,7 @@ class TrecRanking:
             self._stream.write(line.encode(errors="surrogateescape"))
 
 
-def _refuse_breaks(found: QueryHits) -> None:
+def _check_line_breaks(found: QueryHits) -> None:
     for what, name in [("query", found.query), *(("document", name) for name in found.ids)] if found.ids else []:
         if _BREAKS.search(name):
             raise UsageError(

@@ -49,7 +49,7 @@ class Round:
 
     @property
     def share(self) -> float:
-        """Share of the bound that the command reached."""
+        """ShardSelector of the bound that the command reached."""
         return self.command / self.bound
 
 

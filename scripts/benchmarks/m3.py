@@ -16,15 +16,15 @@ from typing import cast
 import torch
 
 from benchmarks.contest import Group, Made, Runner
-from m3cli.concurrency import map_lanes
+from m3cli.concurrency import parallel_map
 from m3cli.config import Dtype
 from m3cli.encoder.batcher import batch_rows, pack_rows
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
-from m3cli.encoder.device import auto_batch_tokens, auto_threads, measure_matmul, plan_lanes, set_threads
-from m3cli.encoder.embeddings import order_rows
+from m3cli.encoder.device import auto_batch_tokens, auto_threads, measure_matmul, plan_threads, set_threads
+from m3cli.encoder.embeddings import restore_order
 from m3cli.encoder.encode import BatchEncoder, FailedRow
-from m3cli.encoder.model import fill_up, load_model, run_model
+from m3cli.encoder.model import load_model, padded_num_tokens, run_model
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.records import Document, Output
 
@@ -41,14 +41,14 @@ def load_m3(folder: Path, dtype: str, outputs: str = ",".join(OUTPUTS), *, devic
     tokenizer = load_tokenizer(checkpoint)
     model = load_model(checkpoint, device=device, dtype=cast("Dtype", dtype))
     threads = auto_threads()
-    parallel = plan_lanes(threads, device=device)
+    parallel = plan_threads(threads, device=device)
     set_threads(threads // parallel)
     cutting = Cutting(max_length=checkpoint.default_max_length, long_docs="truncate")
     budget = auto_batch_tokens(device)
     wanted = cast("tuple[Output, ...]", tuple(outputs.split(",")))
     encoder = BatchEncoder(model, outputs=wanted, special_ids=tokenizer.special_ids)
     if parallel > 1:
-        encoder.spread = partial(map_lanes, lanes=parallel, name="encoding")
+        encoder.spread = partial(parallel_map, lanes=parallel, name="encoding")
 
     def run(group: Group) -> Made:
         clock = [time.perf_counter()]
@@ -59,11 +59,11 @@ def load_m3(folder: Path, dtype: str, outputs: str = ",".join(OUTPUTS), *, devic
         clock.append(time.perf_counter())
         parts = [part for part in encoder.encode_all(batches) if not isinstance(part, FailedRow)]
         clock.append(time.perf_counter())
-        order_rows(parts, start=0, stop=chunks.num_rows)
+        restore_order(parts, start=0, stop=chunks.num_rows)
         clock.append(time.perf_counter())
         spent = (after - before for before, after in pairwise(clock))
         return Made(
-            positions=sum(fill_up(len(batch.input_ids), device=model.device) for batch in batches),
+            positions=sum(padded_num_tokens(len(batch.input_ids), device=model.device) for batch in batches),
             stages=dict(zip(("tokenising", "batching", "encoding", "ordering"), spent, strict=True)),
         )
 
@@ -112,15 +112,15 @@ def measure_forward(folder: Path, texts: Sequence[str], *, dtype: str) -> float:
     cutting = Cutting(max_length=checkpoint.default_max_length)
     chunks = chunk_documents(make_documents(list(texts)), load_tokenizer(checkpoint), cutting)
     threads = auto_threads()
-    parallel = plan_lanes(threads, device="cpu")
+    parallel = plan_threads(threads, device="cpu")
     rows = batch_rows(chunks.num_tokens, max_batch_tokens=auto_batch_tokens("cpu"), lanes=parallel)
     batches = [pack_rows(chunks, some) for some in rows]
     set_threads(threads // parallel)
     run = partial(run_model, model)
     try:
-        deque(map_lanes(run, batches[:WARM_UP_BATCHES], lanes=parallel, name="forward"), maxlen=0)
+        deque(parallel_map(run, batches[:WARM_UP_BATCHES], lanes=parallel, name="forward"), maxlen=0)
         began = time.perf_counter()
-        deque(map_lanes(run, batches, lanes=parallel, name="forward"), maxlen=0)
+        deque(parallel_map(run, batches, lanes=parallel, name="forward"), maxlen=0)
         return len(chunks.input_ids) / (time.perf_counter() - began)
     finally:
         set_threads(threads)

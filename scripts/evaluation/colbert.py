@@ -31,7 +31,7 @@ from scipy.stats import kendalltau
 from m3cli.config import ColbertForm, EncodeRequest
 from m3cli.encoder import device as machine
 from m3cli.encoder.colbert import compress_matrices
-from m3cli.encoder.embeddings import join_embeddings, pick_rows
+from m3cli.encoder.embeddings import concat_embeddings, select_rows
 from m3cli.encoder.encode import BatchEncoder, FailedRow
 from m3cli.encoder.model import load_model
 from m3cli.encoder.texts import pack_texts, tokenise_texts
@@ -126,8 +126,8 @@ class Encoder:
                 if isinstance(made, FailedRow):
                     sys.exit(f"a text cannot be encoded: {made.reason} ({made.detail})")
                 parts.append(made)
-        joined = join_embeddings(parts)
-        return pick_rows(joined, np.argsort(joined.rows), rows=np.arange(len(texts)))
+        joined = concat_embeddings(parts)
+        return select_rows(joined, np.argsort(joined.rows), rows=np.arange(len(texts)))
 
 
 def find_languages(root: Path, names: str | None) -> list[Path]:

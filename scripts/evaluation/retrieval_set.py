@@ -194,7 +194,7 @@ def _is_worth_asking(title: str, text: str, titles: Mapping[str, int]) -> bool:
     return bool(title) and titles[title.casefold()] == 1 and title.casefold() not in text.casefold()
 
 
-def judge(queries: Iterable[Entry], documents: Sequence[Entry]) -> list[tuple[str, str]]:
+def exit_code_of(queries: Iterable[Entry], documents: Sequence[Entry]) -> list[tuple[str, str]]:
     """Return query and document id of all pairs about the same topic, whatever their languages."""
     by_topic: dict[str, list[str]] = {}
     for entry in documents:
@@ -204,7 +204,7 @@ def judge(queries: Iterable[Entry], documents: Sequence[Entry]) -> list[tuple[st
 
 def write_set(folder: Path, *, queries: Sequence[Entry], documents: Sequence[Entry]) -> None:
     """Write corpus.jsonl, queries.jsonl and qrels/test.tsv; a query that no document answers is left out."""
-    judgements = judge((query for query in queries if query.query), documents)
+    judgements = exit_code_of((query for query in queries if query.query), documents)
     answered = {query_id for query_id, _ in judgements}
     write_judgements(folder, judgements)
     write_rows(

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from m3cli.encoder.batcher import ALIKE_STEP, batch_rows, pack_batches, pack_rows, plan_windows, split_batch
+from m3cli.encoder.batcher import BALANCE_STEP, batch_rows, pack_batches, pack_rows, plan_windows, split_batch
 from m3cli.records import Chunks
 
 LENGTHS = st.lists(st.integers(2, 50), max_size=60).map(lambda lengths: np.array(lengths, np.int64))
@@ -56,7 +56,7 @@ def test_lanes_have_alike_batches_and_the_same_number_of_them(lengths: list[int]
     batches = [int(tokens[batch].sum()) for batch in batch_rows(tokens, max_batch_tokens=4096, lanes=lanes)]
     fewest = len(batch_rows(tokens, max_batch_tokens=4096))
     assert len(batches) <= -(-fewest // lanes) * lanes
-    assert max(batches) <= sum(batches) / len(batches) + 300 + ALIKE_STEP + 300
+    assert max(batches) <= sum(batches) / len(batches) + 300 + BALANCE_STEP + 300
 
 
 def test_equal_lengths_keep_their_order() -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from m3cli.config import ColbertForm
 from m3cli.encoder.colbert import compress_matrices
-from m3cli.encoder.embeddings import order_rows
+from m3cli.encoder.embeddings import restore_order
 from m3cli.records import Embeddings, TokenMatrices
 
 LENGTHS = [5, 1, 12]
@@ -66,7 +66,7 @@ def test_rows_of_any_length_are_put_in_order(form: ColbertForm) -> None:
             scales=None if whole.scales is None else whole.scales[span],
         )
         parts.append(Embeddings(rows=np.array([row + 7]), dense_vecs=None, lexical_weights=None, colbert_vecs=matrices))
-    made = order_rows(iter(parts), start=7, stop=10).colbert_vecs
+    made = restore_order(iter(parts), start=7, stop=10).colbert_vecs
     assert made is not None
     assert np.array_equal(made.indptr, whole.indptr)
     assert np.array_equal(made.vectors, whole.vectors)

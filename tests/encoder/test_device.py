@@ -10,22 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3cli.encoder.checkpoint import read_checkpoint
-from m3cli.encoder.device import MOST_LANES, auto_dtype, is_emulated, plan_lanes
+from m3cli.encoder.device import MAX_PARALLEL, auto_dtype, is_emulated, plan_threads, resolve_dtype
+from m3cli.encoder.linear import can_run_int8
 from m3cli.encoder.model import load_model
+from m3cli.errors import UsageError
 
 
 @pytest.mark.parametrize(
     ("threads", "lanes"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 4), (6, 3), (7, 3), (8, 4), (32, 4)]
 )
 def test_lanes_share_the_threads(threads: int, lanes: int) -> None:
-    assert plan_lanes(threads, device="cpu") == lanes
-    assert plan_lanes(threads, device="cuda:1") == 1
+    assert plan_threads(threads, device="cpu") == lanes
+    assert plan_threads(threads, device="cuda:1") == 1
 
 
 @given(st.integers(1, 512))
 def test_at_most_one_thread_has_no_lane(threads: int) -> None:
-    lanes = plan_lanes(threads, device="cpu")
-    assert 1 <= lanes <= MOST_LANES
+    lanes = plan_threads(threads, device="cpu")
+    assert 1 <= lanes <= MAX_PARALLEL
     assert threads - lanes * (threads // lanes) <= 1
 
 
@@ -41,3 +43,13 @@ def test_a_dtype_that_is_slower_than_float32_is_told(
         assert [record.message for record in caplog.records] == ([] if name is None or has.get(name) else [words])
     assert auto_dtype("cpu") == ("bfloat16" if has.get("avx512_bf16") else "float32")
     assert not is_emulated(torch.float16, "cuda:0")
+
+
+@pytest.mark.parametrize("has", [{"avx512_vnni": True}, {"avx2": True}])
+def test_int8_needs_a_cpu_whose_products_do_not_overflow(has: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    if "avx512_vnni" in has and can_run_int8():
+        assert resolve_dtype("int8", "cpu") == "int8"
+    else:
+        with pytest.raises(UsageError, match="--dtype int8: "):
+            resolve_dtype("int8", "cpu")

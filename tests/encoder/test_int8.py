@@ -10,8 +10,8 @@ import torch
 from m3cli.encoder.batcher import pack_batches
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
-from m3cli.encoder.device import resolve_dtype
-from m3cli.encoder.embeddings import order_rows
+from m3cli.encoder.device import INT8, cpu_has, resolve_dtype
+from m3cli.encoder.embeddings import restore_order
 from m3cli.encoder.encode import BatchEncoder, FailedRow
 from m3cli.encoder.linear import can_run_int8, make_int8_linear
 from m3cli.encoder.model import load_model
@@ -20,7 +20,9 @@ from m3cli.errors import UsageError
 from m3cli.records import Document, Embeddings
 from tests.conftest import build_sample
 
-pytestmark = pytest.mark.skipif(not can_run_int8(), reason="this torch comes without oneDNN")
+pytestmark = pytest.mark.skipif(
+    not (can_run_int8() and cpu_has(INT8)), reason="this torch comes without oneDNN, or this CPU without VNNI"
+)
 
 
 @pytest.mark.parametrize("behind_gelu", [False, True])
@@ -73,7 +75,7 @@ def encode(folder: Path, texts: list[str], dtype: str) -> Embeddings:
     parts = [part for batch in batches for part in encoder.encode(batch)]
     whole = [part for part in parts if not isinstance(part, FailedRow)]
     assert len(whole) == len(parts)
-    return order_rows(whole, start=0, stop=chunks.num_rows)
+    return restore_order(whole, start=0, stop=chunks.num_rows)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812  torch's own convention
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3cli.encoder.batcher import count_with_added, fit_length, pack_batches
+from m3cli.encoder.batcher import fit_length, lengths_with_mcls, pack_batches
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
 from m3cli.encoder.encode import BatchEncoder
@@ -95,11 +95,11 @@ def test_a_row_with_one_mark_is_as_without(model: Model, tokenizer: Tokenizer) -
 @given(st.integers(2, 9000), st.integers(1, 600))
 def test_a_mark_stands_before_every_so_many_tokens(num_tokens: int, every: int) -> None:
     marks = max(1, -(-(num_tokens - 2) // every))
-    assert count_with_added(np.array([num_tokens]), every=every).tolist() == [num_tokens + marks - 1]
+    assert lengths_with_mcls(np.array([num_tokens]), every=every).tolist() == [num_tokens + marks - 1]
 
 
 @given(st.integers(8, 9000), st.integers(1, 600))
 def test_the_longest_row_that_fits_is_found(limit: int, every: int) -> None:
     length = fit_length(limit, every=every)
-    assert count_with_added(np.array([length]), every=every)[0] <= limit
-    assert count_with_added(np.array([length + 1]), every=every)[0] > limit
+    assert lengths_with_mcls(np.array([length]), every=every)[0] <= limit
+    assert lengths_with_mcls(np.array([length + 1]), every=every)[0] > limit

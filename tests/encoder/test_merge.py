@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3cli.config import ColbertForm, LongDocs
-from m3cli.encoder.embeddings import order_rows, pick_rows
+from m3cli.encoder.embeddings import restore_order, select_rows
 from m3cli.encoder.merge import Merger, plan_rows
 from m3cli.records import Chunks, Embeddings, LexicalWeights, TokenMatrices
 
@@ -100,10 +100,10 @@ def run_merger(
     borders = sorted({0, chunks.num_rows, *(cut % (chunks.num_rows + 1) for cut in cuts)})
     for start, stop in pairwise(borders):
         rows = np.arange(start, stop)
-        parts += merger.feed(pick_rows(made, rows, rows=rows))
+        parts += merger.feed(select_rows(made, rows, rows=rows))
         numbers = np.sort(np.concatenate([NONE, *(part.rows for part in parts)]))
         assert numbers.tolist() == list(range(len(numbers))), "windows give what follows, and nothing else"
-    return order_rows(parts, start=0, stop=sum(len(part.rows) for part in parts))
+    return restore_order(parts, start=0, stop=sum(len(part.rows) for part in parts))
 
 
 @given(DOCUMENTS, st.lists(st.integers(0, 40), max_size=4), st.integers(0, 99))

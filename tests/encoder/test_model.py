@@ -14,7 +14,7 @@ from transformers import XLMRobertaModel
 from m3cli.config import Dtype
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.heads import pool_rows
-from m3cli.encoder.model import OCTAVE_STEPS, TOKEN_STEP, fill_up, load_model, run_model
+from m3cli.encoder.model import OCTAVE_STEPS, TOKEN_STEP, load_model, padded_num_tokens, run_model
 from m3cli.errors import ModelError
 from m3cli.records import Batch
 from tests.at_once import compute_embeddings
@@ -163,14 +163,14 @@ def test_a_forward_formats_no_tensor(tiny_m3: Path, monkeypatch: pytest.MonkeyPa
 @given(st.integers(1, 300_000))
 def test_batches_are_filled_up_a_little(num_tokens: int) -> None:
     for device in ("cpu", "cuda"):
-        filled = fill_up(num_tokens, device=torch.device(device))
+        filled = padded_num_tokens(num_tokens, device=torch.device(device))
         assert filled % TOKEN_STEP == 0
         added = filled - num_tokens
         assert 0 <= added < (TOKEN_STEP if device == "cpu" else max(TOKEN_STEP, num_tokens / OCTAVE_STEPS))
 
 
 def test_on_cuda_full_batches_have_one_size_and_all_have_few() -> None:
-    sizes = [fill_up(num_tokens, device=torch.device("cuda")) for num_tokens in range(1, 65_537)]
+    sizes = [padded_num_tokens(num_tokens, device=torch.device("cuda")) for num_tokens in range(1, 65_537)]
     assert set(sizes[-4096:]) == {65_536}
     assert len(set(sizes)) == 1024 // TOKEN_STEP + 6 * OCTAVE_STEPS, "those to 1,024, and six octaves"
     assert sorted(sizes) == sizes

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from m3cli.encoder.embeddings import pick_rows
+from m3cli.encoder.embeddings import select_rows
 from m3cli.records import Embeddings, LexicalWeights, TokenMatrices
 
 
@@ -28,7 +28,7 @@ def make(num_rows: int) -> Embeddings:
 @pytest.mark.parametrize("places", [[], [3], [2, 3, 4], [4, 0, 2], [1, 1, 5]])
 def test_rows_are_picked_in_the_order_asked_for(places: list[int]) -> None:
     rows = np.arange(len(places)) + 100
-    picked = pick_rows(make(6), np.array(places, np.int64), rows=rows)
+    picked = select_rows(make(6), np.array(places, np.int64), rows=rows)
     assert picked.rows is rows
     assert picked.dense_vecs is not None
     assert picked.lexical_weights is not None
@@ -42,5 +42,5 @@ def test_rows_are_picked_in_the_order_asked_for(places: list[int]) -> None:
 
 def test_what_is_not_there_stays_so() -> None:
     nothing = Embeddings(rows=np.arange(2), dense_vecs=None, lexical_weights=None, colbert_vecs=None)
-    picked = pick_rows(nothing, np.array([1]), rows=np.array([0]))
+    picked = select_rows(nothing, np.array([1]), rows=np.array([0]))
     assert [picked.dense_vecs, picked.lexical_weights, picked.colbert_vecs] == [None, None, None]

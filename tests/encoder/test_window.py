@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3cli.encoder.batcher import batch_rows
-from m3cli.encoder.embeddings import order_rows
+from m3cli.encoder.embeddings import restore_order
 from m3cli.records import Embeddings, LexicalWeights, TokenMatrices
 from tests.encoder.test_batcher import LENGTHS
 
@@ -34,7 +34,7 @@ def test_rows_come_back_in_corpus_order(lengths: np.ndarray, budget: int, data: 
                 ),
             )
         )
-    made = order_rows(iter(batches), start=start, stop=len(lengths))
+    made = restore_order(iter(batches), start=start, stop=len(lengths))
     expected = np.arange(start, len(lengths))
     assert made.dense_vecs is not None
     assert made.lexical_weights is not None

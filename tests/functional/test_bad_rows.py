@@ -178,7 +178,7 @@ def test_duplicate_ids_are_kept_and_told(m3_here: M3, tmp_path: Path, tiny_m3: P
     done = _encode_lines(m3_here, tmp_path / "c.jsonl", lines, tiny_m3, "--shard-size", "64")
     assert done.returncode == 0, done.stderr
     assert len(read_ids(tmp_path / "c.m3")) == 8
-    assert "3 stand for several documents each" in done.stderr
+    assert "3 name several documents each" in done.stderr
     assert len(list((tmp_path / "c.m3" / "rows").iterdir())) > 1
 
 

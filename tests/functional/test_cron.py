@@ -167,7 +167,7 @@ import sys, time
 from m3cli import ahead
 from m3cli.encoder import encode as encoding
 from m3cli.encoder.model import run_model as real_run_model
-ahead.PATIENCE = 1.0
+ahead.JOIN_TIMEOUT = 1.0
 encoding.run_model = lambda model, batch: time.sleep(600)
 from m3cli.cli.app import run
 from m3cli.cli.signals import leave

@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 import pytest
 
-from m3cli.store.documents import seal_json
+from m3cli.store.documents import dumps_with_checksum
 from tests.conftest import Completed
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a flipped bit of a vector may make it infinite
@@ -144,7 +144,7 @@ def test_documents_with_any_member_replaced(
         del document["checksum"]
         if not change(document, path, value):
             continue
-        target.write_bytes(seal_json(document))
+        target.write_bytes(dumps_with_checksum(document))
         if not finished:
             (tmp_path / "Y.m3/_m3/manifest.json").unlink()
             (tmp_path / "Y.m3/_m3/done/shard-0000001.json").unlink()

@@ -155,7 +155,7 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
             return real_run_model(model, batch)
 
         monkeypatch.setattr(encoding, "run_model", run_model)
-        monkeypatch.setattr(machine, "plan_lanes", lambda threads, *, device: 1)
+        monkeypatch.setattr(machine, "plan_threads", lambda threads, *, device: 1)
         return tried
 
     return shrink

@@ -104,7 +104,7 @@ def test_only_new_texts_are_encoded(
     done = m3_here("encode", "new.jsonl", *model, *FLAGS, *flags)
     assert done.returncode == 0, done.stderr
     assert sum(encoded) == 1 + len([key for key in read_all(tmp_path / "new.m3") if key[0] == "added"])
-    assert "297 documents; 3 ids of the older folder are gone" in done.stderr
+    assert "297 documents; 3 ids of the older folder not in this one" in done.stderr
     gone = [json.loads(line)["id"] for line in (tmp_path / "gone.jsonl").read_text(encoding="utf-8").splitlines()]
     assert gone == ["d7", "d11", "d12"]
     done = m3_here("encode", "new.jsonl", *model, *FLAGS, "--keep-fields", "n", "--out", "whole.m3")

@@ -200,7 +200,7 @@ def test_what_a_run_writes_into_its_input_folder_is_not_read(m3_here: M3, base: 
     assert first.returncode == 0, first.stderr
     assert m3_here(*words).returncode == 0
     log = (base / "more" / "log.txt").read_text()
-    assert "1 of 1 shards done" in log
+    assert "1 of 1 shard done" in log
     assert "nothing to do" in log
     run = json.loads((base / "more" / "out" / "_m3" / "run.json").read_bytes())
     assert [source["name"] for source in run["sources"]] == ["a.jsonl"]

@@ -218,7 +218,7 @@ def test_a_query_file_without_text_names_the_flags_of_search(search: Callable[..
         ("c.m3", ["--queries", "./nosuch"], 2, "no such file or folder"),
         ("c.m3", ["--queries", " "], 2, "--queries is empty"),
         ("c.m3", ["--queries", ""], 2, "--queries is empty"),
-        ("c.m3", ["--queries", "x", "--top-k", "0"], 2, "'--top-k'"),
+        ("c.m3", ["--queries", "x", "--top-k", "0"], 2, "--top-k '0'"),
         ("c.m3", ["--queries", "x", "--mode", "best"], 2, "--mode 'best': expected dense, sparse, colbert"),
         ("c.m3", ["--queries", "x", "--weights", "1,2"], 2, "--weights '1,2'"),
         ("c.m3", ["--queries", "x", "--mode", "dense", "--weights", "1,1,1"], 2, "--weights is for --mode hybrid"),

@@ -161,7 +161,7 @@ def test_whatever_ends_a_command_is_one_line(
 
 
 def test_the_log_file_has_the_unexpected_end(m3_here: M3, tmp_path: Path, broken: Callable[[str, Any], None]) -> None:
-    broken(JOBS["encode"][1], ValueError("odd"))
+    broken("m3cli.jobs.encode.command.find_sources", ValueError("odd"))
     assert m3_here("encode", "c.jsonl", "--log-file", "m3.log").returncode == 1
     assert "exit code 1: internal error: ValueError: odd" in (tmp_path / "m3.log").read_text(encoding="utf-8")
 
@@ -304,7 +304,6 @@ def test_usage_errors_name_the_command_and_end_their_sentence(m3_here: M3) -> No
         ("encode c.jsonl --limit x", "--limit 'x': "),
         ("encode c.jsonl --limit=0", "--limit '0': "),
         ("search c.m3 -q x -k 1.5", "--top-k '1.5': "),
-        ("encode c.jsonl --colbert-min-weight x", "--colbert-min-weight 'x': "),
         ("encode c.jsonl --limt 1", "No such option: --limt (Possible options: --limit, --split). See "),
         ("score p.tsv --weights 1e308,1e308,1", "--weights '1e308,1e308,1': expected three numbers from 0 to "),
         ("score p.tsv --dtype fp16", "--dtype 'fp16': expected auto, float32, bfloat16, float16, int8\n"),

@@ -20,7 +20,7 @@ from m3cli.encoder.batcher import batch_rows, pack_rows
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.encode import BatchEncoder, FailedRow
 from m3cli.encoder.heads import find_maxima
-from m3cli.encoder.model import Model, fill_up, load_model
+from m3cli.encoder.model import Model, load_model, padded_num_tokens
 from m3cli.encoder.model import run_model as real_run_model
 from m3cli.encoder.transfer import fetch, open_stream, send
 from m3cli.records import Batch, Chunks, Embeddings
@@ -241,7 +241,7 @@ def test_the_matmuls_see_few_shapes(tiny_m3: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(encoding, "run_model", run_model)
     batches = pack_all(make_chunks(2000, longest=300), max_batch_tokens=8192)
     assert len(encode(make_encoder(model), batches)) == len(batches) > 20
-    assert shapes == [fill_up(len(batch.input_ids), device=CUDA) for batch in batches]
+    assert shapes == [padded_num_tokens(len(batch.input_ids), device=CUDA) for batch in batches]
     assert set(shapes[:-1]) == {8192}, "all but the last are filled to the budget"
     assert borders == [len(pad_borders(batch.cu_seqlens)) for batch in batches]
     assert len(set(borders)) < 10

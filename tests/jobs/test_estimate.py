@@ -15,7 +15,7 @@ from m3cli.corpus.sources import find_sources
 from m3cli.encoder.chunker import Cutting, chunk_documents
 from m3cli.encoder.tokenizer import Tokenizer
 from m3cli.jobs.encode.estimate import SAMPLE_CHARS, Estimate, estimate_corpus
-from m3cli.jobs.encode.resolve import settle
+from m3cli.jobs.encode.resolve import resolve_new_run
 from m3cli.records import Chunks, Document
 
 Estimating = Callable[..., Estimate]
@@ -40,7 +40,7 @@ def estimate(tiny_m3: Path, tmp_path: Path) -> Estimating:
             text_field="text",
             **flags,  # type: ignore[arg-type]
         )
-        settled = settle(request, find_sources(request.inputs), None)
+        settled = resolve_new_run(request, find_sources(request.inputs), None)
         found = estimate_corpus(settled.run, settled.form, settled.tokenizer)
         assert found is not None
         return found

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from m3cli.errors import DamageFound, ForeignFolder
-from m3cli.store.documents import read_run, run_document, seal_json
+from m3cli.store.documents import dumps_with_checksum, read_run, run_document
 from m3cli.store.layout import RUN_NAME
 from tests.store import samples
 
 
 def seal_run(root: Path, **changes: Any) -> None:
     (root / RUN_NAME).parent.mkdir(exist_ok=True)
-    (root / RUN_NAME).write_bytes(seal_json({**run_document(samples.make_run()), **changes}))
+    (root / RUN_NAME).write_bytes(dumps_with_checksum({**run_document(samples.make_run()), **changes}))
 
 
 def test_a_run_of_another_version_with_other_members_is_refused_by_name(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from m3cli.retrieval import scan as kernels
 from m3cli.retrieval.scores import score_rows as score_pairs
 from m3cli.store import parquet
 from m3cli.store.folder import open_run_folder
-from m3cli.store.lookup import iter_placed
+from m3cli.store.lookup import iter_blocks
 from m3cli.store.reader import iter_parts, open_folder
 from tests.store import samples
 
@@ -301,7 +301,7 @@ def test_one_part_is_taken_after_the_other(folders: Callable[..., Path]) -> None
     with mock.patch.object(parquet, "ROW_GROUP_BYTES", 200):
         root = folders()
     events: list[tuple[str, int]] = []
-    real_parts, real_scan = iter_placed, kernels.scan_part
+    real_parts, real_scan = iter_blocks, kernels.scan_part
 
     def watched(*given: Any, **named: Any) -> Iterator[Any]:
         for number, part in enumerate(real_parts(*given, **named)):
@@ -313,7 +313,7 @@ def test_one_part_is_taken_after_the_other(folders: Callable[..., Path]) -> None
         events.append(("scored", sum(kind == "scored" for kind, _ in events)))
 
     with (
-        mock.patch("m3cli.jobs.search.command.vectors.iter_placed", watched),
+        mock.patch("m3cli.jobs.search.command.vectors.iter_blocks", watched),
         mock.patch("m3cli.jobs.search.command.vectors.scan_part", scanned),
     ):
         run_search(root / "c.m3", root / "q.m3", mode="dense")
@@ -328,7 +328,7 @@ def test_re_ranking_reads_only_parts_that_hold_candidates(folders: Callable[...,
     with mock.patch.object(parquet, "ROW_GROUP_BYTES", 200):
         root = folders()
     read: list[int] = []
-    real = iter_placed
+    real = iter_blocks
 
     def watched(*given: Any, **named: Any) -> Iterator[Any]:
         for part in real(*given, **named):
@@ -336,7 +336,7 @@ def test_re_ranking_reads_only_parts_that_hold_candidates(folders: Callable[...,
                 read.append(len(np.intersect1d(part.places, named["wanted"])))
             yield part
 
-    with mock.patch("m3cli.jobs.search.command.vectors.iter_placed", watched):
+    with mock.patch("m3cli.jobs.search.command.vectors.iter_blocks", watched):
         run_search(root / "c.m3", root / "q.m3", mode="hybrid", candidates=1)
     assert read
     assert all(read)

@@ -5,13 +5,13 @@ from collections import Counter
 import pytest
 
 from m3cli.errors import CorpusError, Stopped
-from m3cli.jobs.encode.lifecycle import MIN_ROWS, Stop, refuse_too_many_skipped
+from m3cli.jobs.encode.lifecycle import MIN_ROWS, Stop, check_max_skipped
 from m3cli.records import ShardCounts
 
 
 def hold(limit: float | None, *, skipped: int, rows: int, complete: bool = False) -> None:
     counts = ShardCounts(documents=rows - skipped, skipped=skipped)
-    refuse_too_many_skipped(counts, limit, Counter({"empty text": skipped}), out="o.m3", complete=complete)
+    check_max_skipped(counts, limit, Counter({"empty text": skipped}), out="o.m3", complete=complete)
 
 
 def test_without_a_limit_all_may_be_skipped() -> None:

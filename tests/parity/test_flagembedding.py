@@ -16,7 +16,7 @@ import pytest
 from m3cli.encoder.batcher import pack_batches
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
-from m3cli.encoder.embeddings import order_rows
+from m3cli.encoder.embeddings import restore_order
 from m3cli.encoder.model import load_model, run_model
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.records import Chunks, Document, Embeddings
@@ -80,7 +80,7 @@ def encode(tiny_m3: Path, chunks: Chunks) -> Encode:
             )
             for batch in pack_batches(chunks, start=start, stop=end, max_batch_tokens=max_batch_tokens)
         ]
-        return order_rows(made, start=start, stop=end)
+        return restore_order(made, start=start, stop=end)
 
     return run
 

@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 
 from m3cli.errors import UsageError
-from m3cli.retrieval.scores import average_scores, combine_scores, fuse_ranks, settle_weights
+from m3cli.retrieval.scores import average_scores, combine_scores, fuse_ranks, resolve_weights
 
 
 def test_weights_of_what_is_there() -> None:
-    assert settle_weights(None, ["dense", "sparse", "colbert"]) == (1, 1, 1)
-    assert settle_weights(None, ["dense", "colbert"]) == (1, 0, 1)
-    assert settle_weights((1, 0.3, 0), ["dense", "sparse"]) == (1, 0.3, 0)
+    assert resolve_weights(None, ["dense", "sparse", "colbert"]) == (1, 1, 1)
+    assert resolve_weights(None, ["dense", "colbert"]) == (1, 0, 1)
+    assert resolve_weights((1, 0.3, 0), ["dense", "sparse"]) == (1, 0.3, 0)
 
 
 def test_a_typed_weight_of_what_is_not_there_is_refused() -> None:
     with pytest.raises(UsageError, match="colbert 1, and the folder has no colbert, only dense, sparse"):
-        settle_weights((1, 1, 1), ["dense", "sparse"])
+        resolve_weights((1, 1, 1), ["dense", "sparse"])
 
 
 def test_one_output_is_no_hybrid() -> None:
     with pytest.raises(UsageError, match="only dense: use --mode dense"):
-        settle_weights(None, ["dense"])
+        resolve_weights(None, ["dense"])
 
 
 def test_averages_are_those_of_score() -> None:

@@ -204,7 +204,7 @@ def test_a_folder_that_may_not_be_looked_into_is_refused_beforehand(
 def test_a_link_stays_a_link_to_what_is_written(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("file")
     for content in (b"new", b"newer"):
-        with commit.publish_beside(tmp_path / "link") as file:
+        with commit.publish_outside(tmp_path / "link") as file:
             file.write(content)
         assert (tmp_path / "link").is_symlink()
         assert (tmp_path / "file").read_bytes() == content

@@ -21,24 +21,24 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from m3cli.concurrency import run_ahead
+from m3cli.concurrency import prefetch
 from m3cli.config import EncodeRequest, RunConfig
 from m3cli.corpus.sources import count_unread, find_sources
 from m3cli.corpus.streams import PeekableStream, check_unchanged
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, Interrupted, UsageError, count_noun
-from m3cli.jobs.encode.estimate import refuse_full_disk
-from m3cli.jobs.encode.increment import Since, open_since
-from m3cli.jobs.encode.lifecycle import MetricsFile, Stop, keep_metrics, refuse_too_many_skipped
+from m3cli.jobs.encode.estimate import check_disk_space
+from m3cli.jobs.encode.increment import PreviousFolder, open_since
+from m3cli.jobs.encode.lifecycle import MetricsFile, Stop, check_max_skipped, keep_metrics
 from m3cli.jobs.encode.resolve import (
-    Opened,
-    Settled,
+    NewRun,
+    OpenRun,
+    check_same_checkpoint,
+    check_same_tokenizer,
     choose_out,
     describe_rest,
     open_checkpoint,
     open_run,
-    refuse_other_checkpoint,
-    refuse_other_tokenizer,
-    settle,
+    resolve_new_run,
 )
 from m3cli.jobs.paths import check_paths, list_own
 from m3cli.progress import Progress, Stopwatch
@@ -115,12 +115,12 @@ def encode_corpus(
             # What can be wrong with corpus, model or disk is said before a folder is made for it.
             before = read_run_to_resume(out)
             check_gone(request, before)
-            fresh = None if before else settle(request, sources, stdin)
+            fresh = None if before else resolve_new_run(request, sources, stdin)
             if fresh is not None:
                 fresh = estimate_run(fresh, request, progress)
                 if request.space_check and (estimate := fresh.estimate):
                     choices = estimate.colbert_choices
-                    refuse_full_disk(out, estimate.bytes_on_disk, num_shards=None, done={}, choices=choices)
+                    check_disk_space(out, estimate.bytes_on_disk, num_shards=None, done={}, choices=choices)
         with open_run_folder(out, worker=request.worker, num_workers=request.num_workers) as folder:
             metrics.write()
             opened = open_run(folder, None if fresh is None else fresh.run, request, sources)
@@ -131,9 +131,9 @@ def encode_corpus(
                 finish(opened, request, progress=progress, stdin=stdin)
             else:
                 work = Work(progress=progress, watch=watch, stop=stop or Stop(), metrics=metrics, tally=tally)
-                with tell_kept(opened):
+                with report_kept_shards(opened):
                     encode(opened, request, fresh=fresh, todo=todo, stdin=stdin, work=work)
-            code = judge(opened, request, tally)
+            code = exit_code_of(opened, request, tally)
         metrics.numbers["exit_code"] = code
     return code
 
@@ -144,7 +144,7 @@ def check_gone(request: EncodeRequest, before: RunConfig | None) -> None:
         raise UsageError(f"--gone {request.gone} needs --since-run: it lists the ids of that folder; give both or none")
 
 
-def estimate_run(settled: Settled, request: EncodeRequest, progress: Progress) -> Settled:
+def estimate_run(settled: NewRun, request: EncodeRequest, progress: Progress) -> NewRun:
     """Estimate what a run will come to, if anyone asks."""
     from m3cli.jobs.encode.estimate import estimate_corpus  # noqa: PLC0415  torch, only where there is work
 
@@ -153,7 +153,7 @@ def estimate_run(settled: Settled, request: EncodeRequest, progress: Progress) -
     return replace(settled, estimate=estimate_corpus(settled.run, settled.form, settled.tokenizer))
 
 
-def ready_adopted(opened: Opened, request: EncodeRequest, progress: Progress) -> Settled:
+def prepare_resumed_run(opened: OpenRun, request: EncodeRequest, progress: Progress) -> NewRun:
     """Get ready to go on with a folder that was there before.
 
     Raises:
@@ -166,18 +166,18 @@ def ready_adopted(opened: Opened, request: EncodeRequest, progress: Progress) ->
     checkpoint = opened.checkpoint
     if checkpoint is None:
         checkpoint = open_checkpoint(request)
-        refuse_other_checkpoint(run, checkpoint, out=opened.name)
+        check_same_checkpoint(run, checkpoint, out=opened.name)
     tokenizer = load_tokenizer(checkpoint)
-    refuse_other_tokenizer(run, tokenizer.serialisation_hash, out=opened.name)
-    settled = Settled(run=run, form=opened.form, checkpoint=checkpoint, tokenizer=tokenizer)
+    check_same_tokenizer(run, tokenizer.serialisation_hash, out=opened.name)
+    settled = NewRun(run=run, form=opened.form, checkpoint=checkpoint, tokenizer=tokenizer)
     settled = estimate_run(settled, request, progress)
     if request.space_check and (estimate := settled.estimate):
         sizes = estimate.bytes_on_disk
-        refuse_full_disk(opened.folder.path, sizes, num_shards=opened.num_shards, done=opened.done)
+        check_disk_space(opened.folder.path, sizes, num_shards=opened.num_shards, done=opened.done)
     return settled
 
 
-def finish(opened: Opened, request: EncodeRequest, *, progress: Progress, stdin: PeekableStream | None) -> None:
+def finish(opened: OpenRun, request: EncodeRequest, *, progress: Progress, stdin: PeekableStream | None) -> None:
     """Say that nothing is to do, after comparing input that may have changed; no model is loaded."""
     for _ in opened.read(stdin):
         pass
@@ -188,7 +188,7 @@ def finish(opened: Opened, request: EncodeRequest, *, progress: Progress, stdin:
         if since is not None and opened.folder.manifest() is not None:
             with damage_stops(opened.folder.path):
                 hashes = read_id_hashes(opened.folder.path, opened.done)
-            since.list_gone(hashes, listing=request.gone)
+            since.write_removed_ids(hashes, listing=request.gone)
     counts = opened.counts
     progress.say(
         f"nothing to do: {opened.name} holds {', '.join(opened.run.config.outputs)} of "
@@ -201,7 +201,7 @@ def finish(opened: Opened, request: EncodeRequest, *, progress: Progress, stdin:
 
 
 @contextmanager
-def tell_kept(opened: Opened) -> Iterator[None]:
+def report_kept_shards(opened: OpenRun) -> Iterator[None]:
     """Tell how many shards are kept if Ctrl-C ends the work.
 
     Raises:
@@ -218,10 +218,10 @@ def tell_kept(opened: Opened) -> Iterator[None]:
 
 
 def encode(
-    opened: Opened,
+    opened: OpenRun,
     request: EncodeRequest,
     *,
-    fresh: Settled | None,
+    fresh: NewRun | None,
     todo: int | None,
     stdin: PeekableStream | None,
     work: Work,
@@ -236,7 +236,7 @@ def encode(
     run, config, progress, watch = opened.run, opened.run.config, work.progress, work.watch
     with watch.count("loading"):
         # Of workers that begin a folder together one writes its run.json, the others go on with it.
-        ready = fresh if fresh and not opened.resumed else ready_adopted(opened, request, progress)
+        ready = fresh if fresh and not opened.resumed else prepare_resumed_run(opened, request, progress)
         checkpoint, tokenizer = ready.checkpoint, ready.tokenizer
         device = machine.resolve_device(request.device)
         since = open_since(run, request.since_run, out=opened.name)
@@ -258,7 +258,7 @@ def encode(
     with watch.count("loading"):
         machine.set_threads(run.runtime.threads)
         model = load_model(checkpoint, device=device, dtype=config.dtype)
-        lanes = machine.plan_lanes(run.runtime.threads, device=device)
+        lanes = machine.plan_threads(run.runtime.threads, device=device)
         machine.set_threads(run.runtime.threads // lanes)
     load_float32 = partial(load_model, checkpoint, device=device, dtype="float32")
     encoder = stages.make_encoder(
@@ -272,8 +272,8 @@ def encode(
     progress.start(shards_todo=todo)
     began = time.perf_counter()
     texts = stages.tokenise_shards(opened.read(stdin), tokenizer, config=config, since=since)
-    shards = run_ahead(stages.count_seconds(texts, watch, "reading"), depth=1, name="reading")
-    route = stages.plan_route(
+    shards = prefetch(stages.timed(texts, watch, "reading"), depth=1, name="reading")
+    route = stages.make_context(
         encoder,
         since=since,
         config=config,
@@ -283,9 +283,9 @@ def encode(
     )
     first_rows = stages.FirstRows(opened.counts, worker=request.worker, num_workers=request.num_workers)
     encoded_batches = stages.encode_batches(shards, route, sources=run.sources, first_rows=first_rows)
-    batches = run_ahead(encoded_batches, depth=BATCHES_AHEAD, name="encoding")
+    batches = prefetch(encoded_batches, depth=BATCHES_AHEAD, name="encoding")
     try:
-        with leave_garbage():
+        with reduced_gc():
             write_shards(opened, batches, request, todo=todo, work=work)
     finally:
         batches.close()
@@ -298,13 +298,13 @@ def encode(
     device_bytes = machine.peak_device_bytes(device)
     summary = summarise(opened, work, seconds=encoded, device_bytes=device_bytes, unread=unread)
     if complete:
-        summary = look_at_ids(summary, opened, request, since)
+        summary = add_id_counts(summary, opened, request, since)
     opened.folder.write_metrics(metrics_document(summary))
     progress.show_summary(summary)
 
 
 def write_shards(
-    opened: Opened, batches: Iterator[EncodedBatch], request: EncodeRequest, *, todo: int | None, work: Work
+    opened: OpenRun, batches: Iterator[EncodedBatch], request: EncodeRequest, *, todo: int | None, work: Work
 ) -> None:
     """Write and commit each shard as its batches come."""
     from m3cli.jobs.encode.pipeline import write_shard  # noqa: PLC0415  it speaks to torch
@@ -326,7 +326,7 @@ def write_shards(
             continue
         committed += 1
         work.tally.add(entry, shard)
-        refuse_too_many_skipped(
+        check_max_skipped(
             before + work.tally.counts,
             request.max_skipped,
             work.tally.reasons,
@@ -337,7 +337,7 @@ def write_shards(
             work.stop.check()
 
 
-def attend(batches: Iterator[EncodedBatch], opened: Opened, work: Work) -> Iterator[EncodedBatch]:
+def attend(batches: Iterator[EncodedBatch], opened: OpenRun, work: Work) -> Iterator[EncodedBatch]:
     """Yield batches, looking meanwhile at whether the run is to end at once, and whether its numbers are due."""
     for batch in batches:
         work.stop.check(in_shard=True)
@@ -347,7 +347,7 @@ def attend(batches: Iterator[EncodedBatch], opened: Opened, work: Work) -> Itera
         yield batch
 
 
-def count_metrics(opened: Opened, work: Work) -> None:
+def count_metrics(opened: OpenRun, work: Work) -> None:
     """Bring the numbers of the metrics file up to date."""
     counts, numbers = work.tally.counts, work.metrics.numbers
     numbers.update(
@@ -365,7 +365,7 @@ def count_metrics(opened: Opened, work: Work) -> None:
 
 
 @contextmanager
-def leave_garbage() -> Iterator[None]:
+def reduced_gc() -> Iterator[None]:
     """Let the garbage collector look for cycles seldom, and never at what is there now."""
     before = gc.get_threshold()
     gc.freeze()
@@ -377,17 +377,19 @@ def leave_garbage() -> Iterator[None]:
         gc.unfreeze()
 
 
-def look_at_ids(summary: RunSummary, opened: Opened, request: EncodeRequest, since: Since | None) -> RunSummary:
+def add_id_counts(
+    summary: RunSummary, opened: OpenRun, request: EncodeRequest, since: PreviousFolder | None
+) -> RunSummary:
     """Add, of a complete folder, how many ids stand for several documents, and how many of an older one are gone."""
     root, shards = opened.folder.path, list(opened.folder.done())
     with damage_stops(root):
         hashes = read_id_hashes(root, shards)
         duplicates = find_duplicate_ids(root, hashes).count
-    gone = None if since is None else since.list_gone(hashes, listing=request.gone)
+    gone = None if since is None else since.write_removed_ids(hashes, listing=request.gone)
     return replace(summary, duplicate_ids=duplicates, gone=gone)
 
 
-def summarise(opened: Opened, work: Work, *, seconds: float, device_bytes: int, unread: dict[str, int]) -> RunSummary:
+def summarise(opened: OpenRun, work: Work, *, seconds: float, device_bytes: int, unread: dict[str, int]) -> RunSummary:
     """Sum up what this run did."""
     tally, watch, counts = work.tally, work.watch, work.tally.counts
     count_metrics(opened, work)
@@ -430,12 +432,12 @@ def metrics_document(summary: RunSummary) -> dict[str, object]:
     return {name: getattr(summary, name) for name in RunSummary.__slots__ if name not in left_out}
 
 
-def judge(opened: Opened, request: EncodeRequest, tally: Tally) -> int:
+def exit_code_of(opened: OpenRun, request: EncodeRequest, tally: Tally) -> int:
     """Return the exit code that describes the folder: 3 if it is complete and rows were skipped."""
     manifest = opened.folder.manifest()
     if manifest is None:
         return EXIT_DONE
     counts = manifest.counts
     out = opened.shown_path
-    refuse_too_many_skipped(counts, request.max_skipped, tally.reasons, out=out, complete=True)
+    check_max_skipped(counts, request.max_skipped, tally.reasons, out=out, complete=True)
     return EXIT_ROWS_SKIPPED if counts.skipped else EXIT_DONE

@@ -238,7 +238,7 @@ def count_needed(sizes: Mapping[str, int], *, num_shards: int | None, done: Mapp
     return max(0, total - sum(file.length for entry in done.values() for file in entry.files))
 
 
-def refuse_full_disk(
+def check_disk_space(
     folder: Path,
     sizes: Mapping[str, int],
     *,

@@ -17,10 +17,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from m3cli.config import OUTPUT_OF, RunConfig
-from m3cli.encoder.embeddings import join_chunks, pick_chunks, pick_rows
+from m3cli.encoder.embeddings import join_chunks, select_chunks, select_rows
 from m3cli.errors import ForeignFolder
 from m3cli.records import Chunks, Document, Embeddings, Origins
-from m3cli.store.commit import publish_beside
+from m3cli.store.commit import publish_outside
 from m3cli.store.lookup import TextIndex
 from m3cli.store.reader import OutputFolder, iter_ids, open_folder
 
@@ -34,7 +34,7 @@ MAY_DIFFER = frozenset(
 MAX_RUNS = 64
 
 
-def settle_since(run: RunConfig, path: str) -> RunConfig:
+def resolve_increment(run: RunConfig, path: str) -> RunConfig:
     """Make an older folder part of what a new run means.
 
     Raises:
@@ -73,7 +73,7 @@ def identify(folder: OutputFolder) -> str:
     return xxhash.xxh3_128_hexdigest(orjson.dumps(files))
 
 
-def open_since(run: RunConfig, typed: str | None, *, out: str) -> Since | None:
+def open_since(run: RunConfig, typed: str | None, *, out: str) -> PreviousFolder | None:
     """Open the older folder of a run, where it was or where it is now said to be.
 
     Raises:
@@ -92,10 +92,10 @@ def open_since(run: RunConfig, typed: str | None, *, out: str) -> Since | None:
             f"--since-run {path} does not hold what it held when {out} was begun; put it back as it was, "
             "or use another --out"
         )
-    return Since(old, run)
+    return PreviousFolder(old, run)
 
 
-class Since:
+class PreviousFolder:
     """An older folder that vectors are taken over from."""
 
     def __init__(self, folder: OutputFolder, run: RunConfig) -> None:
@@ -110,7 +110,7 @@ class Since:
         both = join_chunks(taken, replace(fresh, document=others[fresh.document]))
         order = np.argsort(both.document, kind="stable")
         rows = np.flatnonzero(order < taken.num_rows)
-        return pick_chunks(both, order), replace(origins, rows=rows)
+        return select_chunks(both, order), replace(origins, rows=rows)
 
     def take(self, origins: Origins, *, start: int, stop: int) -> Iterator[Embeddings]:
         """Read the vectors of those rows in [start, stop) that the older folder has."""
@@ -121,9 +121,9 @@ class Since:
             # Where little has changed, runs of rows are taken as they lie, which copies nothing.
             cuts = breaks if len(breaks) < MAX_RUNS else breaks[:0]
             for run, mine in zip(np.split(places, cuts), np.split(rows, cuts), strict=True):
-                yield pick_rows(part.embeddings, run, rows=mine)
+                yield select_rows(part.embeddings, run, rows=mine)
 
-    def list_gone(self, hashes: Mapping[int, NDArray[np.int64]], *, listing: str | None) -> int:
+    def write_removed_ids(self, hashes: Mapping[int, NDArray[np.int64]], *, listing: str | None) -> int:
         """Count the ids of the older folder that are not in a complete new one, and list them as JSON lines.
 
         Args:
@@ -132,7 +132,7 @@ class Since:
         """
         there = np.unique(np.concatenate([np.empty(0, np.int64), *hashes.values()]))
         gone = 0
-        with nullcontext() if listing is None else publish_beside(Path(listing).absolute()) as file:
+        with nullcontext() if listing is None else publish_outside(Path(listing).absolute()) as file:
             for ids, hashed in iter_ids(self._folder.path, self._folder.entries):
                 for place in np.flatnonzero(~np.isin(hashed, there)).tolist():
                     gone += 1

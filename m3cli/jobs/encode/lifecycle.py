@@ -11,7 +11,7 @@ from pathlib import Path
 
 from m3cli.errors import EXIT_INTERRUPTED, CorpusError, FolderLocked, M3Error, OutputError, Stopped, count_noun
 from m3cli.records import ShardCounts
-from m3cli.store.commit import check_writable, publish_beside
+from m3cli.store.commit import check_writable, publish_outside
 
 MIN_ROWS = 1000
 "rows before a part of them tells anything; at the end it is held to the limit in any case"
@@ -32,7 +32,7 @@ class Stop:
             raise Stopped(f"{self.reason} with work left; run the same command again to go on")
 
 
-def refuse_too_many_skipped(
+def check_max_skipped(
     counts: ShardCounts, limit: float | None, reasons: Counter[str], *, out: str, complete: bool
 ) -> None:
     """Hold a folder to `--max-skipped`; what is done in it stays.
@@ -98,7 +98,7 @@ class MetricsFile:
         self._written = time.monotonic()
         self.numbers["updated_timestamp_seconds"] = time.time()
         try:
-            with publish_beside(self.path, wait=False) as file:
+            with publish_outside(self.path, wait=False) as file:
                 file.write(self.render().encode())
         except OutputError as error:
             if not self._failed:

@@ -12,19 +12,19 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.concurrency import map_lanes
+from m3cli.concurrency import parallel_map
 from m3cli.config import ColbertForm, EncodeConfig
 from m3cli.corpus.rows import ROW_HEAD_BYTES
-from m3cli.encoder.batcher import WINDOW_BYTES, batch_rows, count_with_added, pack_rows, plan_windows
+from m3cli.encoder.batcher import WINDOW_BYTES, batch_rows, lengths_with_mcls, pack_rows, plan_windows
 from m3cli.encoder.chunker import chunk_documents, cutting_of
 from m3cli.encoder.colbert import bound_vectors, compress_rows
-from m3cli.encoder.embeddings import order_rows, pick_chunks, pick_rows
+from m3cli.encoder.embeddings import restore_order, select_chunks, select_rows
 from m3cli.encoder.encode import NOT_A_NUMBER, OUT_OF_MEMORY, BatchEncoder, FailedRow
 from m3cli.encoder.merge import Merger, merge_chunks, plan_rows
 from m3cli.encoder.model import Model
 from m3cli.encoder.tokenizer import Tokenizer
 from m3cli.errors import CorpusError, ModelError
-from m3cli.jobs.encode.increment import Since
+from m3cli.jobs.encode.increment import PreviousFolder
 from m3cli.progress import Progress, Stage, Stopwatch
 from m3cli.records import Chunks, DoneEntry, Embeddings, Origins, ShardCounts, ShardText, SkippedRow, Source
 from m3cli.store.folder import RunFolder
@@ -67,7 +67,7 @@ class EncodedBatch:
     "a document of the shard cannot be encoded: the shard comes once more, without it"
 
 
-def count_seconds(items: Iterator[T], watch: Stopwatch, stage: Stage) -> Iterator[T]:
+def timed(items: Iterator[T], watch: Stopwatch, stage: Stage) -> Iterator[T]:
     """Yield items, counting the time it takes to make each."""
     while True:
         with watch.count(stage):
@@ -79,7 +79,7 @@ def count_seconds(items: Iterator[T], watch: Stopwatch, stage: Stage) -> Iterato
 
 
 def tokenise_shards(
-    texts: Iterator[ShardText], tokenizer: Tokenizer, *, config: EncodeConfig, since: Since | None = None
+    texts: Iterator[ShardText], tokenizer: Tokenizer, *, config: EncodeConfig, since: PreviousFolder | None = None
 ) -> Iterator[TokenisedShard]:
     """Cut the documents of each shard into rows of tokens, and find those that an older folder has."""
     cut = partial(chunk_documents, tokenizer=tokenizer, cutting=cutting_of(config))
@@ -167,7 +167,7 @@ def make_encoder(
     )
     if lanes > 1:
         encoder.lanes = lanes
-        encoder.spread = partial(map_lanes, lanes=lanes, name="encoding")
+        encoder.spread = partial(parallel_map, lanes=lanes, name="encoding")
     return encoder
 
 
@@ -185,11 +185,11 @@ class MatrixLimit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
+class EncodeContext:
     """What the rows of every shard go through, and in what portions."""
 
     encoder: BatchEncoder
-    since: Since | None
+    since: PreviousFolder | None
     dedupe: bool
     max_batch_tokens: int
     window_tokens: int | None
@@ -199,15 +199,15 @@ class Route:
     progress: Progress
 
 
-def plan_route(
+def make_context(
     encoder: BatchEncoder,
     *,
-    since: Since | None,
+    since: PreviousFolder | None,
     config: EncodeConfig,
     max_batch_tokens: int,
     watch: Stopwatch,
     progress: Progress,
-) -> Route:
+) -> EncodeContext:
     """Say what every shard goes through."""
     window_tokens = limit = None
     if "colbert" in config.outputs:
@@ -216,7 +216,7 @@ def plan_route(
         if config.long_docs == "merge" and config.format == "parquet":
             form = config.colbert_form
             limit = MatrixLimit(form=form, vector_bytes=form.vector_bytes(dim))
-    return Route(
+    return EncodeContext(
         encoder=encoder,
         since=since,
         dedupe=config.dedupe,
@@ -229,7 +229,7 @@ def plan_route(
 
 
 def encode_batches(
-    shards: Iterator[TokenisedShard], route: Route, *, sources: Sequence[Source], first_rows: FirstRows
+    shards: Iterator[TokenisedShard], route: EncodeContext, *, sources: Sequence[Source], first_rows: FirstRows
 ) -> Iterator[EncodedBatch]:
     """Run each shard's rows through the model; one with documents that fail there comes again without them.
 
@@ -274,7 +274,7 @@ def find_oversized(chunks: Chunks, limit: MatrixLimit | None) -> Iterator[Failed
         )
 
 
-def encode_shard(shard: TokenisedShard, route: Route) -> Generator[EncodedBatch, None, list[FailedRow]]:
+def encode_shard(shard: TokenisedShard, route: EncodeContext) -> Generator[EncodedBatch, None, list[FailedRow]]:
     """Yield a shard's rows window by window, longest rows of a window first; return those that cannot be encoded.
 
     From the first of them on nothing but the giving up is yielded, but the rest is run to know them all.
@@ -300,26 +300,28 @@ def encode_shard(shard: TokenisedShard, route: Route) -> Generator[EncodedBatch,
                 shards=tokens / len(chunks.input_ids),
             )
     if failed:
-        route.progress.take_shard_back()
+        route.progress.withdraw_shard()
     return failed
 
 
-def encode_window(shard: TokenisedShard, route: Route, *, start: int, stop: int) -> Iterator[Embeddings | FailedRow]:
+def encode_window(
+    shard: TokenisedShard, route: EncodeContext, *, start: int, stop: int
+) -> Iterator[Embeddings | FailedRow]:
     """Yield the rows [start, stop): first those that an older folder has, then copies with their originals."""
     rows = np.arange(start, stop)
     if route.since is not None:
-        yield from count_seconds(route.since.take(shard.origins, start=start, stop=stop), route.watch, "encoding")
+        yield from timed(route.since.take(shard.origins, start=start, stop=stop), route.watch, "encoding")
         rows = np.setdiff1d(rows, shard.origins.rows, assume_unique=True)
     originals = find_originals(shard, rows) if route.dedupe else rows
     limit = min(route.max_batch_tokens, route.encoder.max_tokens or route.max_batch_tokens)
     single = np.unique(originals)
     groups = batch_rows(
-        count_with_added(shard.chunks.num_tokens[single], every=route.encoder.mcls),
+        lengths_with_mcls(shard.chunks.num_tokens[single], every=route.encoder.mcls),
         max_batch_tokens=limit,
         lanes=route.encoder.lanes,
     )
     batches = (pack_rows(shard.chunks, single[group]) for group in groups)
-    for made in count_seconds(route.encoder.encode_all(batches), route.watch, "encoding"):
+    for made in timed(route.encoder.encode_all(batches), route.watch, "encoding"):
         yield from copy_rows(made, rows, originals) if route.dedupe else (made,)
 
 
@@ -344,7 +346,7 @@ def copy_rows(
     order = np.argsort(made.rows)
     mine = np.isin(originals, made.rows)
     places = order[np.searchsorted(made.rows, originals[mine], sorter=order)]
-    yield pick_rows(made, places, rows=rows[mine])
+    yield select_rows(made, places, rows=rows[mine])
 
 
 def drop_documents(shard: TokenisedShard, failed: Sequence[FailedRow], *, source: str) -> TokenisedShard:
@@ -355,7 +357,7 @@ def drop_documents(shard: TokenisedShard, failed: Sequence[FailedRow], *, source
     keep[list(faults)] = False
     rows = keep[chunks.document]
     skipped = [_skip_document(shard, number, fault, source=source) for number, fault in faults.items()]
-    left = pick_chunks(chunks, np.flatnonzero(rows))
+    left = select_chunks(chunks, np.flatnonzero(rows))
     return TokenisedShard(
         text=replace(
             text,
@@ -382,7 +384,7 @@ def _skip_document(shard: TokenisedShard, number: int, fault: FailedRow, *, sour
     )
 
 
-class _GivenUp(Exception):
+class _ShardAborted(Exception):
     """The shard that is being written comes once more."""
 
 
@@ -400,9 +402,9 @@ def write_shard(
     rows = plan_rows(shard.chunks, long_docs=config.long_docs, taken=shard.origins.rows)
     with (
         folder.open_shard(form=form, text=shard.text, chunks=rows, source=source) as writer,
-        suppress(_GivenUp),
+        suppress(_ShardAborted),
     ):
-        for window in finish_windows(shard, _go_on(batches), config=config):
+        for window in finish_windows(shard, _raise_on_abort(batches), config=config):
             with watch.count("writing"):
                 writer.append(window)
         with watch.count("writing"):
@@ -431,12 +433,12 @@ def finish_windows(
         if start == stop:
             continue
         if merger is None:
-            yield order_rows((compress_rows(part, config.colbert_form) for part in parts), start=start, stop=stop)
+            yield restore_order((compress_rows(part, config.colbert_form) for part in parts), start=start, stop=stop)
             continue
         merged = [compress_rows(part, config.colbert_form) for part in merge_window(parts, merger, shard)]
         last = first + sum(len(part.rows) for part in merged)
         if first < last:
-            yield order_rows(merged, start=first, stop=last)
+            yield restore_order(merged, start=first, stop=last)
         first = last
 
 
@@ -451,11 +453,11 @@ def merge_window(parts: Iterable[Embeddings], merger: Merger, shard: TokenisedSh
     if fresh:
         rows = np.sort(np.concatenate([part.rows for part in fresh]))
         renumbered = (replace(part, rows=np.searchsorted(rows, part.rows)) for part in fresh)
-        yield from merger.feed(replace(order_rows(renumbered, start=0, stop=len(rows)), rows=rows))
+        yield from merger.feed(replace(restore_order(renumbered, start=0, stop=len(rows)), rows=rows))
 
 
-def _go_on(batches: Iterator[EncodedBatch]) -> Iterator[EncodedBatch]:
+def _raise_on_abort(batches: Iterator[EncodedBatch]) -> Iterator[EncodedBatch]:
     for batch in batches:
         if batch.given_up:
-            raise _GivenUp
+            raise _ShardAborted
         yield batch

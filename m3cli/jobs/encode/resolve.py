@@ -30,7 +30,7 @@ from m3cli.config import (
     EncodeRequest,
     RunConfig,
     Runtime,
-    list_chosen,
+    list_non_defaults,
 )
 from m3cli.corpus.fields import kept_schema, resolve_fields
 from m3cli.corpus.plan import Plan, plan_shards
@@ -39,8 +39,8 @@ from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder.batcher import fit_length
 from m3cli.encoder.checkpoint import HEAD_FILES, Checkpoint, find_checkpoint, hash_checkpoint, read_checkpoint
 from m3cli.encoder.chunker import NUM_SPECIALS
-from m3cli.errors import CorpusError, ForeignFolder, ModelError, OutputError, UsageError, refuse_unreachable
-from m3cli.jobs.encode.increment import settle_since
+from m3cli.errors import CorpusError, ForeignFolder, ModelError, OutputError, UsageError, check_reachable
+from m3cli.jobs.encode.increment import resolve_increment
 from m3cli.paths import check_local
 from m3cli.records import DoneEntry, Fields, Output, Shard, ShardCounts, ShardText, Source
 from m3cli.store.folder import RunFolder
@@ -53,15 +53,15 @@ if TYPE_CHECKING:
 
 _FLAGS = {"id_field": "id", "text_field": "text", "title_field": "title"}
 "flags whose settled value is a member of Fields"
-_PLAIN = (
+COMPARED_OPTIONS = (
     *("outputs", "format", "max_length", "long_docs", "overlap", "split", "mcls", "dtype", "dense_dtype"),
     *(*COLBERT_MEMBERS, "compression"),
     *("title_sep", "keep_text", "prefix", "limit", "shard_size", "max_row_bytes", "dedupe"),
 )
 "flags whose settled value is a member of EncodeConfig of the same name"
-_NEEDED: dict[str, Output] = {**OUTPUT_OF, "mcls": "dense"}
+REQUIRED_OUTPUT: dict[str, Output] = {**OUTPUT_OF, "mcls": "dense"}
 "of each flag that is about one output, that output"
-MOST = (1 << 31) - 1
+MAX_INT32 = (1 << 31) - 1
 "that a number of tokens or vectors can be"
 
 
@@ -77,7 +77,7 @@ def name_model(request: EncodeRequest) -> str | None:
     return request.model or os.environ.get("M3_MODEL") or None
 
 
-def settle_run(
+def resolve_config(
     request: EncodeRequest,
     *,
     sources: tuple[Source, ...],
@@ -88,7 +88,7 @@ def settle_run(
     """Settle a new folder's run: flags, then defaults, then what corpus, checkpoint and machine say."""
     from m3cli.encoder import device as machine  # noqa: PLC0415  torch, only for a run that will need it
 
-    refuse_endless(request)
+    check_ranges(request)
     device = machine.resolve_device(request.device)
     outputs = request.outputs or ALL_OUTPUTS
     longest = checkpoint.max_length
@@ -96,7 +96,7 @@ def settle_run(
         longest = fit_length(longest, every=request.mcls)
     max_length = request.max_length or min(checkpoint.default_max_length, longest)
     check_outputs(outputs, checkpoint)
-    refuse_unwanted_flags(request, outputs)
+    check_needed_outputs(request, outputs)
     check_colbert(request, checkpoint)
     if request.compression == "zstd" and request.format == "npy":
         raise UsageError(
@@ -109,8 +109,8 @@ def settle_run(
         "dtype": machine.resolve_dtype(request.dtype, device),
         "shard_size": request.shard_size or auto_shard_size(device, outputs),
     }
-    typed = {name: getattr(request, name) for name in _PLAIN if getattr(request, name) is not None}
-    config = EncodeConfig(fields=settle_fields(request, sources=sources, stdin=stdin), **{**typed, **settled})
+    typed = {name: getattr(request, name) for name in COMPARED_OPTIONS if getattr(request, name) is not None}
+    config = EncodeConfig(fields=resolve_run_fields(request, sources=sources, stdin=stdin), **{**typed, **settled})
     return RunConfig(
         config=config,
         checkpoint=CheckpointConfig(
@@ -130,7 +130,7 @@ def settle_run(
     )
 
 
-def settle_fields(request: EncodeRequest, *, sources: Sequence[Source], stdin: PeekableStream | None) -> Fields:
+def resolve_run_fields(request: EncodeRequest, *, sources: Sequence[Source], stdin: PeekableStream | None) -> Fields:
     """Settle which field of a row is what, from the flags and the corpus' first rows."""
     return resolve_fields(
         sources,
@@ -175,21 +175,21 @@ def check_colbert(request: EncodeRequest, checkpoint: Checkpoint) -> None:
         )
 
 
-def refuse_endless(request: EncodeRequest) -> None:
+def check_ranges(request: EncodeRequest) -> None:
     """Refuse numbers that arrays and run.json cannot hold."""
     for name in ("mcls", "colbert_pool", "colbert_top_k"):
         value = getattr(request, name)
-        if value is not None and not value <= MOST:
-            raise UsageError(f"{spell_flag(name)} {value}: at most {MOST}")
+        if value is not None and not value <= MAX_INT32:
+            raise UsageError(f"{format_option(name)} {value}: at most {MAX_INT32}")
 
 
-def refuse_unwanted_flags(request: EncodeRequest, outputs: Sequence[Output]) -> None:
+def check_needed_outputs(request: EncodeRequest, outputs: Sequence[Output]) -> None:
     """Refuse flags about an output that there will not be."""
-    for name, output in _NEEDED.items():
+    for name, output in REQUIRED_OUTPUT.items():
         value = getattr(request, name)
         if value is not None and output not in outputs:
             raise UsageError(
-                f"{spell_flag(name)} {value} needs {output} among the outputs {','.join(outputs)}; "
+                f"{format_option(name)} {value} needs {output} among the outputs {','.join(outputs)}; "
                 f"leave the flag out, or add {output} to --outputs"
             )
 
@@ -236,11 +236,11 @@ def describe_rest(run: RunConfig, request: EncodeRequest, *, out: str, rows: int
         left.append(f"--outputs {','.join(config.outputs)}")
     if not left:
         return None
-    command = spell_command(run, request, since=out if limited and len(left) == 1 else None)
+    command = format_command(run, request, since=out if limited and len(left) == 1 else None)
     return f"{out} was begun with {' and '.join(left)} and has no more than that; for the rest: {command}"
 
 
-def spell_command(run: RunConfig, request: EncodeRequest, *, since: str | None) -> str:
+def format_command(run: RunConfig, request: EncodeRequest, *, since: str | None) -> str:
     """Return the command that encodes a folder's input as the folder was, without its limit, into a new folder.
 
     With `since` the outputs are those of that folder and its vectors are reused; without, all outputs are made.
@@ -260,7 +260,7 @@ def spell_command(run: RunConfig, request: EncodeRequest, *, since: str | None) 
         "id_field": fields.id if fields.id not in ID_NAMES else None,
         "title_field": fields.title if fields.title not in TITLE_NAMES else None,
         "keep_fields": fields.kept or None,
-        **list_chosen(config.to_json()),
+        **list_non_defaults(config.to_json()),
         "limit": None,
     }
     for name, value in options.items():
@@ -273,51 +273,51 @@ def _join(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def adopt_run(run: RunConfig, request: EncodeRequest, *, sources: tuple[Source, ...], out: str) -> RunConfig:
+def resume_run(run: RunConfig, request: EncodeRequest, *, sources: tuple[Source, ...], out: str) -> RunConfig:
     """Go on with a folder's run: refuse what was typed and differs, take today's sources and typed pace.
 
     Raises:
         ForeignFolder: a typed setting, or the input, is another than the folder's.
     """
-    refuse_unwanted_flags(request, request.outputs or run.config.outputs)
+    check_needed_outputs(request, request.outputs or run.config.outputs)
     if request.limit is not None and run.config.limit not in (None, request.limit):
         raise ForeignFolder(
             f"{out} was made with --limit {run.config.limit}, this run asks for {request.limit}; for more rows: "
-            f"{spell_command(run, request, since=request.out or out)} --limit {request.limit}"
+            f"{format_command(run, request, since=request.out or out)} --limit {request.limit}"
         )
-    for flag in _PLAIN:
-        _refuse_other(flag, getattr(request, flag), getattr(run.config, flag), out)
+    for flag in COMPARED_OPTIONS:
+        _check_same_option(flag, getattr(request, flag), getattr(run.config, flag), out)
     for flag, member in _FLAGS.items():
         typed = getattr(request, flag)
-        _refuse_other(flag, typed, getattr(run.config.fields, member) or "", out)
-    _refuse_other("keep_fields", request.keep_fields, run.config.fields.kept, out)
-    _refuse_other_sources(run.sources, sources, out)
+        _check_same_option(flag, typed, getattr(run.config.fields, member) or "", out)
+    _check_same_option("keep_fields", request.keep_fields, run.config.fields.kept, out)
+    _check_same_sources(run.sources, sources, out)
     runtime = replace(run.runtime, max_batch_tokens=request.max_batch_tokens or run.runtime.max_batch_tokens)
     return replace(run, sources=sources, runtime=runtime)
 
 
-def _refuse_other(flag: str, typed: object, settled: object, out: str) -> None:
+def _check_same_option(flag: str, typed: object, settled: object, out: str) -> None:
     if typed is None or typed == settled:
         return
-    made = f"without {spell_flag(flag)}" if settled is None else f"with {spell_flag(flag)} {_spell(settled)}"
+    made = f"without {format_option(flag)}" if settled is None else f"with {format_option(flag)} {_format(settled)}"
     raise ForeignFolder(
-        f"{out} was made {made}, this run asks for {_spell(typed)}; "
+        f"{out} was made {made}, this run asks for {_format(typed)}; "
         "drop the flag to go on with the folder, or use another --out"
     )
 
 
-def spell_flag(name: str) -> str:
+def format_option(name: str) -> str:
     """Return a flag as it is typed."""
     return f"--{name.replace('_', '-')}"
 
 
-def _spell(value: object) -> str:
+def _format(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "(none)"
     return repr(value) if isinstance(value, str) and (not value or not value.isprintable()) else str(value)
 
 
-def _refuse_other_sources(before: Sequence[Source], now: Sequence[Source], out: str) -> None:
+def _check_same_sources(before: Sequence[Source], now: Sequence[Source], out: str) -> None:
     names = [source.name for source in before], [source.name for source in now]
     if names[0] != names[1]:
         lost = next((name for name in names[0] if name not in names[1]), None)
@@ -344,7 +344,7 @@ def find_changed(before: Sequence[Source], now: Sequence[Source]) -> frozenset[i
     return frozenset(number for number, (old, new) in pairs if old.mtime_ns != new.mtime_ns)
 
 
-def refuse_other_checkpoint(run: RunConfig, checkpoint: Checkpoint, *, out: str) -> None:
+def check_same_checkpoint(run: RunConfig, checkpoint: Checkpoint, *, out: str) -> None:
     """Refuse a checkpoint whose content is another than the folder's."""
     if (other := find_other_file(run.checkpoint, checkpoint)) is not None:
         raise ForeignFolder(
@@ -359,7 +359,7 @@ def find_other_file(made: CheckpointConfig, checkpoint: Checkpoint) -> str | Non
     return next((name for name in sorted({*hashes, *made.hashes}) if hashes.get(name) != made.hashes.get(name)), None)
 
 
-def refuse_other_tokenizer(run: RunConfig, tokenizer_hash: str, *, out: str) -> None:
+def check_same_tokenizer(run: RunConfig, tokenizer_hash: str, *, out: str) -> None:
     """Refuse a tokenizer that cuts texts in another way than the folder's did."""
     made = run.checkpoint.tokenizer_hash
     if tokenizer_hash != made:
@@ -373,7 +373,7 @@ _ENDINGS = {".gz", ".zst", ".jsonl", ".ndjson", ".json", ".tsv", ".txt", ".text"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settled:
+class NewRun:
     """A run with what it needs beside its folder; of a new one, before there is a folder."""
 
     run: RunConfig
@@ -385,7 +385,7 @@ class Settled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Opened:
+class OpenRun:
     """A folder opened for this run, and what is known of it."""
 
     folder: RunFolder
@@ -394,7 +394,7 @@ class Opened:
     form: RowForm
     plan: Plan
     done: dict[int, DoneEntry]
-    share: Share
+    share: ShardSelector
     resumed: bool
     checkpoint: Checkpoint | None
     "that was asked for, compared with the folder's; None: none was"
@@ -441,7 +441,7 @@ def choose_out(request: EncodeRequest, sources: tuple[Source, ...]) -> Path:
         OutputError: the system refuses to look at it.
     """
     out = _name_out(request, sources)
-    refuse_unreachable(out / RUN_NAME, OutputError)
+    check_reachable(out / RUN_NAME, OutputError)
     return out
 
 
@@ -453,7 +453,7 @@ def _name_out(request: EncodeRequest, sources: tuple[Source, ...]) -> Path:
         what = "standard input" if "-" in request.inputs else f"{len(request.inputs)} inputs"
         raise UsageError(f"{what}: say where to write with --out DIR")
     given = Path(request.inputs[0])
-    refuse_unreachable(given, CorpusError)
+    check_reachable(given, CorpusError)
     if given.is_dir():
         return Path(f"{given.resolve().name}.m3")
     if len(sources) != 1:
@@ -464,22 +464,22 @@ def _name_out(request: EncodeRequest, sources: tuple[Source, ...]) -> Path:
     return Path(f"{name}.m3")
 
 
-def settle(request: EncodeRequest, sources: tuple[Source, ...], stdin: PeekableStream | None) -> Settled:
+def resolve_new_run(request: EncodeRequest, sources: tuple[Source, ...], stdin: PeekableStream | None) -> NewRun:
     """Settle a new folder's run, with all that can be wrong with corpus and model."""
     # A second, only for a new folder.
-    from m3cli.encoder.chunker import cutting_of, refuse_no_room  # noqa: PLC0415
+    from m3cli.encoder.chunker import check_chunk_room, cutting_of  # noqa: PLC0415
     from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415
 
     checkpoint = open_checkpoint(request)
     tokenizer = load_tokenizer(checkpoint)
-    run = settle_run(
+    run = resolve_config(
         request, sources=sources, checkpoint=checkpoint, tokenizer_hash=tokenizer.serialisation_hash, stdin=stdin
     )
-    refuse_no_room(tokenizer, cutting_of(run.config))
+    check_chunk_room(tokenizer, cutting_of(run.config))
     form = make_form(run)
     if request.since_run is not None:
-        run = settle_since(run, request.since_run)
-    return Settled(run=run, form=form, checkpoint=checkpoint, tokenizer=tokenizer)
+        run = resolve_increment(run, request.since_run)
+    return NewRun(run=run, form=form, checkpoint=checkpoint, tokenizer=tokenizer)
 
 
 def make_form(run: RunConfig, *, kept: bool = True) -> RowForm:
@@ -499,7 +499,9 @@ def make_form(run: RunConfig, *, kept: bool = True) -> RowForm:
     )
 
 
-def open_run(folder: RunFolder, fresh: RunConfig | None, request: EncodeRequest, sources: tuple[Source, ...]) -> Opened:
+def open_run(
+    folder: RunFolder, fresh: RunConfig | None, request: EncodeRequest, sources: tuple[Source, ...]
+) -> OpenRun:
     """Write the folder's run.json, or adopt it; of workers that start together one writes."""
     name = folder.path.name
     with folder.lock.initialising():
@@ -513,23 +515,23 @@ def open_run(folder: RunFolder, fresh: RunConfig | None, request: EncodeRequest,
         assert fresh is not None
         run, changed = fresh, frozenset[int]()
     else:
-        run = adopt_run(before, request, sources=sources, out=name)
+        run = resume_run(before, request, sources=sources, out=name)
         changed = find_changed(before.sources, sources)
         if request.verify_input:
             changed = frozenset(range(len(sources)))
         if name_model(request) is not None:
             checkpoint = open_checkpoint(request)
-            refuse_other_checkpoint(run, checkpoint, out=name)
+            check_same_checkpoint(run, checkpoint, out=name)
     done = folder.done()
     folder.check_lengths(done.values())
-    return Opened(
+    return OpenRun(
         folder=folder,
         name=name,
         run=run,
         form=make_form(run),
         plan=plan_run(run),
         done=done,
-        share=Share(done, worker=request.worker, num_workers=request.num_workers, changed=changed, out=name),
+        share=ShardSelector(done, worker=request.worker, num_workers=request.num_workers, changed=changed, out=name),
         resumed=before is not None,
         checkpoint=checkpoint,
     )
@@ -547,7 +549,7 @@ def plan_run(run: RunConfig) -> Plan:
     )
 
 
-class Share:
+class ShardSelector:
     """One worker's shards: every `num_workers`-th from `worker` on. A plain run has them all."""
 
     def __init__(

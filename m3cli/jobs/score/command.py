@@ -29,7 +29,7 @@ from m3cli.corpus.pairs import (
 )
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError, count_noun
-from m3cli.jobs.idle_flags import refuse_idle_flags
+from m3cli.jobs.idle_flags import check_ignored_options
 from m3cli.jobs.paths import check_paths
 from m3cli.progress import Progress
 from m3cli.records import Output
@@ -164,7 +164,7 @@ def score_pairs(
     if request.modes is not None:
         check_weights(request.modes, request.weights)
     scorer = open_scorer(request, progress)
-    modes = settle_modes(request, scorer.outputs)
+    modes = resolve_modes(request, scorer.outputs)
     check_weights(modes, request.weights)
     columns, began = pairs.columns, time.perf_counter()
     with open_table(request.out, stdout, columns=columns.names, schema=columns.schema, score_names=modes) as table:
@@ -220,7 +220,7 @@ def open_pairs(request: ScoreRequest, *, ids: bool, stdin: PeekableStream | None
     if (request.queries is None) != (request.corpus is None):
         given, missing = ("--queries", "--corpus") if request.queries is not None else ("--corpus", "--queries")
         raise UsageError(f"{given} without {missing}: pairs of ids need both folders (they may be one and the same)")
-    _refuse_idle(request)
+    _check_options(request)
     source = find_pairs(request.pairs, input_format=request.input_format, stdin=stdin)
     if source.format == "trec" and not ids:
         raise UsageError(f"{request.pairs} is a TREC run, which holds ids: give --queries DIR and --corpus DIR")
@@ -230,9 +230,9 @@ def open_pairs(request: ScoreRequest, *, ids: bool, stdin: PeekableStream | None
     return OpenPairs(source=source, columns=columns)
 
 
-def _refuse_idle(request: ScoreRequest) -> None:
+def _check_options(request: ScoreRequest) -> None:
     if request.queries is None:
-        refuse_idle_flags(
+        check_ignored_options(
             {"--chunks": request.chunks}, beside="pairs of texts", reason="only documents of folders have chunks"
         )
         return
@@ -245,7 +245,9 @@ def _refuse_idle(request: ScoreRequest) -> None:
         "--max-query-length": request.max_query_length,
         "--max-passage-length": request.max_passage_length,
     }
-    refuse_idle_flags(typed, beside=f"--queries {request.queries}", reason="the vectors of folders are there already")
+    check_ignored_options(
+        typed, beside=f"--queries {request.queries}", reason="the vectors of folders are there already"
+    )
 
 
 def open_scorer(request: ScoreRequest, progress: Progress) -> Scorer:
@@ -259,7 +261,7 @@ def open_scorer(request: ScoreRequest, progress: Progress) -> Scorer:
     return TextScorer(request, progress)
 
 
-def settle_modes(request: ScoreRequest, outputs: Sequence[Output]) -> tuple[str, ...]:
+def resolve_modes(request: ScoreRequest, outputs: Sequence[Output]) -> tuple[str, ...]:
     """Return the modes to write: those that were asked for, or all that can be had.
 
     Raises:

@@ -14,7 +14,7 @@ import numpy as np
 from m3cli.corpus.pairs import Pair, WindowLimits, cut_windows, read_pairs
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import UsageError
-from m3cli.jobs.score.command import ScoreRequest, finish_scores, open_pairs, settle_modes
+from m3cli.jobs.score.command import ScoreRequest, finish_scores, open_pairs, resolve_modes
 from m3cli.jobs.score.from_texts import TextScorer
 from m3cli.progress import Progress
 from m3cli.records import Embeddings, LexicalWeights
@@ -37,7 +37,7 @@ def explain_pairs(
         raise UsageError("--explain prints to standard output: leave --out out, and redirect if need be")
     pairs = open_pairs(request, ids=False, stdin=stdin)
     scorer = TextScorer(request, progress)
-    modes = settle_modes(request, scorer.outputs)
+    modes = resolve_modes(request, scorer.outputs)
     check_weights(modes, request.weights)
     scorer.load(parts_of(modes))
     for window in cut_windows(read_pairs(pairs.source, pairs.columns, ids=False, stdin=stdin), LIMITS):
@@ -81,8 +81,8 @@ class _Sides:
             best = similarity.argmax(axis=1)
             found["best_matches"] = [
                 {
-                    "query_token": self._scorer.spell_token(int(left_ids[query][1 + place])),
-                    "passage_token": self._scorer.spell_token(int(right_ids[passage][1 + match])),
+                    "query_token": self._scorer.format_token(int(left_ids[query][1 + place])),
+                    "passage_token": self._scorer.format_token(int(right_ids[passage][1 + match])),
                     "passage_position": int(1 + match),
                     "similarity": round(float(similarity[place, match]), 6),
                 }
@@ -97,7 +97,7 @@ class _Sides:
         weights = left.values[mine][at_left], right.values[other][at_right]
         shared = [
             {
-                "token": self._scorer.spell_token(token),
+                "token": self._scorer.format_token(token),
                 "query_weight": round(query_weight, 6),
                 "passage_weight": round(passage_weight, 6),
                 "product": round(query_weight * passage_weight, 6),

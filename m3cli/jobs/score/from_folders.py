@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from m3cli.config import ALL_OUTPUTS
 from m3cli.corpus.pairs import Pair, WindowLimits
-from m3cli.encoder.embeddings import join_embeddings, pick_rows
+from m3cli.encoder.embeddings import concat_embeddings, select_rows
 from m3cli.errors import ForeignFolder, count_noun
 from m3cli.jobs.score.command import ScoreRequest, WindowScores, number_distinct
 from m3cli.progress import Progress
@@ -31,8 +31,6 @@ UNKNOWN_QUERY, UNKNOWN_PASSAGE = "unknown query id", "unknown passage id"
 LIMITS = WindowLimits(pairs=100_000, text_bytes=64 << 20, side_bytes=64 << 20)
 
 
-
-
 class FolderScorer:
     """Two encoded folders, which may be one and the same."""
 
@@ -44,7 +42,7 @@ class FolderScorer:
         assert request.corpus is not None
         self._chunks = request.chunks or "max"
         self._queries, self._corpus = open_folder(Path(request.queries)), open_folder(Path(request.corpus))
-        refuse_strangers(self._queries, self._corpus)
+        check_same_model(self._queries, self._corpus)
         self._lookups = RowLookup(self._queries), RowLookup(self._corpus)
         shared = set(self._queries.run.config.outputs) & set(self._corpus.run.config.outputs)
         self.outputs: tuple[Output, ...] = tuple(output for output in ALL_OUTPUTS if output in shared)
@@ -134,11 +132,11 @@ class FolderScorer:
             inside = (queries.shard[rows] == part.shard) & np.isin(queries.row[rows], span)
             some = rows[inside]
             if len(some):
-                parts.append(pick_rows(part.embeddings, queries.row[some] - span[0], rows=some))
+                parts.append(select_rows(part.embeddings, queries.row[some] - span[0], rows=some))
                 place_of[some] = held + np.arange(len(some))
                 held += len(some)
         self._rows[0] += held
-        return _widen(join_embeddings(parts)), place_of
+        return _widen(concat_embeddings(parts)), place_of
 
 
 def _widen(held: Embeddings) -> Embeddings:
@@ -148,7 +146,7 @@ def _widen(held: Embeddings) -> Embeddings:
     return replace(held, colbert_vecs=TokenMatrices(indptr=matrices.indptr, vectors=decode_vectors(matrices)))
 
 
-def refuse_strangers(queries: OutputFolder, corpus: OutputFolder) -> None:
+def check_same_model(queries: OutputFolder, corpus: OutputFolder) -> None:
     """Refuse folders of different checkpoints: their vectors have nothing to do with each other.
 
     Raises:

@@ -18,7 +18,7 @@ from m3cli.config import EncodeRequest
 from m3cli.corpus.pairs import Pair, WindowLimits
 from m3cli.encoder import device as machine
 from m3cli.encoder.checkpoint import Checkpoint
-from m3cli.encoder.embeddings import join_embeddings, pick_rows
+from m3cli.encoder.embeddings import concat_embeddings, select_rows
 from m3cli.encoder.encode import BatchEncoder, FailedRow
 from m3cli.encoder.model import Model, load_model
 from m3cli.encoder.texts import TokenisedTexts, pack_texts, tokenise_texts
@@ -117,7 +117,7 @@ class TextScorer:
         """Tokenise texts as they are before they are encoded."""
         return tokenise_texts(texts, self._tokenizer, max_length=max_length)
 
-    def spell_token(self, token_id: int) -> str:
+    def format_token(self, token_id: int) -> str:
         """Return a token as the model card spells it: decoded by itself, without the mark of a word's beginning.
 
         The mark alone, which is a token too, stays as it is.
@@ -154,9 +154,9 @@ class TextScorer:
                     parts.append(made)
         if not parts:
             return None, failed, tokenised
-        joined = join_embeddings(parts)
+        joined = concat_embeddings(parts)
         order = np.argsort(joined.rows)
-        return pick_rows(joined, order, rows=joined.rows[order]), failed, tokenised
+        return select_rows(joined, order, rows=joined.rows[order]), failed, tokenised
 
     def score_window(self, window: Sequence[Pair]) -> WindowScores:
         """Score the pairs of a window."""
@@ -190,7 +190,7 @@ class TextScorer:
             yield FailedPairs(pairs=np.flatnonzero(touched), reason=failed.reason)
         if not made:
             return
-        kept = join_embeddings(made)
+        kept = concat_embeddings(made)
         place_of[kept.rows] = np.arange(len(kept.rows))
         held_places = place_of[held_rows]
 

@@ -14,7 +14,7 @@ from typing import BinaryIO, get_args
 from m3cli.config import ALL_OUTPUTS, Mode, SearchRequest
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError, count_noun
-from m3cli.jobs.idle_flags import refuse_idle_flags
+from m3cli.jobs.idle_flags import check_ignored_options
 from m3cli.jobs.paths import check_paths
 from m3cli.jobs.search.queries import Queries, encode_queries, open_queries, read_vectors
 from m3cli.progress import Progress
@@ -70,10 +70,10 @@ def search_corpus(
     check_paths({"--out": request.out}, read, model=request.model)
     check_writable(request.out)
     folder = open_corpus(request, progress)
-    mode = settle_mode(request, folder)
+    mode = resolve_mode(request, folder)
     given = open_queries(request, progress=progress, stdin=stdin)
     if isinstance(given, OutputFolder):
-        _refuse_flags_of_texts(request)
+        _check_text_options(request)
     began = time.perf_counter()
     drawn = show is not None and request.out is None and request.format is None
     shown = kind == "jsonl" or drawn
@@ -105,7 +105,7 @@ def open_corpus(request: SearchRequest, progress: Progress) -> OutputFolder:
     return folder
 
 
-def settle_mode(request: SearchRequest, folder: OutputFolder) -> Mode:
+def resolve_mode(request: SearchRequest, folder: OutputFolder) -> Mode:
     """Return the mode: what was asked for, or hybrid where the folder has several outputs.
 
     Raises:
@@ -135,11 +135,11 @@ def settle_mode(request: SearchRequest, folder: OutputFolder) -> Mode:
             "leave --level out, or encode with --keep-text"
         )
     if mode == "bm25":
-        _refuse_flags_of_vectors(request)
+        _check_vector_options(request)
     return mode
 
 
-def _refuse_flags_of_texts(request: SearchRequest) -> None:
+def _check_text_options(request: SearchRequest) -> None:
     """Refuse flags that say how texts are read and encoded, where the queries are vectors."""
     typed = {
         "--query-prefix": request.query_prefix,
@@ -152,12 +152,12 @@ def _refuse_flags_of_texts(request: SearchRequest) -> None:
         "--dtype": request.dtype,
         "--max-batch-tokens": request.max_batch_tokens,
     }
-    refuse_idle_flags(
+    check_ignored_options(
         typed, beside=f"--queries {request.queries}", reason="the queries of a folder are encoded already"
     )
 
 
-def _refuse_flags_of_vectors(request: SearchRequest) -> None:
+def _check_vector_options(request: SearchRequest) -> None:
     """Refuse flags that say how queries are encoded, where their words are what counts."""
     typed = {
         "--query-prefix": request.query_prefix,
@@ -166,10 +166,10 @@ def _refuse_flags_of_vectors(request: SearchRequest) -> None:
         "--device": request.device,
         "--max-batch-tokens": request.max_batch_tokens,
     }
-    refuse_idle_flags(typed, beside="--mode bm25", reason="no model runs")
+    check_ignored_options(typed, beside="--mode bm25", reason="no model runs")
     if request.tokenizer == "plain":
         typed = {"--model": request.model, "--revision": request.revision}
-        refuse_idle_flags(typed, beside="--tokenizer plain", reason="no checkpoint is read")
+        check_ignored_options(typed, beside="--tokenizer plain", reason="no checkpoint is read")
 
 
 def outputs_of(folder: OutputFolder) -> tuple[Output, ...]:
@@ -188,11 +188,11 @@ def _search(
     stdin: PeekableStream | None,
 ) -> tuple[Queries, list[QueryHits]]:
     if mode == "bm25":
-        return _search_words(request, folder, given, shown=shown, progress=progress, stdin=stdin)
+        return _search_terms(request, folder, given, shown=shown, progress=progress, stdin=stdin)
     # torch: not before all that can be wrong with flags and folder has been said
     from m3cli.encoder.device import resolve_device  # noqa: PLC0415
     from m3cli.jobs.search.vectors import Blend, Target, describe_hits, search_hybrid, search_single  # noqa: PLC0415
-    from m3cli.retrieval.scores import settle_weights  # noqa: PLC0415
+    from m3cli.retrieval.scores import resolve_weights  # noqa: PLC0415
 
     chunks = request.level == "chunk"
     target = Target(
@@ -203,12 +203,12 @@ def _search(
         chunks=chunks,
     )
     if mode == "hybrid":
-        weights = settle_weights(request.weights, outputs_of(folder))
+        weights = resolve_weights(request.weights, outputs_of(folder))
         # Dense and sparse find candidates whatever they weigh; ColBERT, the dearest to read, only ranks them.
         outputs = tuple(output for output in outputs_of(folder) if output != "colbert" or weights[2])
         blend = Blend(
             outputs=outputs,
-            sources=_settle_sources(request, outputs),
+            sources=_resolve_sources(request, outputs),
             candidates=request.candidates or max(CANDIDATES, request.top_k),
             fusion="rrf" if request.fusion == "rrf" else "weighted",
             weights=weights,
@@ -229,7 +229,7 @@ def _search(
     return queries, describe_hits(found, folder, ids=queries.ids, texts=queries.texts, chunks=chunks, shown=shown)
 
 
-def _settle_sources(request: SearchRequest, outputs: tuple[Output, ...]) -> tuple[Output, ...]:
+def _resolve_sources(request: SearchRequest, outputs: tuple[Output, ...]) -> tuple[Output, ...]:
     """Return what candidates are found by.
 
     Raises:
@@ -253,7 +253,7 @@ def _embed(
     return encode_queries(given, folder, outputs, request, progress)
 
 
-def _search_words(
+def _search_terms(
     request: SearchRequest,
     folder: OutputFolder,
     given: Queries | OutputFolder,

@@ -15,9 +15,9 @@ from m3cli.corpus.plan import plan_shards
 from m3cli.corpus.reader import read_shards
 from m3cli.corpus.sources import find_sources, has_known_ending
 from m3cli.corpus.streams import PeekableStream
-from m3cli.encoder.embeddings import join_embeddings, pick_rows
+from m3cli.encoder.embeddings import concat_embeddings, select_rows
 from m3cli.errors import CorpusError, ForeignFolder, ModelError, UsageError, count_noun
-from m3cli.jobs.score.from_folders import refuse_strangers
+from m3cli.jobs.score.from_folders import check_same_model
 from m3cli.progress import Progress
 from m3cli.records import Embeddings, Output, SkippedRow
 from m3cli.store.reader import OutputFolder, iter_parts, open_folder
@@ -113,7 +113,7 @@ def read_vectors(
         UsageError: it lacks an output, or holds no queries.
         CorpusError: two documents have one id.
     """
-    refuse_strangers(queries, corpus)
+    check_same_model(queries, corpus)
     there = queries.run.config.outputs
     for output in outputs:
         if output not in there:
@@ -132,7 +132,7 @@ def read_vectors(
                 )
             ids[names[row]] = None
         more += int(np.count_nonzero(part.rows.column("num_chunks").to_numpy()[rows] > 1))
-        parts.append(pick_rows(part.embeddings, rows, rows=rows))
+        parts.append(select_rows(part.embeddings, rows, rows=rows))
     if not ids:
         raise UsageError(f"{queries.path.name}: there are no queries in it")
     if more:
@@ -143,7 +143,7 @@ def read_vectors(
     skipped = queries.counts.skipped
     if skipped:
         progress.say(f"{queries.path.name} was made without {count_noun(skipped, 'row')}, see its _m3/skipped")
-    return Queries(ids=tuple(ids), texts=(None,) * len(ids), embeddings=join_embeddings(parts), skipped=skipped)
+    return Queries(ids=tuple(ids), texts=(None,) * len(ids), embeddings=concat_embeddings(parts), skipped=skipped)
 
 
 def encode_queries(
@@ -158,7 +158,7 @@ def encode_queries(
     from m3cli.jobs.score.command import ScoreRequest  # noqa: PLC0415
     from m3cli.jobs.score.from_texts import DEFAULT_LENGTH, TextScorer  # noqa: PLC0415  torch
 
-    _tell_prefix(corpus.run.config.prefix, request, progress)
+    _log_prefix(corpus.run.config.prefix, request, progress)
     checkpoint = open_corpus_checkpoint(corpus, request)
     asked = ScoreRequest(
         pairs=request.queries,
@@ -202,7 +202,7 @@ def encode_queries(
     )
 
 
-def settle_model(corpus: OutputFolder, request: SearchRequest) -> str | None:
+def resolve_model(corpus: OutputFolder, request: SearchRequest) -> str | None:
     """Return the model that was typed, or that $M3_MODEL names, or the hub id of the corpus' own; None: it has none."""
     from m3cli.jobs.encode.resolve import name_model  # noqa: PLC0415
 
@@ -221,7 +221,7 @@ def open_corpus_checkpoint(corpus: OutputFolder, request: SearchRequest) -> Chec
     from m3cli.jobs.encode.resolve import find_other_file, open_checkpoint  # noqa: PLC0415
 
     made = corpus.run.checkpoint
-    model = settle_model(corpus, request)
+    model = resolve_model(corpus, request)
     if model is None:
         raise UsageError(
             f"{corpus.path.name} was encoded with a checkpoint called {made.name!r}: say where it lies with --model "
@@ -236,6 +236,6 @@ def open_corpus_checkpoint(corpus: OutputFolder, request: SearchRequest) -> Chec
     return checkpoint
 
 
-def _tell_prefix(prefix: str, request: SearchRequest, progress: Progress) -> None:
+def _log_prefix(prefix: str, request: SearchRequest, progress: Progress) -> None:
     if prefix and not request.query_prefix:
         progress.say(f"the corpus has {prefix!r} before every chunk; queries have nothing: --query-prefix gives words")

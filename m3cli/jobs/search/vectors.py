@@ -15,13 +15,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from m3cli.concurrency import run_ahead
+from m3cli.concurrency import prefetch
 from m3cli.config import Fusion
 from m3cli.records import Embeddings, Output, QueryHits
 from m3cli.retrieval.scan import cut_runs, open_scan, scan_part
 from m3cli.retrieval.scores import Rows, Weights, average_scores, expand_rows, fuse_ranks, score_rows
 from m3cli.retrieval.top import Ranked, Scores, TopRows, number_runs, rank_rows
-from m3cli.store.lookup import find_rows, iter_placed, read_words
+from m3cli.store.lookup import find_rows, iter_blocks, read_metadata
 from m3cli.store.reader import OutputFolder
 from m3cli.store.results import SNIPPET_LENGTH
 
@@ -80,7 +80,7 @@ def scan_folder(target: Target, queries: Embeddings, outputs: Sequence[Output], 
     }
     floors = {output: 0.0 if output == "sparse" else -np.inf for output in outputs}
     tops = {output: TopRows(len(queries.rows), limit=limit, floor=floor) for output, floor in floors.items()}
-    parts = run_ahead(iter_placed(target.folder, outputs=outputs, chunks=target.chunks), depth=1, name="read ahead")
+    parts = prefetch(iter_blocks(target.folder, outputs=outputs, chunks=target.chunks), depth=1, name="read ahead")
     seen = 0
     for part in parts:
         for output, scan in scans.items():
@@ -136,8 +136,8 @@ def score_candidates(
     begins = np.searchsorted(key[by_key], owners)
     counts = np.searchsorted(key[by_key], owners, side="right") - begins
     best = _Best(len(key), blend)
-    wanted = iter_placed(target.folder, outputs=blend.outputs, chunks=target.chunks, wanted=places)
-    for part in run_ahead(wanted, depth=1, name="read ahead"):
+    wanted = iter_blocks(target.folder, outputs=blend.outputs, chunks=target.chunks, wanted=places)
+    for part in prefetch(wanted, depth=1, name="read ahead"):
         first, last = np.searchsorted(places, [part.first, part.first + len(part.places)])
         for run in cut_runs(np.concatenate(([0], np.cumsum(counts[first:last]))), most=BLOCK_PAIRS):
             rows = slice(first + run.start, first + run.stop)
@@ -188,7 +188,7 @@ def describe_hits(
     ranked = found.ranked
     places, numbers = np.unique(ranked.row, return_inverse=True)
     length = SNIPPET_LENGTH if shown and folder.run.config.keep_text else 0
-    words = read_words(folder, places, spans=shown, length=length)
+    words = read_metadata(folder, places, spans=shown, length=length)
     bounds = np.searchsorted(ranked.query, np.arange(len(ids) + 1))
     hits: list[QueryHits] = []
     for query, (first, last) in enumerate(pairwise(bounds.tolist())):

@@ -122,7 +122,7 @@ def read_ledger(root: Path) -> Ledger:
     complete, manifest, manifest_faults = _read_manifest(root)
     entries, entry_faults = _read_entries(root)
     if manifest is not None:
-        entry_faults = _drop_strangers(entries, entry_faults, num_shards=manifest.num_shards)
+        entry_faults = _drop_unknown_shards(entries, entry_faults, num_shards=manifest.num_shards)
     run, run_faults = _read_run(root, expected=complete or bool(entries))
     if run is not None:
         what = "counts to a source that run.json does not have"
@@ -192,7 +192,7 @@ def _list_entries(root: Path) -> list[int]:
     return sorted(index for index, name in numbered if name == done_name(index))
 
 
-def _drop_strangers(entries: dict[int, DoneEntry], faults: list[Fault], *, num_shards: int) -> list[Fault]:
+def _drop_unknown_shards(entries: dict[int, DoneEntry], faults: list[Fault], *, num_shards: int) -> list[Fault]:
     """Forget the entries of shards that the manifest does not know: files like any other that belong to nothing."""
     what = f"is of no shard: there are {num_shards}"
     beyond = {index for index in entries if index >= num_shards}
