@@ -185,7 +185,7 @@ class Progress:
 
 
 def _append(path: Path, text: str) -> None:
-    # OpenRun again for each line, every half minute or so, as logrotate may have moved the file away.
+    # Opened again for each line, every half minute or so, as logrotate may have moved the file away.
     with open_to_append(path, wait=False, create=True) as file:
         file.write(text.encode())
 

@@ -49,7 +49,7 @@ class Round:
 
     @property
     def share(self) -> float:
-        """ShardSelector of the bound that the command reached."""
+        """Share of the bound that the command reached."""
         return self.command / self.bound
 
 

@@ -52,7 +52,7 @@ def test_a_document_is_dropped_with_all_its_rows() -> None:
     assert left.chunks.input_ids.tolist() == np.repeat([0, 4, 5, 6], [2, 6, 7, 8]).tolist()
     assert left.chunks.char_start.tolist() == [0, 4, 5, 6]
     assert left.origins.rows.tolist() == [0, 1]
-    assert left.num_taken == 2
+    assert left.num_reused == 2
     assert [(row.position, row.reason, row.detail) for row in left.text.skipped] == [
         (10, "out of memory", "first"),
         (15, "empty text", ""),

@@ -15,19 +15,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby
 from typing import TYPE_CHECKING
 
-from m3cli.concurrency import prefetch
 from m3cli.config import EncodeRequest, RunConfig
 from m3cli.corpus.sources import count_unread, find_sources
 from m3cli.corpus.streams import PeekableStream, check_unchanged
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, Interrupted, UsageError, count_noun
 from m3cli.jobs.encode.estimate import check_disk_space
-from m3cli.jobs.encode.increment import PreviousFolder, open_since
+from m3cli.jobs.encode.increment import PreviousFolder, open_previous
 from m3cli.jobs.encode.lifecycle import MetricsFile, Stop, check_max_skipped, keep_metrics
 from m3cli.jobs.encode.resolve import (
     NewRun,
@@ -49,11 +47,9 @@ from m3cli.store.reader import read_id_hashes
 from m3cli.store.verify.rows import find_duplicate_ids
 
 if TYPE_CHECKING:
-    from m3cli.jobs.encode.pipeline import EncodedBatch, TokenisedShard
+    from m3cli.jobs.encode.pipeline import TokenisedShard
 
 
-BATCHES_AHEAD = 4
-"finished batches that may wait for the writer"
 GC_THRESHOLD = 200_000
 """Objects that are made before the garbage collector looks for cycles; Python's own is 700 to 2,000. Documents hold
 none, and with it the reader took 4.4 us a row where it takes 3.0 without (shards of 32 MiB)."""
@@ -66,7 +62,7 @@ class Tally:
     counts: ShardCounts = field(default_factory=ShardCounts)
     reasons: Counter[str] = field(default_factory=Counter)
     num_shards: int = 0
-    num_taken: int = 0
+    num_reused: int = 0
     "documents taken over from an older folder"
     num_files: int = 0
     num_bytes: int = 0
@@ -76,7 +72,7 @@ class Tally:
         self.counts += entry.counts
         self.reasons.update(skipped.reason for skipped in shard.text.skipped)
         self.num_shards += 1
-        self.num_taken += shard.num_taken
+        self.num_reused += shard.num_reused
         self.num_files += len(entry.files)
         self.num_bytes += sum(file.length for file in entry.files)
 
@@ -184,11 +180,11 @@ def finish(opened: OpenRun, request: EncodeRequest, *, progress: Progress, stdin
     if opened.folder.manifest() is None:
         opened.folder.write_manifest(len(opened.plan.shards))
     if request.since_run or request.gone:
-        since = open_since(opened.run, request.since_run, out=opened.name)
-        if since is not None and opened.folder.manifest() is not None:
+        previous = open_previous(opened.run, request.since_run, out=opened.name)
+        if previous is not None and opened.folder.manifest() is not None:
             with damage_stops(opened.folder.path):
                 hashes = read_id_hashes(opened.folder.path, opened.done)
-            since.write_removed_ids(hashes, listing=request.gone)
+            previous.write_removed_ids(hashes, listing=request.gone)
     counts = opened.counts
     progress.say(
         f"nothing to do: {opened.name} holds {', '.join(opened.run.config.outputs)} of "
@@ -230,7 +226,7 @@ def encode(
     # torch, and what speaks it, only where there is work
     from m3cli.encoder import device as machine  # noqa: PLC0415
     from m3cli.encoder.model import load_model  # noqa: PLC0415
-    from m3cli.jobs.encode import pipeline as stages  # noqa: PLC0415
+    from m3cli.jobs.encode.pipeline import FirstRows, Pipeline, make_encoder, run_pipeline  # noqa: PLC0415
     from m3cli.jobs.plan import describe_run  # noqa: PLC0415
 
     run, config, progress, watch = opened.run, opened.run.config, work.progress, work.watch
@@ -239,7 +235,7 @@ def encode(
         ready = fresh if fresh and not opened.resumed else prepare_resumed_run(opened, request, progress)
         checkpoint, tokenizer = ready.checkpoint, ready.tokenizer
         device = machine.resolve_device(request.device)
-        since = open_since(run, request.since_run, out=opened.name)
+        previous = open_previous(run, request.since_run, out=opened.name)
     unread = count_unread(request.inputs)
     progress.show_plan(
         describe_run(
@@ -261,7 +257,7 @@ def encode(
         lanes = machine.plan_threads(run.runtime.threads, device=device)
         machine.set_threads(run.runtime.threads // lanes)
     load_float32 = partial(load_model, checkpoint, device=device, dtype="float32")
-    encoder = stages.make_encoder(
+    encoder = make_encoder(
         model,
         tokenizer,
         config=config,
@@ -270,26 +266,31 @@ def encode(
     )
     work.stop.check()
     progress.start(shards_todo=todo)
-    began = time.perf_counter()
-    texts = stages.tokenise_shards(opened.read(stdin), tokenizer, config=config, since=since)
-    shards = prefetch(stages.timed(texts, watch, "reading"), depth=1, name="reading")
-    route = stages.make_context(
-        encoder,
-        since=since,
-        config=config,
-        max_batch_tokens=run.runtime.max_batch_tokens,
+    before, began = opened.counts, time.perf_counter()
+    pipeline = Pipeline(
+        run=run,
+        form=opened.form,
+        folder=opened.folder,
+        tokenizer=tokenizer,
+        encoder=encoder,
+        previous=previous,
+        first_rows=FirstRows(opened.counts, worker=request.worker, num_workers=request.num_workers),
         watch=watch,
         progress=progress,
+        poll=partial(poll_stop_and_metrics, opened, work),
     )
-    first_rows = stages.FirstRows(opened.counts, worker=request.worker, num_workers=request.num_workers)
-    encoded_batches = stages.encode_batches(shards, route, sources=run.sources, first_rows=first_rows)
-    batches = prefetch(encoded_batches, depth=BATCHES_AHEAD, name="encoding")
     try:
-        with reduced_gc():
-            write_shards(opened, batches, request, todo=todo, work=work)
+        with reduced_gc(), closing(run_pipeline(opened.read(stdin), pipeline)) as committed:
+            for shard, entry in committed:
+                work.tally.add(entry, shard)
+                counts = before + work.tally.counts
+                check_max_skipped(
+                    counts, request.max_skipped, work.tally.reasons, out=opened.shown_path, complete=False
+                )
+                if work.tally.num_shards != todo:
+                    work.stop.check()
     finally:
-        batches.close()
-        machine.set_threads(run.runtime.threads)  # for who goes on in this process
+        machine.set_threads(run.runtime.threads)  # for the caller, who may go on in this process
         progress.stop()
     encoded = time.perf_counter() - began
     for source in run.sources:
@@ -298,53 +299,17 @@ def encode(
     device_bytes = machine.peak_device_bytes(device)
     summary = summarise(opened, work, seconds=encoded, device_bytes=device_bytes, unread=unread)
     if complete:
-        summary = add_id_counts(summary, opened, request, since)
+        summary = add_id_counts(summary, opened, request, previous)
     opened.folder.write_metrics(metrics_document(summary))
     progress.show_summary(summary)
 
 
-def write_shards(
-    opened: OpenRun, batches: Iterator[EncodedBatch], request: EncodeRequest, *, todo: int | None, work: Work
-) -> None:
-    """Write and commit each shard as its batches come."""
-    from m3cli.jobs.encode.pipeline import write_shard  # noqa: PLC0415  it speaks to torch
-
-    before = opened.counts
-    committed = 0
-    for shard, parts in groupby(attend(batches, opened, work), key=lambda batch: batch.shard):
-        source = opened.run.sources[shard.text.shard.source].name
-        entry = write_shard(
-            opened.folder,
-            shard,
-            parts,
-            form=opened.form,
-            config=opened.run.config,
-            source=source,
-            watch=work.watch,
-        )
-        if entry is None:
-            continue
-        committed += 1
-        work.tally.add(entry, shard)
-        check_max_skipped(
-            before + work.tally.counts,
-            request.max_skipped,
-            work.tally.reasons,
-            out=opened.shown_path,
-            complete=False,
-        )
-        if committed != todo:
-            work.stop.check()
-
-
-def attend(batches: Iterator[EncodedBatch], opened: OpenRun, work: Work) -> Iterator[EncodedBatch]:
-    """Yield batches, looking meanwhile at whether the run is to end at once, and whether its numbers are due."""
-    for batch in batches:
-        work.stop.check(in_shard=True)
-        if work.metrics.due:
-            count_metrics(opened, work)
-            work.metrics.write()
-        yield batch
+def poll_stop_and_metrics(opened: OpenRun, work: Work) -> None:
+    """End the run if it is to end at once; write the metrics file if it is due."""
+    work.stop.check(in_shard=True)
+    if work.metrics.due:
+        count_metrics(opened, work)
+        work.metrics.write()
 
 
 def count_metrics(opened: OpenRun, work: Work) -> None:
@@ -378,14 +343,14 @@ def reduced_gc() -> Iterator[None]:
 
 
 def add_id_counts(
-    summary: RunSummary, opened: OpenRun, request: EncodeRequest, since: PreviousFolder | None
+    summary: RunSummary, opened: OpenRun, request: EncodeRequest, previous: PreviousFolder | None
 ) -> RunSummary:
     """Add, of a complete folder, how many ids stand for several documents, and how many of an older one are gone."""
     root, shards = opened.folder.path, list(opened.folder.done())
     with damage_stops(root):
         hashes = read_id_hashes(root, shards)
         duplicates = find_duplicate_ids(root, hashes).count
-    gone = None if since is None else since.write_removed_ids(hashes, listing=request.gone)
+    gone = None if previous is None else previous.write_removed_ids(hashes, listing=request.gone)
     return replace(summary, duplicate_ids=duplicates, gone=gone)
 
 
@@ -413,7 +378,7 @@ def summarise(opened: OpenRun, work: Work, *, seconds: float, device_bytes: int,
         shards_done=len(opened.folder.done()),
         num_shards=opened.share.num_shards,
         skipped_reasons=dict(tally.reasons.most_common()),
-        taken=tally.num_taken,
+        taken=tally.num_reused,
         gone=None,
         duplicate_ids=None,
         unread=unread,

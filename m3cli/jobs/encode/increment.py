@@ -73,7 +73,7 @@ def identify(folder: OutputFolder) -> str:
     return xxhash.xxh3_128_hexdigest(orjson.dumps(files))
 
 
-def open_since(run: RunConfig, typed: str | None, *, out: str) -> PreviousFolder | None:
+def open_previous(run: RunConfig, typed: str | None, *, out: str) -> PreviousFolder | None:
     """Open the older folder of a run, where it was or where it is now said to be.
 
     Raises:
@@ -112,7 +112,7 @@ class PreviousFolder:
         rows = np.flatnonzero(order < taken.num_rows)
         return select_chunks(both, order), replace(origins, rows=rows)
 
-    def take(self, origins: Origins, *, start: int, stop: int) -> Iterator[Embeddings]:
+    def read(self, origins: Origins, *, start: int, stop: int) -> Iterator[Embeddings]:
         """Read the vectors of those rows in [start, stop) that the older folder has."""
         window = slice(*np.searchsorted(origins.rows, (start, stop)))
         wanted = Origins(rows=origins.rows[window], shard=origins.shard[window], row=origins.row[window])

@@ -1,9 +1,17 @@
-"""The stages between the reader and the folder, from iterator to iterator."""
+"""The pipeline of `m3 encode`, in the order in which a row passes it: read, tokenize, encode, write, commit.
+
+    opened.read > tokenise_shards      thread "reading", one shard ahead
+    encode_shards                      thread "encoding", a few batches ahead; drives the device
+    write_shards                       the thread of the caller
+
+Each stage is a generator over the stage before. From the device to the disk a shard passes as `ShardStart`, then its
+batches, window by window. If a document fails in the model, `ShardAborted` ends the shard, and the shard comes again
+without that document. A shard is done when its entry is on disk.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -12,8 +20,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.concurrency import parallel_map
-from m3cli.config import ColbertForm, EncodeConfig
+from m3cli.concurrency import parallel_map, prefetch
+from m3cli.config import ColbertForm, EncodeConfig, RunConfig
 from m3cli.corpus.rows import ROW_HEAD_BYTES
 from m3cli.encoder.batcher import WINDOW_BYTES, batch_rows, lengths_with_mcls, pack_rows, plan_windows
 from m3cli.encoder.chunker import chunk_documents, cutting_of
@@ -26,14 +34,16 @@ from m3cli.encoder.tokenizer import Tokenizer
 from m3cli.errors import CorpusError, ModelError
 from m3cli.jobs.encode.increment import PreviousFolder
 from m3cli.progress import Progress, Stage, Stopwatch
-from m3cli.records import Chunks, DoneEntry, Embeddings, Origins, ShardCounts, ShardText, SkippedRow, Source
+from m3cli.records import Chunks, DoneEntry, Embeddings, Origins, ShardCounts, ShardText, SkippedRow
 from m3cli.store.folder import RunFolder
 from m3cli.store.layout import MAX_MATRIX_BYTES, RowForm
 
 T = TypeVar("T")
 
+BATCHES_AHEAD = 4
+"finished batches that may wait for the writer"
 COLBERT_ITEM_BYTES = 2
-"float16: what a window is measured in, whatever is stored"
+"float16: the unit of a window's size, whatever is stored"
 TOO_LARGE = "merged ColBERT matrix too large"
 FIRST_ROWS = 100
 "that fail for one reason before any document is encoded, and the run is aborted"
@@ -46,12 +56,19 @@ class TokenisedShard:
     text: ShardText
     chunks: Chunks
     origins: Origins
-    "of rows that are taken over from an older folder; the others go through the model"
+    "of rows whose vectors are reused from a previous folder; the others go through the model"
 
     @property
-    def num_taken(self) -> int:
-        """Documents that are taken over."""
+    def num_reused(self) -> int:
+        """Documents whose vectors are reused."""
         return len(np.unique(self.chunks.document[self.origins.rows]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardStart:
+    """The first item of a shard."""
+
+    shard: TokenisedShard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +78,234 @@ class EncodedBatch:
     shard: TokenisedShard
     start: int
     stop: int
-    embeddings: Embeddings | None
-    "None for a shard without rows, or one that is given up"
-    given_up: bool = False
-    "a document of the shard cannot be encoded: the shard comes once more, without it"
+    embeddings: Embeddings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardAborted:
+    """The last item of a shard with documents that cannot be encoded; the shard comes again without them."""
+
+    shard: TokenisedShard
+
+
+ShardItem = ShardStart | EncodedBatch | ShardAborted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """What all shards of a run pass through."""
+
+    run: RunConfig
+    form: RowForm
+    folder: RunFolder
+    tokenizer: Tokenizer
+    encoder: BatchEncoder
+    previous: PreviousFolder | None
+    "whose vectors are reused; None: there is none"
+    first_rows: FirstRows
+    watch: Stopwatch
+    progress: Progress
+    poll: Callable[[], None]
+    "called in the caller's thread with every batch; raises to end the run"
+
+    @property
+    def config(self) -> EncodeConfig:
+        """The options that decide the bytes."""
+        return self.run.config
+
+    def source_of(self, text: ShardText) -> str:
+        """Return the name of a shard's source."""
+        return self.run.sources[text.shard.source].name
+
+
+def run_pipeline(
+    texts: Iterator[ShardText], pipeline: Pipeline
+) -> Generator[tuple[TokenisedShard, DoneEntry], None, None]:
+    """Encode shards and commit them; yield each with its entry once it is on disk."""
+    tokenised = timed(tokenise_shards(texts, pipeline), pipeline.watch, "reading")
+    shards = prefetch(tokenised, depth=1, name="reading")
+    items = prefetch(encode_shards(shards, pipeline), depth=BATCHES_AHEAD, name="encoding")
+    try:
+        yield from write_shards(items, pipeline)
+    finally:
+        items.close()
+
+
+def tokenise_shards(texts: Iterator[ShardText], pipeline: Pipeline) -> Iterator[TokenisedShard]:
+    """Cut the documents of each shard into rows of tokens, and find those that a previous folder has."""
+    cut = partial(chunk_documents, tokenizer=pipeline.tokenizer, cutting=cutting_of(pipeline.config))
+    none = np.empty(0, np.int64)
+    for text in texts:
+        if pipeline.previous is None:
+            chunks, origins = cut(text.documents), Origins(rows=none, shard=none, row=none)
+        else:
+            chunks, origins = pipeline.previous.cut(text.documents, cut)
+        yield TokenisedShard(text=text, chunks=chunks, origins=origins)
+
+
+def encode_shards(shards: Iterator[TokenisedShard], pipeline: Pipeline) -> Iterator[ShardItem]:
+    """Run the rows of each shard through the model, without the documents that fail there.
+
+    Shards without documents are held back until it is clear that the run continues.
+    """
+    held: list[ShardItem] = []
+    first_rows, limit = pipeline.first_rows, matrix_limit(pipeline)
+    for shard in shards:
+        failed = list(find_oversized(shard.chunks, limit))
+        done = False
+        while failed or not done:
+            if failed:
+                shard = drop_documents(shard, failed, source=pipeline.source_of(shard.text))  # noqa: PLW2901
+            if not shard.text.documents and not first_rows.decided:
+                first_rows.add(shard.text.skipped)
+                held += encode_shard(shard, pipeline)
+                break
+            failed = yield from encode_shard(shard, pipeline)
+            done = True
+        else:
+            first_rows.decided = True
+        if first_rows.decided:
+            yield from held
+            held.clear()
+    first_rows.end()
+    yield from held
+
+
+def encode_shard(shard: TokenisedShard, pipeline: Pipeline) -> Generator[ShardItem, None, list[FailedRow]]:
+    """Yield a shard's rows window by window, longest rows of a window first; return the rows that failed.
+
+    After the first failure the other rows are still encoded, to know all that fail, but not yielded.
+    """
+    chunks, failed, progress = shard.chunks, list[FailedRow](), pipeline.progress
+    progress.begin_shard()
+    yield ShardStart(shard=shard)
+    if chunks.num_rows == 0:
+        progress.advance(documents=0, tokens=0, shards=1.0)
+    for start, stop in plan_windows(chunks.num_tokens, max_window_tokens=window_tokens(pipeline)):
+        for result in encode_window(shard, pipeline, start=start, stop=stop):
+            if isinstance(result, FailedRow):
+                if not failed:
+                    yield ShardAborted(shard=shard)
+                failed.append(result)
+                continue
+            if not failed:
+                yield EncodedBatch(shard=shard, start=start, stop=stop, embeddings=result)
+            tokens = int(chunks.num_tokens[result.rows].sum())
+            progress.advance(
+                documents=int((chunks.chunk_index[result.rows] == 0).sum()),
+                tokens=tokens,
+                shards=tokens / len(chunks.input_ids),
+            )
+    if failed:
+        progress.withdraw_shard()
+    return failed
+
+
+def encode_window(
+    shard: TokenisedShard, pipeline: Pipeline, *, start: int, stop: int
+) -> Iterator[Embeddings | FailedRow]:
+    """Yield the rows [start, stop): first those that a previous folder has, then copies with their originals."""
+    rows, encoder = np.arange(start, stop), pipeline.encoder
+    dedupe, max_batch_tokens = pipeline.config.dedupe, pipeline.run.runtime.max_batch_tokens
+    if pipeline.previous is not None:
+        reused = pipeline.previous.read(shard.origins, start=start, stop=stop)
+        yield from timed(reused, pipeline.watch, "encoding")
+        rows = np.setdiff1d(rows, shard.origins.rows, assume_unique=True)
+    originals = find_originals(shard, rows) if dedupe else rows
+    single = np.unique(originals)
+    groups = batch_rows(
+        lengths_with_mcls(shard.chunks.num_tokens[single], every=encoder.mcls),
+        max_batch_tokens=min(max_batch_tokens, encoder.max_tokens or max_batch_tokens),
+        lanes=encoder.lanes,
+    )
+    batches = (pack_rows(shard.chunks, single[group]) for group in groups)
+    for result in timed(encoder.encode_all(batches), pipeline.watch, "encoding"):
+        yield from copy_rows(result, rows, originals) if dedupe else (result,)
+
+
+def write_shards(items: Iterator[ShardItem], pipeline: Pipeline) -> Iterator[tuple[TokenisedShard, DoneEntry]]:
+    """Write each shard as its batches come and commit it; yield it with its entry."""
+    for shard, its_items in groupby(_poll(items, pipeline), key=lambda item: item.shard):
+        entry = write_shard(shard, its_items, pipeline)
+        if entry is not None:
+            yield shard, entry
+
+
+def _poll(items: Iterator[ShardItem], pipeline: Pipeline) -> Iterator[ShardItem]:
+    for item in items:
+        pipeline.poll()
+        yield item
+
+
+def write_shard(shard: TokenisedShard, items: Iterator[ShardItem], pipeline: Pipeline) -> DoneEntry | None:
+    """Write a shard's windows and commit it; None if it was aborted, and nothing of it is kept."""
+    config, folder = pipeline.config, pipeline.folder
+    rows = plan_rows(shard.chunks, long_docs=config.long_docs, taken=shard.origins.rows)
+    source = pipeline.source_of(shard.text)
+    with folder.open_shard(form=pipeline.form, text=shard.text, chunks=rows, source=source) as writer:
+        try:
+            for window in finish_windows(shard, _batches_of(items), config=config):
+                with pipeline.watch.count("writing"):
+                    writer.append(window)
+        except _Aborted:
+            return None
+        with pipeline.watch.count("writing"):
+            entry = writer.finish()
+            folder.commit(entry)
+        return entry
+
+
+class _Aborted(Exception):
+    """The shard that is being written was aborted."""
+
+
+def _batches_of(items: Iterator[ShardItem]) -> Iterator[EncodedBatch]:
+    """Yield the batches of a shard; raise _Aborted where the shard is aborted."""
+    for item in items:
+        if isinstance(item, ShardAborted):
+            raise _Aborted
+        if isinstance(item, EncodedBatch):
+            yield item
+
+
+def finish_windows(
+    shard: TokenisedShard, batches: Iterator[EncodedBatch], *, config: EncodeConfig
+) -> Iterator[Embeddings]:
+    """Yield the rows to be written, ascending, a window at a time: long documents merged, ColBERT compressed."""
+    merger = None
+    if config.merges:
+        merger = Merger(
+            shard.chunks,
+            taken=shard.origins.rows,
+            long_docs=config.long_docs,
+            dense_dtype=config.dense_dtype,
+            colbert_form=config.colbert_form,
+        )
+    first = 0
+    for (start, stop), window in groupby(batches, key=lambda batch: (batch.start, batch.stop)):
+        parts = (batch.embeddings for batch in window)
+        if merger is None:
+            yield restore_order((compress_rows(part, config.colbert_form) for part in parts), start=start, stop=stop)
+            continue
+        merged = [compress_rows(part, config.colbert_form) for part in merge_window(parts, merger, shard)]
+        last = first + sum(len(part.rows) for part in merged)
+        if first < last:
+            yield restore_order(merged, start=first, stop=last)
+        first = last
+
+
+def merge_window(parts: Iterable[Embeddings], merger: Merger, shard: TokenisedShard) -> Iterator[Embeddings]:
+    """Yield the rows to be written that a window completes; what an older folder had is as it is to be written."""
+    fresh = []
+    for part in parts:
+        if np.isin(part.rows[:1], shard.origins.rows).all():
+            yield merger.place(part)
+        else:
+            fresh.append(part)
+    if fresh:
+        rows = np.sort(np.concatenate([part.rows for part in fresh]))
+        renumbered = (replace(part, rows=np.searchsorted(rows, part.rows)) for part in fresh)
+        yield from merger.feed(replace(restore_order(renumbered, start=0, stop=len(rows)), rows=rows))
 
 
 def timed(items: Iterator[T], watch: Stopwatch, stage: Stage) -> Iterator[T]:
@@ -78,18 +319,37 @@ def timed(items: Iterator[T], watch: Stopwatch, stage: Stage) -> Iterator[T]:
         yield item
 
 
-def tokenise_shards(
-    texts: Iterator[ShardText], tokenizer: Tokenizer, *, config: EncodeConfig, since: PreviousFolder | None = None
-) -> Iterator[TokenisedShard]:
-    """Cut the documents of each shard into rows of tokens, and find those that an older folder has."""
-    cut = partial(chunk_documents, tokenizer=tokenizer, cutting=cutting_of(config))
-    none = np.empty(0, np.int64)
-    for text in texts:
-        if since is None:
-            chunks, origins = cut(text.documents), Origins(rows=none, shard=none, row=none)
-        else:
-            chunks, origins = since.cut(text.documents, cut)
-        yield TokenisedShard(text=text, chunks=chunks, origins=origins)
+def make_encoder(
+    model: Model,
+    tokenizer: Tokenizer,
+    *,
+    config: EncodeConfig,
+    load_float32: Callable[[], Model] | None = None,
+    lanes: int = 1,
+) -> BatchEncoder:
+    """Make the encoder that a folder's rows go through; what is merged or compressed later leaves it in float32."""
+    form = config.colbert_form
+    encoder = BatchEncoder(
+        model,
+        outputs=config.outputs,
+        special_ids=tokenizer.special_ids,
+        dense_dtype="float32" if config.merges else config.dense_dtype,
+        colbert_dtype="float16" if form.plain else "float32",
+        colbert_weights=form.by_weight,
+        mcls=config.mcls,
+        load_float32=load_float32,
+    )
+    if lanes > 1:
+        encoder.lanes = lanes
+        encoder.spread = partial(parallel_map, lanes=lanes, name="encoding")
+    return encoder
+
+
+def window_tokens(pipeline: Pipeline) -> int | None:
+    """Return the most tokens of a window, by the bytes of their ColBERT vectors; None: a window is a shard."""
+    if "colbert" not in pipeline.config.outputs:
+        return None
+    return WINDOW_BYTES[pipeline.encoder.model.device.type] // (pipeline.run.checkpoint.dim * COLBERT_ITEM_BYTES)
 
 
 class FirstRows:
@@ -145,210 +405,6 @@ class FirstRows:
         )
 
 
-def make_encoder(
-    model: Model,
-    tokenizer: Tokenizer,
-    *,
-    config: EncodeConfig,
-    load_float32: Callable[[], Model] | None = None,
-    lanes: int = 1,
-) -> BatchEncoder:
-    """Make the encoder that a folder's rows go through; what is merged or compressed later leaves it in float32."""
-    form = config.colbert_form
-    encoder = BatchEncoder(
-        model,
-        outputs=config.outputs,
-        special_ids=tokenizer.special_ids,
-        dense_dtype="float32" if config.merges else config.dense_dtype,
-        colbert_dtype="float16" if form.plain else "float32",
-        colbert_weights=form.by_weight,
-        mcls=config.mcls,
-        load_float32=load_float32,
-    )
-    if lanes > 1:
-        encoder.lanes = lanes
-        encoder.spread = partial(parallel_map, lanes=lanes, name="encoding")
-    return encoder
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MatrixLimit:
-    """What a merged row's ColBERT matrix may be, as it is stored."""
-
-    form: ColbertForm
-    vector_bytes: int
-    "of a stored vector"
-
-    def find_bytes(self, num_tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the bytes of the matrices of rows of so many tokens, at most."""
-        return bound_vectors(num_tokens - 1, self.form) * self.vector_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodeContext:
-    """What the rows of every shard go through, and in what portions."""
-
-    encoder: BatchEncoder
-    since: PreviousFolder | None
-    dedupe: bool
-    max_batch_tokens: int
-    window_tokens: int | None
-    matrix_limit: MatrixLimit | None
-    "None: there is none"
-    watch: Stopwatch
-    progress: Progress
-
-
-def make_context(
-    encoder: BatchEncoder,
-    *,
-    since: PreviousFolder | None,
-    config: EncodeConfig,
-    max_batch_tokens: int,
-    watch: Stopwatch,
-    progress: Progress,
-) -> EncodeContext:
-    """Say what every shard goes through."""
-    window_tokens = limit = None
-    if "colbert" in config.outputs:
-        dim = encoder.model.checkpoint.hidden_size
-        window_tokens = WINDOW_BYTES[encoder.model.device.type] // (dim * COLBERT_ITEM_BYTES)
-        if config.long_docs == "merge" and config.format == "parquet":
-            form = config.colbert_form
-            limit = MatrixLimit(form=form, vector_bytes=form.vector_bytes(dim))
-    return EncodeContext(
-        encoder=encoder,
-        since=since,
-        dedupe=config.dedupe,
-        max_batch_tokens=max_batch_tokens,
-        window_tokens=window_tokens,
-        matrix_limit=limit,
-        watch=watch,
-        progress=progress,
-    )
-
-
-def encode_batches(
-    shards: Iterator[TokenisedShard], route: EncodeContext, *, sources: Sequence[Source], first_rows: FirstRows
-) -> Iterator[EncodedBatch]:
-    """Run each shard's rows through the model; one with documents that fail there comes again without them.
-
-    Shards without documents are held back until it is clear that the run goes on.
-    """
-    held: list[EncodedBatch] = []
-    for shard in shards:
-        failed = list(find_oversized(shard.chunks, route.matrix_limit))
-        done = False
-        while failed or not done:
-            if failed:
-                shard = drop_documents(shard, failed, source=sources[shard.text.shard.source].name)  # noqa: PLW2901
-            if not shard.text.documents and not first_rows.decided:
-                first_rows.add(shard.text.skipped)
-                held += encode_shard(shard, route)
-                break
-            failed = yield from encode_shard(shard, route)
-            done = True
-        else:
-            first_rows.decided = True
-        if first_rows.decided:
-            yield from held
-            held.clear()
-    first_rows.end()
-    yield from held
-
-
-def find_oversized(chunks: Chunks, limit: MatrixLimit | None) -> Iterator[FailedRow]:
-    """Yield the first row of each document whose merged ColBERT matrix may be larger than a value of Parquet."""
-    # Most shards have too few tokens for one such document.
-    if limit is None or len(chunks.input_ids) * limit.vector_bytes <= MAX_MATRIX_BYTES:
-        return
-    merged = merge_chunks(chunks)
-    sizes = limit.find_bytes(merged.num_tokens)
-    for number in np.flatnonzero(sizes > MAX_MATRIX_BYTES).tolist():
-        yield FailedRow(
-            row=int(np.searchsorted(chunks.document, merged.document[number])),
-            reason=TOO_LARGE,
-            detail=f"merged, its {merged.num_tokens[number]:,} tokens make a ColBERT matrix of {sizes[number]:,} bytes"
-            f", and Parquet holds {MAX_MATRIX_BYTES:,}; use --format npy, --long-docs chunk or both, "
-            "or --colbert-dtype, --colbert-pool or --colbert-top-k for a smaller one",
-        )
-
-
-def encode_shard(shard: TokenisedShard, route: EncodeContext) -> Generator[EncodedBatch, None, list[FailedRow]]:
-    """Yield a shard's rows window by window, longest rows of a window first; return those that cannot be encoded.
-
-    From the first of them on nothing but the giving up is yielded, but the rest is run to know them all.
-    """
-    chunks, failed = shard.chunks, list[FailedRow]()
-    route.progress.begin_shard()
-    if chunks.num_rows == 0:
-        route.progress.advance(documents=0, tokens=0, shards=1.0)
-        yield EncodedBatch(shard=shard, start=0, stop=0, embeddings=None)
-    for start, stop in plan_windows(chunks.num_tokens, max_window_tokens=route.window_tokens):
-        for made in encode_window(shard, route, start=start, stop=stop):
-            if isinstance(made, FailedRow):
-                if not failed:
-                    yield EncodedBatch(shard=shard, start=start, stop=stop, embeddings=None, given_up=True)
-                failed.append(made)
-                continue
-            if not failed:
-                yield EncodedBatch(shard=shard, start=start, stop=stop, embeddings=made)
-            tokens = int(chunks.num_tokens[made.rows].sum())
-            route.progress.advance(
-                documents=int((chunks.chunk_index[made.rows] == 0).sum()),
-                tokens=tokens,
-                shards=tokens / len(chunks.input_ids),
-            )
-    if failed:
-        route.progress.withdraw_shard()
-    return failed
-
-
-def encode_window(
-    shard: TokenisedShard, route: EncodeContext, *, start: int, stop: int
-) -> Iterator[Embeddings | FailedRow]:
-    """Yield the rows [start, stop): first those that an older folder has, then copies with their originals."""
-    rows = np.arange(start, stop)
-    if route.since is not None:
-        yield from timed(route.since.take(shard.origins, start=start, stop=stop), route.watch, "encoding")
-        rows = np.setdiff1d(rows, shard.origins.rows, assume_unique=True)
-    originals = find_originals(shard, rows) if route.dedupe else rows
-    limit = min(route.max_batch_tokens, route.encoder.max_tokens or route.max_batch_tokens)
-    single = np.unique(originals)
-    groups = batch_rows(
-        lengths_with_mcls(shard.chunks.num_tokens[single], every=route.encoder.mcls),
-        max_batch_tokens=limit,
-        lanes=route.encoder.lanes,
-    )
-    batches = (pack_rows(shard.chunks, single[group]) for group in groups)
-    for made in timed(route.encoder.encode_all(batches), route.watch, "encoding"):
-        yield from copy_rows(made, rows, originals) if route.dedupe else (made,)
-
-
-def find_originals(shard: TokenisedShard, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return for each of some rows the first of them with the same place in the same text."""
-    if not len(rows):
-        return rows
-    hashes = np.array([document.text_hash for document in shard.text.documents], np.uint64)
-    _, text = np.unique(hashes, axis=0, return_inverse=True)
-    keys = np.stack([text.reshape(-1)[shard.chunks.document[rows]], shard.chunks.chunk_index[rows]])
-    _, first, inverse = np.unique(keys, axis=1, return_index=True, return_inverse=True)
-    return rows[first[inverse.reshape(-1)]]
-
-
-def copy_rows(
-    made: Embeddings | FailedRow, rows: NDArray[np.int64], originals: NDArray[np.int64]
-) -> Iterator[Embeddings | FailedRow]:
-    """Yield what was made for all rows that it is the original of; what fails, fails for all of them."""
-    if isinstance(made, FailedRow):
-        yield from (replace(made, row=row) for row in rows[originals == made.row].tolist())
-        return
-    order = np.argsort(made.rows)
-    mine = np.isin(originals, made.rows)
-    places = order[np.searchsorted(made.rows, originals[mine], sorter=order)]
-    yield select_rows(made, places, rows=rows[mine])
-
-
 def drop_documents(shard: TokenisedShard, failed: Sequence[FailedRow], *, source: str) -> TokenisedShard:
     """Return the shard as if the documents of these rows had never been planned; they are skipped rows of it."""
     text, chunks = shard.text, shard.chunks
@@ -384,80 +440,64 @@ def _skip_document(shard: TokenisedShard, number: int, fault: FailedRow, *, sour
     )
 
 
-class _ShardAborted(Exception):
-    """The shard that is being written comes once more."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixLimit:
+    """How the ColBERT matrix of a merged row is stored, to know its size."""
+
+    form: ColbertForm
+    vector_bytes: int
+    "of a stored vector"
+
+    def find_bytes(self, num_tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the most bytes that the matrices of rows of so many tokens take."""
+        return bound_vectors(num_tokens - 1, self.form) * self.vector_bytes
 
 
-def write_shard(
-    folder: RunFolder,
-    shard: TokenisedShard,
-    batches: Iterator[EncodedBatch],
-    *,
-    form: RowForm,
-    config: EncodeConfig,
-    source: str,
-    watch: Stopwatch,
-) -> DoneEntry | None:
-    """Write a shard's windows as they come, and commit it; None if it was given up on the way."""
-    rows = plan_rows(shard.chunks, long_docs=config.long_docs, taken=shard.origins.rows)
-    with (
-        folder.open_shard(form=form, text=shard.text, chunks=rows, source=source) as writer,
-        suppress(_ShardAborted),
-    ):
-        for window in finish_windows(shard, _raise_on_abort(batches), config=config):
-            with watch.count("writing"):
-                writer.append(window)
-        with watch.count("writing"):
-            entry = writer.finish()
-            folder.commit(entry)
-        return entry
-    return None
+def matrix_limit(pipeline: Pipeline) -> MatrixLimit | None:
+    """Return what limits merged ColBERT matrices, which is a value of Parquet; None: nothing does."""
+    config = pipeline.config
+    if "colbert" not in config.outputs or config.long_docs != "merge" or config.format != "parquet":
+        return None
+    form = config.colbert_form
+    return MatrixLimit(form=form, vector_bytes=form.vector_bytes(pipeline.run.checkpoint.dim))
 
 
-def finish_windows(
-    shard: TokenisedShard, batches: Iterator[EncodedBatch], *, config: EncodeConfig
-) -> Iterator[Embeddings]:
-    """Yield the rows to be written, ascending, a window at a time."""
-    merger = None
-    if config.merges:
-        merger = Merger(
-            shard.chunks,
-            taken=shard.origins.rows,
-            long_docs=config.long_docs,
-            dense_dtype=config.dense_dtype,
-            colbert_form=config.colbert_form,
+def find_oversized(chunks: Chunks, limit: MatrixLimit | None) -> Iterator[FailedRow]:
+    """Yield the first row of each document whose merged ColBERT matrix may be larger than a value of Parquet."""
+    # Most shards have too few tokens for one such document.
+    if limit is None or len(chunks.input_ids) * limit.vector_bytes <= MAX_MATRIX_BYTES:
+        return
+    merged = merge_chunks(chunks)
+    sizes = limit.find_bytes(merged.num_tokens)
+    for number in np.flatnonzero(sizes > MAX_MATRIX_BYTES).tolist():
+        yield FailedRow(
+            row=int(np.searchsorted(chunks.document, merged.document[number])),
+            reason=TOO_LARGE,
+            detail=f"merged, its {merged.num_tokens[number]:,} tokens make a ColBERT matrix of {sizes[number]:,} bytes"
+            f", and Parquet holds {MAX_MATRIX_BYTES:,}; use --format npy, --long-docs chunk or both, "
+            "or --colbert-dtype, --colbert-pool or --colbert-top-k for a smaller one",
         )
-    first = 0
-    for (start, stop), window in groupby(batches, key=lambda batch: (batch.start, batch.stop)):
-        parts = (batch.embeddings for batch in window if batch.embeddings is not None)
-        if start == stop:
-            continue
-        if merger is None:
-            yield restore_order((compress_rows(part, config.colbert_form) for part in parts), start=start, stop=stop)
-            continue
-        merged = [compress_rows(part, config.colbert_form) for part in merge_window(parts, merger, shard)]
-        last = first + sum(len(part.rows) for part in merged)
-        if first < last:
-            yield restore_order(merged, start=first, stop=last)
-        first = last
 
 
-def merge_window(parts: Iterable[Embeddings], merger: Merger, shard: TokenisedShard) -> Iterator[Embeddings]:
-    """Yield the rows to be written that a window completes; what an older folder had is as it is to be written."""
-    fresh = []
-    for part in parts:
-        if np.isin(part.rows[:1], shard.origins.rows).all():
-            yield merger.place(part)
-        else:
-            fresh.append(part)
-    if fresh:
-        rows = np.sort(np.concatenate([part.rows for part in fresh]))
-        renumbered = (replace(part, rows=np.searchsorted(rows, part.rows)) for part in fresh)
-        yield from merger.feed(replace(restore_order(renumbered, start=0, stop=len(rows)), rows=rows))
+def find_originals(shard: TokenisedShard, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return for each of some rows the first of them with the same place in the same text."""
+    if not len(rows):
+        return rows
+    hashes = np.array([document.text_hash for document in shard.text.documents], np.uint64)
+    _, text = np.unique(hashes, axis=0, return_inverse=True)
+    keys = np.stack([text.reshape(-1)[shard.chunks.document[rows]], shard.chunks.chunk_index[rows]])
+    _, first, inverse = np.unique(keys, axis=1, return_index=True, return_inverse=True)
+    return rows[first[inverse.reshape(-1)]]
 
 
-def _raise_on_abort(batches: Iterator[EncodedBatch]) -> Iterator[EncodedBatch]:
-    for batch in batches:
-        if batch.given_up:
-            raise _ShardAborted
-        yield batch
+def copy_rows(
+    made: Embeddings | FailedRow, rows: NDArray[np.int64], originals: NDArray[np.int64]
+) -> Iterator[Embeddings | FailedRow]:
+    """Yield what was made for all rows that it is the original of; what fails, fails for all of them."""
+    if isinstance(made, FailedRow):
+        yield from (replace(made, row=row) for row in rows[originals == made.row].tolist())
+        return
+    order = np.argsort(made.rows)
+    mine = np.isin(originals, made.rows)
+    places = order[np.searchsorted(made.rows, originals[mine], sorter=order)]
+    yield select_rows(made, places, rows=rows[mine])
