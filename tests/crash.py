@@ -29,7 +29,6 @@ from typing import Any
 from unittest import mock
 
 from m3cli.store import commit
-from m3cli.store import commit as staging
 
 LOCKS_AND_RUN_OF_THE_DAY = ("_m3/lock", "_m3/tmp", "_m3/metrics.json")
 
@@ -111,20 +110,20 @@ def crash_at(step: int | None, *, die: Callable[[], None] | None = None, writes:
             stack.enter_context(_count_writes(steps))
         for name in ("sync_file", "sync_folder", "rename", "remove"):
             stack.enter_context(mock.patch.object(commit, name, getattr(steps, name)))
-        stack.enter_context(mock.patch.object(staging, "sync_file", steps.sync_file))
+        stack.enter_context(mock.patch.object(commit, "sync_file", steps.sync_file))
         stack.enter_context(contextlib.suppress(Crash))
         yield steps
 
 
 def _count_writes(steps: Steps) -> contextlib.AbstractContextManager[Any]:
-    write = staging.StagedFile.write
+    write = commit.StagedFile.write
 
-    def counted(staged: staging.StagedFile, data: Any) -> int:
+    def counted(staged: commit.StagedFile, data: Any) -> int:
         if not staged._muted:  # what is given up writes nothing any more
             steps.take("write", staged.name)
         return write(staged, data)
 
-    return mock.patch.object(staging.StagedFile, "write", counted)
+    return mock.patch.object(commit.StagedFile, "write", counted)
 
 
 def folder_bytes(root: Path) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from m3cli import concurrency as ahead
+from m3cli import concurrency
 from m3cli.jobs.encode.lifecycle import Stop
 
 GRACE = 10.0
@@ -65,7 +65,7 @@ def limit_runtime(seconds: float | None, *, spelt: str) -> Iterator[None]:
 
 def leave(code: int) -> None:
     """End the process, without waiting for a thread that is deep in a batch; Python would wait, or crash on it."""
-    if ahead.has_live_threads():
+    if concurrency.has_live_threads():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

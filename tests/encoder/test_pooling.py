@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 
-from m3cli.encoder import colbert as pooling
+from m3cli.encoder import colbert
 from m3cli.encoder.colbert import pool_vectors
 from m3cli.records import TokenMatrices
 
@@ -65,7 +65,7 @@ def test_tokens_that_are_equal_fall_together() -> None:
 
 
 def test_a_long_row_is_pooled_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pooling, "BLOCK_VECTORS", 10)
+    monkeypatch.setattr(colbert, "BLOCK_VECTORS", 10)
     matrices = make([25])
     none = np.zeros(25, np.bool_)
     pooled = pool_vectors(matrices, factor=2, protected=none)

@@ -19,7 +19,7 @@ import torch
 from m3cli.cli import signals
 from m3cli.encoder import encode as encoding
 from m3cli.encoder.model import run_model as real_run_model
-from m3cli.jobs.encode import lifecycle as metrics_module
+from m3cli.jobs.encode import lifecycle
 from m3cli.records import Batch
 from tests.conftest import Completed
 
@@ -85,7 +85,7 @@ def test_sigterm_ends_with_75_and_the_next_run_goes_on(m3_here: M3, tmp_path: Pa
     assert second.stderr.count("\n") == 1
     assert second_took < 20, "nothing slow is loaded; the limit is for a busy machine"
     assert process.returncode == 75, stderr
-    assert stderr.splitlines()[-1] == "m3: stopped by SIGTERM with work left; run the same command again to go on"
+    assert stderr.splitlines()[-1] == "m3: stopped by SIGTERM with work left; run the same command again to resume"
     assert took < 10
     assert list((tmp_path / "c.m3" / "_m3" / "tmp").iterdir()) == []
     done = count_done(tmp_path / "c.m3")
@@ -164,10 +164,10 @@ def test_max_runtime_gives_a_long_shard_up(
 
 HANG = """
 import sys, time
-from m3cli import ahead
+from m3cli import concurrency
 from m3cli.encoder import encode as encoding
 from m3cli.encoder.model import run_model as real_run_model
-ahead.JOIN_TIMEOUT = 1.0
+concurrency.JOIN_TIMEOUT = 1.0
 encoding.run_model = lambda model, batch: time.sleep(600)
 from m3cli.cli.app import run
 from m3cli.cli.signals import leave
@@ -236,15 +236,15 @@ def test_as_json_warnings_and_errors_are_objects_too(
 def test_metrics_are_for_prometheus(
     m3_here: M3, tmp_path: Path, tiny_m3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics_module, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(lifecycle, "SECONDS_BETWEEN", 0.0)
     written: list[dict[str, float]] = []
-    real = metrics_module.MetricsFile.write
+    real = lifecycle.MetricsFile.write
 
-    def write(self: metrics_module.MetricsFile) -> None:
+    def write(self: lifecycle.MetricsFile) -> None:
         real(self)
         written.append(read_metrics(tmp_path / "m3.prom"))
 
-    monkeypatch.setattr(metrics_module.MetricsFile, "write", write)
+    monkeypatch.setattr(lifecycle.MetricsFile, "write", write)
     write_corpus(tmp_path / 'a "b".jsonl', 100)
     flags = ("--model", tiny_m3, *FLAGS, "--metrics", "m3.prom")
     assert m3_here("encode", 'a "b".jsonl', *flags).returncode == 0

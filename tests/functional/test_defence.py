@@ -22,9 +22,8 @@ import pytest
 
 from m3cli.cli.app import run
 from m3cli.errors import CorpusError, OutputError
-from m3cli.jobs.encode import pipeline as writing
+from m3cli.jobs.encode import pipeline
 from m3cli.store import commit
-from m3cli.store import commit as staging
 from m3cli.store.layout import MANIFEST_NAME, done_name
 from tests.conftest import ROOT, Completed
 from tests.crash import folder_bytes
@@ -290,7 +289,7 @@ def test_quota_and_bad_disk_at_any_kind_of_step_cost_nothing(
 @contextlib.contextmanager
 def injected(step: str, number: int, *, after: int) -> Iterator[None]:
     """Let a named step of the committing module, or a write to a staged file, fail after some that do not."""
-    owner: Any = staging.StagedFile if step == "write" else commit
+    owner: Any = commit.StagedFile if step == "write" else commit
     name = "_write_piece" if step == "write" else step
     real = getattr(owner, name)
     calls = iter(range(10**9))
@@ -303,7 +302,7 @@ def injected(step: str, number: int, *, after: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(owner, name, fail))
         if step == "sync_file":
-            stack.enter_context(mock.patch.object(staging, name, fail))
+            stack.enter_context(mock.patch.object(commit, name, fail))
         yield
 
 
@@ -320,7 +319,7 @@ def test_input_that_vanishes_in_mid_run_is_named_and_what_is_done_is_kept(
         second = second.with_name("b.jsonl.gz")
     away = tmp_path / "away"
     assert encode_with(folder, out=tmp_path / "whole") == 0
-    write_shard = writing.write_shard
+    write_shard = pipeline.write_shard
 
     def write_and_lose(*given: Any, **settings: Any) -> Any:
         if second.exists():
@@ -328,7 +327,7 @@ def test_input_that_vanishes_in_mid_run_is_named_and_what_is_done_is_kept(
         return write_shard(*given, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "write_shard", write_and_lose)
+        patch.setattr(pipeline, "write_shard", write_and_lose)
         with pytest.raises(CorpusError, match=rf"{second.name} is gone: put it back and run the same command again"):
             encode_with(folder, out=tmp_path / "out")
     assert first.exists()

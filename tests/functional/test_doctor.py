@@ -13,7 +13,6 @@ import pytest
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.errors import ModelError
 from m3cli.jobs import doctor
-from m3cli.jobs import doctor as model_card
 from m3cli.jobs.doctor import Figure, is_bge_m3, recompute_card
 from tests.conftest import Completed
 
@@ -81,7 +80,7 @@ def test_figures_are_judged_for_bge_m3_only(tiny_m3: Path, monkeypatch: pytest.M
     assert not is_bge_m3(checkpoint)
     assert not is_bge_m3(replace(checkpoint, name="bge-m3"))
     assert is_bge_m3(replace(checkpoint, name="BAAI/bge-m3", **shape))  # type: ignore[arg-type]
-    monkeypatch.setattr(model_card, "is_bge_m3", lambda _: True)
+    monkeypatch.setattr(doctor, "is_bge_m3", lambda _: True)
     judged: list[Figure] = recompute_card(checkpoint, device="cpu")
     assert {figure.status for figure in judged} == {"pass", "fail"}
     assert judged[3].status == "fail", "a random model has not the published similarity"

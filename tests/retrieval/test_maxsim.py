@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from m3cli.records import LexicalWeights, TokenMatrices
-from m3cli.retrieval import scores as maxsim
+from m3cli.retrieval import scores
 from m3cli.retrieval.scores import expand_rows, score_colbert, score_dense, score_sparse
 
 RANDOM = np.random.default_rng(5)
@@ -34,7 +34,7 @@ def matrix(matrices: TokenMatrices, row: int) -> Any:
 
 @pytest.fixture(params=[3, 4096])
 def _pairs_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(maxsim, "PAIRS_AT_ONCE", request.param)
+    monkeypatch.setattr(scores, "PAIRS_AT_ONCE", request.param)
 
 
 @pytest.fixture

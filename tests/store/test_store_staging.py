@@ -10,7 +10,7 @@ import pytest
 import xxhash
 
 from m3cli.errors import OutputError
-from m3cli.store import commit as staging
+from m3cli.store import commit
 from m3cli.store.commit import StagedFile
 from m3cli.store.documents import hash_file
 
@@ -18,7 +18,7 @@ from m3cli.store.documents import hash_file
 @pytest.mark.parametrize("sizes", [[], [0], [5, 0, 7], [3 << 20, 1]])
 def test_what_passes_through_is_hashed_and_counted(tmp_path: Path, sizes: list[int]) -> None:
     pieces = [bytes(np.arange(size, dtype=np.uint8)) for size in sizes]
-    with mock.patch.object(staging, "WRITEBACK", 1 << 20):
+    with mock.patch.object(commit, "WRITEBACK", 1 << 20):
         staged = StagedFile(tmp_path, "rows/x")
         for piece in pieces:
             assert staged.write(piece) == len(piece)

@@ -1,10 +1,6 @@
-"""`m3 encode`: a corpus through the model into a folder.
+"""`m3 encode`: resolve the config (resolve.py), open the folder, run the pipeline (pipeline.py), report.
 
-    plan -> reader -> tokenizer -> chunker        a thread that reads one shard ahead
-    batcher -> model -> heads                     a thread that drives the device, a few batches ahead
-    window -> writer -> commit                    this thread
-
-A shard is done when its entry is on disk; whatever stops the program costs the shards in flight and no other.
+A shard is done when its entry is on disk. Whatever stops the program costs the shards in flight and no other.
 """
 
 from __future__ import annotations
@@ -51,19 +47,19 @@ if TYPE_CHECKING:
 
 
 GC_THRESHOLD = 200_000
-"""Objects that are made before the garbage collector looks for cycles; Python's own is 700 to 2,000. Documents hold
-none, and with it the reader took 4.4 us a row where it takes 3.0 without (shards of 32 MiB)."""
+"""Allocations between two runs of the garbage collector. Documents hold no cycles; with Python's own threshold (700 to
+2,000) the reader took 4.4 us a row instead of 3.0 (shards of 32 MiB)."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What this run did, counted as shards are committed."""
+    """Totals of this run, counted as shards are committed."""
 
     counts: ShardCounts = field(default_factory=ShardCounts)
     reasons: Counter[str] = field(default_factory=Counter)
     num_shards: int = 0
     num_reused: int = 0
-    "documents taken over from an older folder"
+    "documents whose vectors were reused from a previous folder"
     num_files: int = 0
     num_bytes: int = 0
 
@@ -79,7 +75,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What goes along with the work of one run: who is told of it, who may end it, what it has come to."""
+    """What reports and ends a run."""
 
     progress: Progress
     watch: Stopwatch
@@ -91,7 +87,7 @@ class Work:
 def encode_corpus(
     request: EncodeRequest, *, progress: Progress, stdin: PeekableStream | None = None, stop: Stop | None = None
 ) -> int:
-    """Encode a corpus, or go on where an earlier run stopped.
+    """Encode a corpus, or resume the folder of an earlier run.
 
     Returns:
         the exit code: 0, or 3 if the folder is complete and rows were skipped.
@@ -108,7 +104,7 @@ def encode_corpus(
         out = choose_out(request, sources)
         metrics.out = str(out)
         with watch.count("loading"):
-            # What can be wrong with corpus, model or disk is said before a folder is made for it.
+            # Errors of corpus, model and disk space are raised before a folder is made.
             before = read_run_to_resume(out)
             check_gone(request, before)
             fresh = None if before else resolve_new_run(request, sources, stdin)
@@ -122,9 +118,9 @@ def encode_corpus(
             opened = open_run(folder, None if fresh is None else fresh.run, request, sources)
             tally = Tally()
             if (todo := opened.num_shards) is not None:
-                todo = opened.share.count_todo(todo)
+                todo = opened.selector.count_todo(todo)
             if todo == 0:
-                finish(opened, request, progress=progress, stdin=stdin)
+                report_complete(opened, request, progress=progress, stdin=stdin)
             else:
                 work = Work(progress=progress, watch=watch, stop=stop or Stop(), metrics=metrics, tally=tally)
                 with report_kept_shards(opened):
@@ -135,26 +131,26 @@ def encode_corpus(
 
 
 def check_gone(request: EncodeRequest, before: RunConfig | None) -> None:
-    """Raise UsageError if ids that are gone are asked for, and there is no older folder that had them."""
+    """Raise UsageError if --gone is typed and there is no previous folder whose ids it could list."""
     if request.gone and not request.since_run and (before is None or before.since_path is None):
         raise UsageError(f"--gone {request.gone} needs --since-run: it lists the ids of that folder; give both or none")
 
 
-def estimate_run(settled: NewRun, request: EncodeRequest, progress: Progress) -> NewRun:
-    """Estimate what a run will come to, if anyone asks."""
+def estimate_run(new: NewRun, request: EncodeRequest, progress: Progress) -> NewRun:
+    """Estimate the size of a run's folder, unless neither the space check nor the panel needs it."""
     from m3cli.jobs.encode.estimate import estimate_corpus  # noqa: PLC0415  torch, only where there is work
 
     if not request.space_check and progress.mode == "none":
-        return settled
-    return replace(settled, estimate=estimate_corpus(settled.run, settled.form, settled.tokenizer))
+        return new
+    return replace(new, estimate=estimate_corpus(new.run, new.form, new.tokenizer))
 
 
 def prepare_resumed_run(opened: OpenRun, request: EncodeRequest, progress: Progress) -> NewRun:
-    """Get ready to go on with a folder that was there before.
+    """Return what encoding needs for a folder that is resumed.
 
     Raises:
-        ForeignFolder: checkpoint or tokenizer are others than the folder's.
-        OutputError: the disk has no room for what is left to do.
+        ForeignFolder: checkpoint or tokenizer differ from the folder's.
+        OutputError: the disk has no room for the remaining shards.
     """
     from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415  torch, only where there is work
 
@@ -165,16 +161,18 @@ def prepare_resumed_run(opened: OpenRun, request: EncodeRequest, progress: Progr
         check_same_checkpoint(run, checkpoint, out=opened.name)
     tokenizer = load_tokenizer(checkpoint)
     check_same_tokenizer(run, tokenizer.serialisation_hash, out=opened.name)
-    settled = NewRun(run=run, form=opened.form, checkpoint=checkpoint, tokenizer=tokenizer)
-    settled = estimate_run(settled, request, progress)
-    if request.space_check and (estimate := settled.estimate):
+    ready = NewRun(run=run, form=opened.form, checkpoint=checkpoint, tokenizer=tokenizer)
+    ready = estimate_run(ready, request, progress)
+    if request.space_check and (estimate := ready.estimate):
         sizes = estimate.bytes_on_disk
         check_disk_space(opened.folder.path, sizes, num_shards=opened.num_shards, done=opened.done)
-    return settled
+    return ready
 
 
-def finish(opened: OpenRun, request: EncodeRequest, *, progress: Progress, stdin: PeekableStream | None) -> None:
-    """Say that nothing is to do, after comparing input that may have changed; no model is loaded."""
+def report_complete(
+    opened: OpenRun, request: EncodeRequest, *, progress: Progress, stdin: PeekableStream | None
+) -> None:
+    """Compare input that may have changed, then report that nothing is to do; no model is loaded."""
     for _ in opened.read(stdin):
         pass
     if opened.folder.manifest() is None:
@@ -198,7 +196,7 @@ def finish(opened: OpenRun, request: EncodeRequest, *, progress: Progress, stdin
 
 @contextmanager
 def report_kept_shards(opened: OpenRun) -> Iterator[None]:
-    """Tell how many shards are kept if Ctrl-C ends the work.
+    """Report how many shards are kept if Ctrl-C ends the run.
 
     Raises:
         Interrupted: Ctrl-C.
@@ -222,8 +220,8 @@ def encode(
     stdin: PeekableStream | None,
     work: Work,
 ) -> None:
-    """Encode what is left, and say what was done; `fresh` is of a folder that this run has begun."""
-    # torch, and what speaks it, only where there is work
+    """Encode the remaining shards and report; `fresh` is None unless this run has begun the folder."""
+    # torch, and what imports it: only where there is work
     from m3cli.encoder import device as machine  # noqa: PLC0415
     from m3cli.encoder.model import load_model  # noqa: PLC0415
     from m3cli.jobs.encode.pipeline import FirstRows, Pipeline, make_encoder, run_pipeline  # noqa: PLC0415
@@ -231,7 +229,7 @@ def encode(
 
     run, config, progress, watch = opened.run, opened.run.config, work.progress, work.watch
     with watch.count("loading"):
-        # Of workers that begin a folder together one writes its run.json, the others go on with it.
+        # Of workers that begin a folder together one writes run.json, the others resume.
         ready = fresh if fresh and not opened.resumed else prepare_resumed_run(opened, request, progress)
         checkpoint, tokenizer = ready.checkpoint, ready.tokenizer
         device = machine.resolve_device(request.device)
@@ -295,7 +293,7 @@ def encode(
     encoded = time.perf_counter() - began
     for source in run.sources:
         check_unchanged(source)
-    complete = opened.folder.write_manifest(opened.share.num_shards)
+    complete = opened.folder.write_manifest(opened.selector.num_shards)
     device_bytes = machine.peak_device_bytes(device)
     summary = summarise(opened, work, seconds=encoded, device_bytes=device_bytes, unread=unread)
     if complete:
@@ -313,7 +311,7 @@ def poll_stop_and_metrics(opened: OpenRun, work: Work) -> None:
 
 
 def count_metrics(opened: OpenRun, work: Work) -> None:
-    """Bring the numbers of the metrics file up to date."""
+    """Update the numbers of the metrics file."""
     counts, numbers = work.tally.counts, work.metrics.numbers
     numbers.update(
         documents=counts.documents,
@@ -331,7 +329,7 @@ def count_metrics(opened: OpenRun, work: Work) -> None:
 
 @contextmanager
 def reduced_gc() -> Iterator[None]:
-    """Let the garbage collector look for cycles seldom, and never at what is there now."""
+    """Run the garbage collector seldom, and never over the objects that exist now."""
     before = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD, *before[1:])
@@ -345,7 +343,7 @@ def reduced_gc() -> Iterator[None]:
 def add_id_counts(
     summary: RunSummary, opened: OpenRun, request: EncodeRequest, previous: PreviousFolder | None
 ) -> RunSummary:
-    """Add, of a complete folder, how many ids stand for several documents, and how many of an older one are gone."""
+    """Add the number of duplicate ids of a complete folder, and of ids of a previous folder that it lacks."""
     root, shards = opened.folder.path, list(opened.folder.done())
     with damage_stops(root):
         hashes = read_id_hashes(root, shards)
@@ -355,7 +353,7 @@ def add_id_counts(
 
 
 def summarise(opened: OpenRun, work: Work, *, seconds: float, device_bytes: int, unread: dict[str, int]) -> RunSummary:
-    """Sum up what this run did."""
+    """Return the summary of this run."""
     tally, watch, counts = work.tally, work.watch, work.tally.counts
     count_metrics(opened, work)
     return RunSummary(
@@ -376,7 +374,7 @@ def summarise(opened: OpenRun, work: Work, *, seconds: float, device_bytes: int,
         peak_memory_bytes=peak_memory(),
         peak_device_bytes=device_bytes,
         shards_done=len(opened.folder.done()),
-        num_shards=opened.share.num_shards,
+        num_shards=opened.selector.num_shards,
         skipped_reasons=dict(tally.reasons.most_common()),
         taken=tally.num_reused,
         gone=None,
@@ -386,19 +384,19 @@ def summarise(opened: OpenRun, work: Work, *, seconds: float, device_bytes: int,
 
 
 def peak_memory() -> int:
-    """Return the most memory this process held at once, in bytes (ru_maxrss: KiB on Linux, bytes on macOS)."""
+    """Return the peak memory of this process in bytes (ru_maxrss: KiB on Linux, bytes on macOS)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def metrics_document(summary: RunSummary) -> dict[str, object]:
-    """Build the content of metrics.json."""
+    """Return the content of metrics.json."""
     left_out = {"out", "skipped_reasons", "duplicate_ids", "taken", "gone", "shards_done", "num_shards", "unread"}
     return {name: getattr(summary, name) for name in RunSummary.__slots__ if name not in left_out}
 
 
 def exit_code_of(opened: OpenRun, request: EncodeRequest, tally: Tally) -> int:
-    """Return the exit code that describes the folder: 3 if it is complete and rows were skipped."""
+    """Return the exit code that describes the folder: 3 if it is complete and has skipped rows."""
     manifest = opened.folder.manifest()
     if manifest is None:
         return EXIT_DONE

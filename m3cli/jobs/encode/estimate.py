@@ -1,9 +1,8 @@
-"""What a corpus will come to, from a small sample of it: documents, rows, tokens, bytes on disk.
+"""Estimate documents, rows, tokens and bytes on disk from a small sample of the corpus; check the disk space.
 
-A few portions of 64 KiB spread over the input are read and tokenised, each brought to whole rows; line formats are
-scaled by bytes, Parquet by rows, whose number its footer tells. Of compressed files the beginnings are read, and scaled
-by what the first MiBs of each come to when they are decompressed. Of standard input nothing is read: then nothing is
-said. Of a long document only the beginning is tokenised, so that the work is small whatever is in the input.
+A few samples of 64 KiB at even distances are read and tokenised, each extended to complete rows. Line formats are
+scaled by bytes, Parquet by rows (its footer has their number). Of compressed files the beginning is read, and scaled by
+how much its first MiBs expand. Standard input gives no estimate. Only the beginning of a long document is tokenised.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ from m3cli.store.layout import WEIGHTS_PER_TOKEN, RowForm, estimate_bytes
 SAMPLE_SHARD_BYTES = 64 << 10
 SAMPLE_SHARDS = 6
 SAMPLE_CHARS = 64 << 10
-"of a document that are tokenised"
+"tokenised of a document"
 RATIO_BYTES = 4 << 20
-"of a compressed file, to see what they come to"
+"of a compressed file, to measure how much they expand"
 CHOICES = {
     "float16": ColbertForm(),
     "--colbert-dtype int8": ColbertForm(dtype="int8"),
@@ -44,19 +43,19 @@ CHOICES = {
     "--colbert-pool 4 --colbert-dtype int8": ColbertForm(pool=4, dtype="int8"),
     "--colbert-pool 2 --colbert-dtype binary": ColbertForm(pool=2, dtype="binary"),
 }
-"ways to store ColBERT vectors whose price is shown"
+"forms of ColBERT vectors whose size is shown"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What a corpus will come to."""
+    """The estimated size of an encoded corpus."""
 
     documents: int
     tokens: int
     bytes_on_disk: dict[str, int]
     "per output"
     colbert_choices: dict[str, int] | None
-    "bytes of the ColBERT vectors by the flags that say how they are stored; None: there are none"
+    "bytes of the ColBERT vectors by the options that choose their form; None: there are no vectors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +63,14 @@ class _Sample:
     """Documents of the sample, and the S rows that are written for them."""
 
     factor: float
-    "how many times as many documents they stand for"
+    "documents of the corpus per document of the sample"
     documents: int
     num_tokens: NDArray[np.float64]
     "[S]"
     weights: NDArray[np.float64]
-    "[S] how many rows of the document each stands for"
+    "[S] rows of the document per row of the sample"
     own: NDArray[np.bool_]
-    "[S] whether it is a document's own row beside its chunks: it has no ColBERT matrix, and its tokens are theirs"
+    "[S] whether it is a document's own row next to its chunks, without ColBERT matrix and tokens of its own"
     text_bytes: float
     "of the rows' texts"
     kept_bytes: float
@@ -79,7 +78,7 @@ class _Sample:
 
 
 def estimate_corpus(run: RunConfig, form: RowForm, tokenizer: Tokenizer) -> Estimate | None:
-    """Estimate the whole corpus; None where some of it comes by standard input, or there is nothing."""
+    """Estimate the corpus; None: some of it is standard input, or it is empty."""
     if any(source.path == "-" for source in run.sources):
         return None
     sampler = _Sampler(run, form, tokenizer)
@@ -89,7 +88,7 @@ def estimate_corpus(run: RunConfig, form: RowForm, tokenizer: Tokenizer) -> Esti
             *sampler.read_streams([source for source in run.sources if source.sequential]),
         ]
     except CorpusError:
-        return None  # what comes before the fault is encoded, and the fault named where it is met
+        return None  # the rows before the error are encoded, and the run reports the error
     documents = sum(sample.documents * sample.factor for sample in samples)
     if not documents:
         return None
@@ -225,13 +224,13 @@ class _Sampler:
 
 
 def find_free_bytes(folder: Path) -> int:
-    """Return what the disk has free that a folder is on, or will be once it is made."""
+    """Return the free bytes of the disk that a folder is on, or will be on."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     return shutil.disk_usage(there).free
 
 
 def count_needed(sizes: Mapping[str, int], *, num_shards: int | None, done: Mapping[int, DoneEntry]) -> int:
-    """Count the bytes that are still to be written, of those that the whole folder takes."""
+    """Return the bytes of the folder that are still to be written."""
     total = sum(sizes.values())
     if num_shards:
         return total * max(0, num_shards - len(done)) // num_shards
@@ -246,17 +245,14 @@ def check_disk_space(
     done: Mapping[int, DoneEntry],
     choices: Mapping[str, int] | None = None,
 ) -> None:
-    """Refuse to begin where what is left to do will not fit.
+    """Raise OutputError if the disk has no room for the remaining shards.
 
     Args:
         folder: that is written to.
-        sizes: bytes of each output of the whole folder.
-        num_shards: of the whole folder; None: not known yet.
+        sizes: bytes of each output of the complete folder.
+        num_shards: of the complete folder; None: unknown.
         done: the shards that are done.
-        choices: bytes of the ColBERT vectors by the flags that would store them so; None: there is no choice any more.
-
-    Raises:
-        OutputError: naming what is needed and what there is.
+        choices: bytes of the ColBERT vectors by the options that choose their form; None: the form is fixed.
     """
     need, free = count_needed(sizes, num_shards=num_shards, done=done), find_free_bytes(folder)
     if need <= free:
@@ -268,5 +264,5 @@ def check_disk_space(
     raise OutputError(
         f"{folder} needs about {format_bytes(need)} more and its disk has {format_bytes(free)} free; "
         f"free some space, choose another --out, {f'try {smaller}, ' if smaller else ''}"
-        "or go on all the same with --no-space-check"
+        "or start anyway with --no-space-check"
     )

@@ -1,7 +1,7 @@
-"""`--since-run OLD.m3`: an increment takes the vectors of texts that an older folder has over from it.
+"""`--since-run OLD.m3`: reuse the vectors of texts that a previous folder has.
 
-The older folder may be unfinished, in the other format, and made of other sources, fields and shards; whatever changes
-a text's vectors must be equal. What it held when the new folder was begun is part of the new one's config.
+The previous folder may be unfinished, in the other format, and from other sources, fields and shards. Options that
+change a text's vectors must be equal. A hash of what it held is part of the new folder's config.
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ MAY_DIFFER = frozenset(
         *("format", "compression", "dedupe", "since"),
     )
 )
-"settings that do not change the vectors of a text"
-MAX_RUNS = 64
+"options that do not change the vectors of a text"
+MAX_SLICES = 64
+"of contiguous rows, read without a copy; more rows apart are gathered"
 
 
 def resolve_increment(run: RunConfig, path: str) -> RunConfig:
-    """Make an older folder part of what a new run means.
+    """Make a previous folder part of a new run's config.
 
     Raises:
-        ForeignFolder: the vectors of its texts are not those that this run would make.
+        ForeignFolder: its vectors differ from those that this run would make.
     """
     old = open_folder(Path(path))
     then = old.run
-    settings = then.config.to_json()
-    unwanted = {name for name, output in OUTPUT_OF.items() if output not in run.config.outputs}
+    options = then.config.to_json()
+    unused = {name for name, output in OUTPUT_OF.items() if output not in run.config.outputs}
     for name, value in run.config.to_json().items():
-        if name not in MAY_DIFFER | unwanted and settings[name] != value:
+        if name not in MAY_DIFFER | unused and options[name] != value:
             raise ForeignFolder(
-                f"--since-run {path} was made with --{name.replace('_', '-')} {settings[name]}, this run has {value}; "
+                f"--since-run {path} was made with --{name.replace('_', '-')} {options[name]}, this run has {value}; "
                 "use the same, or leave --since-run out"
             )
     missing = [output for output in run.config.outputs if output not in then.config.outputs]
@@ -74,17 +75,17 @@ def identify(folder: OutputFolder) -> str:
 
 
 def open_previous(run: RunConfig, typed: str | None, *, out: str) -> PreviousFolder | None:
-    """Open the older folder of a run, where it was or where it is now said to be.
+    """Open the previous folder of a run: --since-run, or the path in run.json.
 
     Raises:
-        ForeignFolder: it is another than when the run was begun.
+        ForeignFolder: it differs from when the run was begun.
     """
     path = typed or run.since_path
     if path is None:
         return None
     if run.config.since is None:
         raise ForeignFolder(
-            f"{out} was begun without --since-run; drop the flag to go on with the folder, or use another --out"
+            f"{out} was begun without --since-run; leave the option out to resume the folder, or use another --out"
         )
     old = open_folder(Path(path))
     if identify(old) != run.config.since:
@@ -96,14 +97,14 @@ def open_previous(run: RunConfig, typed: str | None, *, out: str) -> PreviousFol
 
 
 class PreviousFolder:
-    """An older folder that vectors are taken over from."""
+    """A folder whose vectors are reused."""
 
     def __init__(self, folder: OutputFolder, run: RunConfig) -> None:
         self._folder = folder
         self._texts = TextIndex(folder, outputs=run.config.outputs)
 
     def cut(self, documents: Sequence[Document], cut: Callable[[Sequence[Document]], Chunks]) -> tuple[Chunks, Origins]:
-        """Return the rows of documents: those of a text that the older folder has as it has them, the others cut."""
+        """Return the rows of documents: as the previous folder has them where it has the text, else cut by `cut`."""
         taken, origins = self._texts.find(documents)
         others = np.setdiff1d(np.arange(len(documents)), taken.document)
         fresh = cut([documents[number] for number in others.tolist()])
@@ -113,18 +114,18 @@ class PreviousFolder:
         return select_chunks(both, order), replace(origins, rows=rows)
 
     def read(self, origins: Origins, *, start: int, stop: int) -> Iterator[Embeddings]:
-        """Read the vectors of those rows in [start, stop) that the older folder has."""
+        """Read the vectors of those rows in [start, stop) that the previous folder has."""
         window = slice(*np.searchsorted(origins.rows, (start, stop)))
         wanted = Origins(rows=origins.rows[window], shard=origins.shard[window], row=origins.row[window])
         for part, places, rows in self._texts.read(wanted):
             breaks = np.flatnonzero(np.diff(places) != 1) + 1
-            # Where little has changed, runs of rows are taken as they lie, which copies nothing.
-            cuts = breaks if len(breaks) < MAX_RUNS else breaks[:0]
-            for run, mine in zip(np.split(places, cuts), np.split(rows, cuts), strict=True):
-                yield select_rows(part.embeddings, run, rows=mine)
+            # Where little has changed, most rows are contiguous, and slices copy nothing.
+            cuts = breaks if len(breaks) < MAX_SLICES else breaks[:0]
+            for places_cut, rows_cut in zip(np.split(places, cuts), np.split(rows, cuts), strict=True):
+                yield select_rows(part.embeddings, places_cut, rows=rows_cut)
 
     def write_removed_ids(self, hashes: Mapping[int, NDArray[np.int64]], *, listing: str | None) -> int:
-        """Count the ids of the older folder that are not in a complete new one, and list them as JSON lines.
+        """Count the ids of the previous folder that the complete new one lacks, and list them as JSON lines.
 
         Args:
             hashes: of the ids of the new folder, by shard.

@@ -1,4 +1,4 @@
-"""What ends a run before its work is done: a signal, its time, or too many rows that are skipped."""
+"""What ends a run early (a signal, its time, too many skipped rows), and the metrics file of a run."""
 
 from __future__ import annotations
 
@@ -12,48 +12,6 @@ from pathlib import Path
 from m3cli.errors import EXIT_INTERRUPTED, CorpusError, FolderLocked, M3Error, OutputError, Stopped, count_noun
 from m3cli.records import ShardCounts
 from m3cli.store.commit import check_writable, publish_outside
-
-MIN_ROWS = 1000
-"rows before a part of them tells anything; at the end it is held to the limit in any case"
-
-
-class Stop:
-    """Whether and why a run is to end early. Who asks for it sets it; the run looks at it where it can end well."""
-
-    def __init__(self) -> None:
-        self.reason: str | None = None
-        "such as 'stopped by SIGTERM'; None: go on"
-        self.at_once = False
-        "whether the shard in hand is given up, too"
-
-    def check(self, *, in_shard: bool = False) -> None:
-        """Raise Stopped if this is a place to stop at."""
-        if self.reason is not None and (self.at_once or not in_shard):
-            raise Stopped(f"{self.reason} with work left; run the same command again to go on")
-
-
-def check_max_skipped(
-    counts: ShardCounts, limit: float | None, reasons: Counter[str], *, out: str, complete: bool
-) -> None:
-    """Hold a folder to `--max-skipped`; what is done in it stays.
-
-    Raises:
-        CorpusError: more rows were skipped than that.
-    """
-    if limit is None:
-        return
-    rows = counts.documents + counts.skipped
-    if isinstance(limit, int):
-        exceeded, spelt = counts.skipped > limit, f"{limit:,}"
-    else:
-        exceeded, spelt = counts.skipped > limit * rows and (complete or rows >= MIN_ROWS), f"{limit * 100:g}%"
-    if exceeded:
-        why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
-        raise CorpusError(
-            f"{counts.skipped:,} of {count_noun(rows, 'row was', 'rows were')} skipped, more than --max-skipped {spelt}"
-            f"{f' ({why})' if why else ''}; see {out}/_m3/skipped, then mend the input or raise --max-skipped"
-        )
-
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +32,46 @@ _HELP = {
     "tokens_per_second": "Tokens committed per second of encoding.",
     "peak_memory_bytes": "Most memory that the process has held at once.",
 }
+MIN_ROWS = 1000
+"rows before a percentage is compared with the limit; a complete folder is always compared"
+
+
+class Stop:
+    """Whether and why a run is to end early. A signal or a timer sets it; the run reads it between batches."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        "such as 'stopped by SIGTERM'; None: the run continues"
+        self.at_once = False
+        "whether the current shard is aborted, too"
+
+    def check(self, *, in_shard: bool = False) -> None:
+        """Raise Stopped if the run is to end here."""
+        if self.reason is not None and (self.at_once or not in_shard):
+            raise Stopped(f"{self.reason} with work left; run the same command again to resume")
+
+
+def check_max_skipped(
+    counts: ShardCounts, limit: float | None, reasons: Counter[str], *, out: str, complete: bool
+) -> None:
+    """Compare a folder with --max-skipped; its done shards stay.
+
+    Raises:
+        CorpusError: more rows were skipped than that.
+    """
+    if limit is None:
+        return
+    rows = counts.documents + counts.skipped
+    if isinstance(limit, int):
+        exceeded, shown = counts.skipped > limit, f"{limit:,}"
+    else:
+        exceeded, shown = counts.skipped > limit * rows and (complete or rows >= MIN_ROWS), f"{limit * 100:g}%"
+    if exceeded:
+        why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
+        raise CorpusError(
+            f"{counts.skipped:,} of {count_noun(rows, 'row was', 'rows were')} skipped, more than --max-skipped {shown}"
+            f"{f' ({why})' if why else ''}; see {out}/_m3/skipped, then fix the input or raise --max-skipped"
+        )
 
 
 class MetricsFile:

@@ -1,16 +1,15 @@
-"""What a folder is made of: settled once from what was typed, the corpus and the checkpoint; adopted by later runs.
+"""Resolve a new run or resume an old one: from the options that were typed to an open folder.
 
-`run.json` holds it. A flag that was not typed is adopted from the folder; one that was typed and says something else
-is another run, and refused by name. `auto` values (dtype, shard size, batch tokens, threads) are settled here and
-nowhere else. The checkpoint's path is no part of it, its content is; the paths of sources help to find them again and
-are not compared.
+`run.json` holds the config. An option that was not typed comes from the folder; one that was typed with another value
+is an error (exit code 10) that names the option. `auto` values (dtype, shard size, batch tokens, threads) are resolved
+here and nowhere else. The checkpoint's content is compared, its path is not; nor are the paths of sources.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,28 +51,28 @@ if TYPE_CHECKING:
 
 
 _FLAGS = {"id_field": "id", "text_field": "text", "title_field": "title"}
-"flags whose settled value is a member of Fields"
+"options that become a member of Fields"
 COMPARED_OPTIONS = (
     *("outputs", "format", "max_length", "long_docs", "overlap", "split", "mcls", "dtype", "dense_dtype"),
     *(*COLBERT_MEMBERS, "compression"),
     *("title_sep", "keep_text", "prefix", "limit", "shard_size", "max_row_bytes", "dedupe"),
 )
-"flags whose settled value is a member of EncodeConfig of the same name"
+"options that are a member of EncodeConfig of the same name, compared when a folder is resumed"
 REQUIRED_OUTPUT: dict[str, Output] = {**OUTPUT_OF, "mcls": "dense"}
-"of each flag that is about one output, that output"
+"the output that an option is about"
 MAX_INT32 = (1 << 31) - 1
-"that a number of tokens or vectors can be"
+"the largest number of tokens or vectors"
 
 
 def open_checkpoint(request: EncodeRequest, *, download: bool = True, heads: bool = True) -> Checkpoint:
-    """Find and read the checkpoint that was typed, or that M3_MODEL names, or BAAI/bge-m3."""
+    """Find and read the checkpoint of --model, of M3_MODEL, or BAAI/bge-m3."""
     model = name_model(request) or DEFAULT_MODEL
     folder = find_checkpoint(model, revision=request.revision, download=download, heads=heads)
     return read_checkpoint(folder, name=None if folder == Path(model).expanduser() else model)
 
 
 def name_model(request: EncodeRequest) -> str | None:
-    """Return the model that was asked for by flag or environment, None if none was."""
+    """Return the model named by --model or M3_MODEL; None: neither is set."""
     return request.model or os.environ.get("M3_MODEL") or None
 
 
@@ -85,7 +84,7 @@ def resolve_config(
     tokenizer_hash: str,
     stdin: PeekableStream | None,
 ) -> RunConfig:
-    """Settle a new folder's run: flags, then defaults, then what corpus, checkpoint and machine say."""
+    """Resolve the config of a new folder: typed options, then defaults, then corpus, checkpoint and machine."""
     from m3cli.encoder import device as machine  # noqa: PLC0415  torch, only for a run that will need it
 
     check_ranges(request)
@@ -103,14 +102,14 @@ def resolve_config(
             "--compression zstd is for --format parquet: arrays that are mapped into memory are not compressed"
         )
     check_lengths(max_length, request, checkpoint, longest=longest)
-    settled: dict[str, Any] = {
+    resolved: dict[str, Any] = {
         "outputs": outputs,
         "max_length": max_length,
         "dtype": machine.resolve_dtype(request.dtype, device),
         "shard_size": request.shard_size or auto_shard_size(device, outputs),
     }
     typed = {name: getattr(request, name) for name in COMPARED_OPTIONS if getattr(request, name) is not None}
-    config = EncodeConfig(fields=resolve_run_fields(request, sources=sources, stdin=stdin), **{**typed, **settled})
+    config = EncodeConfig(fields=resolve_run_fields(request, sources=sources, stdin=stdin), **{**typed, **resolved})
     return RunConfig(
         config=config,
         checkpoint=CheckpointConfig(
@@ -131,7 +130,7 @@ def resolve_config(
 
 
 def resolve_run_fields(request: EncodeRequest, *, sources: Sequence[Source], stdin: PeekableStream | None) -> Fields:
-    """Settle which field of a row is what, from the flags and the corpus' first rows."""
+    """Resolve which field of a row is what, from the options and the first rows of the corpus."""
     return resolve_fields(
         sources,
         id_field=request.id_field,
@@ -151,7 +150,7 @@ def auto_shard_size(device: str, outputs: Sequence[Output]) -> int:
 
 
 def check_outputs(outputs: Sequence[Output], checkpoint: Checkpoint) -> None:
-    """Refuse outputs that the checkpoint has no head for."""
+    """Raise ModelError for an output that the checkpoint has no head for."""
     missing = [output for output in outputs if output not in checkpoint.outputs]
     if missing:
         raise ModelError(
@@ -162,7 +161,7 @@ def check_outputs(outputs: Sequence[Output], checkpoint: Checkpoint) -> None:
 
 
 def check_colbert(request: EncodeRequest, checkpoint: Checkpoint) -> None:
-    """Refuse ways to store ColBERT vectors that this checkpoint does not have."""
+    """Raise UsageError for a form of ColBERT vectors that needs what this checkpoint lacks."""
     if request.colbert_dtype == "binary" and checkpoint.hidden_size % 8:
         raise UsageError(
             f"--colbert-dtype binary: signs are stored eight to a byte, and the vectors of {checkpoint.name} are "
@@ -176,7 +175,7 @@ def check_colbert(request: EncodeRequest, checkpoint: Checkpoint) -> None:
 
 
 def check_ranges(request: EncodeRequest) -> None:
-    """Refuse numbers that arrays and run.json cannot hold."""
+    """Raise UsageError for a number that arrays and run.json cannot hold."""
     for name in ("mcls", "colbert_pool", "colbert_top_k"):
         value = getattr(request, name)
         if value is not None and not value <= MAX_INT32:
@@ -184,18 +183,18 @@ def check_ranges(request: EncodeRequest) -> None:
 
 
 def check_needed_outputs(request: EncodeRequest, outputs: Sequence[Output]) -> None:
-    """Refuse flags about an output that there will not be."""
+    """Raise UsageError for an option about an output that the folder will not have."""
     for name, output in REQUIRED_OUTPUT.items():
         value = getattr(request, name)
         if value is not None and output not in outputs:
             raise UsageError(
                 f"{format_option(name)} {value} needs {output} among the outputs {','.join(outputs)}; "
-                f"leave the flag out, or add {output} to --outputs"
+                f"leave the option out, or add {output} to --outputs"
             )
 
 
 def check_lengths(max_length: int, request: EncodeRequest, checkpoint: Checkpoint, *, longest: int) -> None:
-    """Refuse a length that the checkpoint has no positions for, and flags about chunks that there are not."""
+    """Raise UsageError for a length that exceeds the positions, and for options that have no effect."""
     overlap = request.overlap or 0
     if request.split and request.long_docs == "truncate":
         raise UsageError(
@@ -208,7 +207,7 @@ def check_lengths(max_length: int, request: EncodeRequest, checkpoint: Checkpoin
             "leave --overlap out, or choose --long-docs chunk, merge or both"
         )
     if max_length > longest:
-        added = f" beside the <s> that --mcls {request.mcls} adds" if request.mcls else ""
+        added = f" next to the <s> that --mcls {request.mcls} adds" if request.mcls else ""
         raise UsageError(
             f"--max-length {max_length}: {checkpoint.name} has {checkpoint.num_positions} positions, "
             f"so a chunk holds at most {longest} tokens{added}"
@@ -221,10 +220,9 @@ def check_lengths(max_length: int, request: EncodeRequest, checkpoint: Checkpoin
 
 
 def describe_rest(run: RunConfig, request: EncodeRequest, *, out: str, rows: int | None = None) -> str | None:
-    """Return what an option that a folder was begun with leaves out, and the command that encodes it; None: nothing.
+    """Describe what the folder's own options leave out, with the command that encodes it; None: nothing.
 
-    Only options that were not typed again count: who types one knows of it. A complete folder of fewer `rows` than its
-    limit has the whole input.
+    An option that was typed again is not mentioned. A complete folder of fewer `rows` than its limit has all of them.
     """
     config, left = run.config, []
     limited = request.limit is None and config.limit is not None and (rows is None or rows >= config.limit)
@@ -241,9 +239,9 @@ def describe_rest(run: RunConfig, request: EncodeRequest, *, out: str, rows: int
 
 
 def format_command(run: RunConfig, request: EncodeRequest, *, since: str | None) -> str:
-    """Return the command that encodes a folder's input as the folder was, without its limit, into a new folder.
+    """Return the command that encodes the same input with the same options but without the limit.
 
-    With `since` the outputs are those of that folder and its vectors are reused; without, all outputs are made.
+    With `since` the outputs are those of that folder and its vectors are reused; without, all outputs are encoded.
     """
     config, fields = run.config, run.config.fields
     words = ["m3", "encode", *request.inputs, "--out", "NEW.m3"]
@@ -274,10 +272,10 @@ def _join(value: object) -> str:
 
 
 def resume_run(run: RunConfig, request: EncodeRequest, *, sources: tuple[Source, ...], out: str) -> RunConfig:
-    """Go on with a folder's run: refuse what was typed and differs, take today's sources and typed pace.
+    """Return the folder's config with the current sources and the typed batch budget.
 
     Raises:
-        ForeignFolder: a typed setting, or the input, is another than the folder's.
+        ForeignFolder: a typed option or the input differs from the folder's.
     """
     check_needed_outputs(request, request.outputs or run.config.outputs)
     if request.limit is not None and run.config.limit not in (None, request.limit):
@@ -296,18 +294,18 @@ def resume_run(run: RunConfig, request: EncodeRequest, *, sources: tuple[Source,
     return replace(run, sources=sources, runtime=runtime)
 
 
-def _check_same_option(flag: str, typed: object, settled: object, out: str) -> None:
-    if typed is None or typed == settled:
+def _check_same_option(flag: str, typed: object, stored: object, out: str) -> None:
+    if typed is None or typed == stored:
         return
-    made = f"without {format_option(flag)}" if settled is None else f"with {format_option(flag)} {_format(settled)}"
+    made = f"without {format_option(flag)}" if stored is None else f"with {format_option(flag)} {_format(stored)}"
     raise ForeignFolder(
         f"{out} was made {made}, this run asks for {_format(typed)}; "
-        "drop the flag to go on with the folder, or use another --out"
+        "leave the option out to resume the folder, or use another --out"
     )
 
 
 def format_option(name: str) -> str:
-    """Return a flag as it is typed."""
+    """Return an option as it is typed."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -339,13 +337,13 @@ def _check_same_sources(before: Sequence[Source], now: Sequence[Source], out: st
 
 
 def find_changed(before: Sequence[Source], now: Sequence[Source]) -> frozenset[int]:
-    """Return the sources of the same size that were written to since: their finished shards are to be compared."""
+    """Return the sources of the same size with another mtime; the input of their done shards is compared."""
     pairs = enumerate(zip(before, now, strict=True))
     return frozenset(number for number, (old, new) in pairs if old.mtime_ns != new.mtime_ns)
 
 
 def check_same_checkpoint(run: RunConfig, checkpoint: Checkpoint, *, out: str) -> None:
-    """Refuse a checkpoint whose content is another than the folder's."""
+    """Raise ForeignFolder if the checkpoint's content differs from that of the folder's."""
     if (other := find_other_file(run.checkpoint, checkpoint)) is not None:
         raise ForeignFolder(
             f"{out} was made with model {run.checkpoint.name}, this run has {checkpoint.name}, and their {other} "
@@ -354,18 +352,18 @@ def check_same_checkpoint(run: RunConfig, checkpoint: Checkpoint, *, out: str) -
 
 
 def find_other_file(made: CheckpointConfig, checkpoint: Checkpoint) -> str | None:
-    """Return a file of which a checkpoint has another content than the one that a folder was made with."""
+    """Return the name of the first checkpoint file whose content differs; None: all are equal."""
     hashes = hash_checkpoint(checkpoint)
     return next((name for name in sorted({*hashes, *made.hashes}) if hashes.get(name) != made.hashes.get(name)), None)
 
 
 def check_same_tokenizer(run: RunConfig, tokenizer_hash: str, *, out: str) -> None:
-    """Refuse a tokenizer that cuts texts in another way than the folder's did."""
+    """Raise ForeignFolder if the tokenizer's serialisation differs from that of the folder's."""
     made = run.checkpoint.tokenizer_hash
     if tokenizer_hash != made:
         raise ForeignFolder(
             f"{out} was made with tokenizer {made[:7]}, this version of transformers builds "
-            f"{tokenizer_hash[:7]} from the same files; install the version it was begun with, or use another --out"
+            f"{tokenizer_hash[:7]} from the same files; install the version that began the folder, or use another --out"
         )
 
 
@@ -374,19 +372,19 @@ _ENDINGS = {".gz", ".zst", ".jsonl", ".ndjson", ".json", ".tsv", ".txt", ".text"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRun:
-    """A run with what it needs beside its folder; of a new one, before there is a folder."""
+    """A run before its folder is open, with what encoding needs."""
 
     run: RunConfig
     form: RowForm
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     estimate: Estimate | None = None
-    "of the whole corpus; None: not known, or not wanted"
+    "of the complete corpus; None: unknown, or not asked for"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenRun:
-    """A folder opened for this run, and what is known of it."""
+    """A locked folder with its config, its plan and its done shards."""
 
     folder: RunFolder
     name: str
@@ -394,31 +392,31 @@ class OpenRun:
     form: RowForm
     plan: Plan
     done: dict[int, DoneEntry]
-    share: ShardSelector
+    selector: ShardSelector
     resumed: bool
     checkpoint: Checkpoint | None
-    "that was asked for, compared with the folder's; None: none was"
+    "named by --model or M3_MODEL, and equal to the folder's; None: none is named"
 
     @property
     def shown_path(self) -> str:
-        """The folder's path as short as it can be said from here."""
+        """The folder's path, relative to the working directory where it is below it."""
         path, here = self.folder.path, Path.cwd()
         return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
     @property
     def counts(self) -> ShardCounts:
-        """What the folder held when it was opened."""
+        """Counts of the shards that were done when the folder was opened."""
         return sum((entry.counts for entry in self.done.values()), start=ShardCounts())
 
     @property
     def num_shards(self) -> int | None:
-        """Shards of the whole folder; None where only reading tells."""
+        """Number of shards of the folder; None: unknown until the input is read."""
         if (manifest := self.folder.manifest()) is not None:
             return manifest.num_shards
         return len(self.plan.shards) if self.plan.complete else None
 
     def read(self, stdin: PeekableStream | None) -> Iterator[ShardText]:
-        """Read the shards that are left to do, comparing finished ones whose input may have changed."""
+        """Read the shards that this run encodes; compare the input of done shards that may have changed."""
         config = self.run.config
         texts = read_shards(
             self.run.sources,
@@ -427,17 +425,17 @@ class OpenRun:
             schema=self.form.kept,
             title_sep=config.title_sep,
             max_row_bytes=config.max_row_bytes,
-            ask=self.share.ask,
+            ask=self.selector.action_for,
             stdin=stdin,
         )
-        return (text for text in texts if self.share.is_wanted(text))
+        return (text for text in texts if self.selector.is_to_encode(text))
 
 
 def choose_out(request: EncodeRequest, sources: tuple[Source, ...]) -> Path:
     """Return the output folder: `--out`, or the one input's name with .m3 in the current folder.
 
     Raises:
-        UsageError: neither is known, or it is not on this machine.
+        UsageError: neither gives a name, or it is not on this machine.
         OutputError: the system refuses to look at it.
     """
     out = _name_out(request, sources)
@@ -451,13 +449,13 @@ def _name_out(request: EncodeRequest, sources: tuple[Source, ...]) -> Path:
         return Path(request.out)
     if len(request.inputs) != 1 or request.inputs[0] == "-":
         what = "standard input" if "-" in request.inputs else f"{len(request.inputs)} inputs"
-        raise UsageError(f"{what}: say where to write with --out DIR")
+        raise UsageError(f"{what}: name the output folder with --out DIR")
     given = Path(request.inputs[0])
     check_reachable(given, CorpusError)
     if given.is_dir():
         return Path(f"{given.resolve().name}.m3")
     if len(sources) != 1:
-        raise UsageError(f"{request.inputs[0]!r} names {len(sources)} files: say where to write with --out DIR")
+        raise UsageError(f"{request.inputs[0]!r} names {len(sources)} files: name the output folder with --out DIR")
     name = Path(sources[0].path).name
     while (stem := Path(name)).suffix in _ENDINGS and stem.stem:
         name = stem.stem
@@ -465,8 +463,8 @@ def _name_out(request: EncodeRequest, sources: tuple[Source, ...]) -> Path:
 
 
 def resolve_new_run(request: EncodeRequest, sources: tuple[Source, ...], stdin: PeekableStream | None) -> NewRun:
-    """Settle a new folder's run, with all that can be wrong with corpus and model."""
-    # A second, only for a new folder.
+    """Resolve a new run; every error of corpus and model is raised before a folder is made."""
+    # torch, a second: only for a new folder
     from m3cli.encoder.chunker import check_chunk_room, cutting_of  # noqa: PLC0415
     from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415
 
@@ -483,7 +481,7 @@ def resolve_new_run(request: EncodeRequest, sources: tuple[Source, ...], stdin: 
 
 
 def make_form(run: RunConfig, *, kept: bool = True) -> RowForm:
-    """Say what every shard of a run's folder has in common; the types of kept fields only the input knows."""
+    """Return what all shards of a folder have in common; the types of kept fields come from the input."""
     config = run.config
     return RowForm(
         format=config.format,
@@ -502,7 +500,7 @@ def make_form(run: RunConfig, *, kept: bool = True) -> RowForm:
 def open_run(
     folder: RunFolder, fresh: RunConfig | None, request: EncodeRequest, sources: tuple[Source, ...]
 ) -> OpenRun:
-    """Write the folder's run.json, or adopt it; of workers that start together one writes."""
+    """Write run.json, or resume the folder; of workers that start together one writes."""
     name = folder.path.name
     with folder.lock.initialising():
         before = folder.run()
@@ -531,14 +529,14 @@ def open_run(
         form=make_form(run),
         plan=plan_run(run),
         done=done,
-        share=ShardSelector(done, worker=request.worker, num_workers=request.num_workers, changed=changed, out=name),
+        selector=ShardSelector(done, worker=request.worker, num_workers=request.num_workers, changed=changed, out=name),
         resumed=before is not None,
         checkpoint=checkpoint,
     )
 
 
 def plan_run(run: RunConfig) -> Plan:
-    """Plan the shards of a run, as far as they are known before anything is read."""
+    """Plan the shards of a run, as far as they are known before the input is read."""
     config = run.config
     return plan_shards(
         run.sources,
@@ -550,7 +548,11 @@ def plan_run(run: RunConfig) -> Plan:
 
 
 class ShardSelector:
-    """One worker's shards: every `num_workers`-th from `worker` on. A plain run has them all."""
+    """Decides what a run does with each shard.
+
+    `wants(index)` decides which shards are this run's. It is called once for each shard that is not done, in order. By
+    default every `num_workers`-th shard is, beginning with `worker`; a plain run has all of them.
+    """
 
     def __init__(
         self,
@@ -560,44 +562,45 @@ class ShardSelector:
         num_workers: int,
         changed: frozenset[int] = frozenset(),
         out: str,
+        wants: Callable[[int], bool] | None = None,
     ) -> None:
         self.num_shards = 0
-        "asked about so far; all there are once the reader is through"
+        "seen by `action_for` so far; the number of the folder's shards once the input is read"
         self._done = done
         self._worker = worker
         self._num_workers = num_workers
+        self._wants = wants or self._is_in_stripe
+        self._wanted: set[int] = set()
         self._changed = changed
         self._out = out
 
-    def is_mine(self, index: int) -> bool:
-        """Whether a shard falls to this worker."""
-        return index % self._num_workers == self._worker
-
     def count_todo(self, num_shards: int) -> int:
-        """Count this worker's shards that are not done, of all there are."""
-        return sum(self.is_mine(index) and index not in self._done for index in range(num_shards))
+        """Count the shards of this worker that are not done, of all there are."""
+        return sum(self._is_in_stripe(index) and index not in self._done for index in range(num_shards))
 
-    def ask(self, shard: Shard) -> Action:
-        """Say what the reader is to do with a shard; it asks once for each, in order."""
+    def action_for(self, shard: Shard) -> Action:
+        """Return what the reader does with a shard; it asks once for each, in order."""
         self.num_shards += 1
-        if not self.is_mine(shard.index):
+        if shard.index in self._done:
+            return "hash" if shard.source in self._changed and self._is_in_stripe(shard.index) else "skip"
+        if not self._wants(shard.index):
             return "skip"
-        if shard.index not in self._done:
-            return "read"
-        return "hash" if shard.source in self._changed else "skip"
+        self._wanted.add(shard.index)
+        return "read"
 
-    def is_wanted(self, text: ShardText) -> bool:
-        """Whether a shard that came from the reader is to be encoded; one that is done must be what it was.
+    def is_to_encode(self, text: ShardText) -> bool:
+        """Return whether a shard that was read is encoded; a done one is compared with its entry.
 
         Raises:
-            ForeignFolder: the input of a finished shard has changed.
+            ForeignFolder: the input of a done shard has changed.
         """
         entry = self._done.get(text.shard.index)
-        if entry is None:
-            return self.is_mine(text.shard.index)
-        if entry.input_hash != text.input_hash:
+        if entry is not None and entry.input_hash != text.input_hash:
             raise ForeignFolder(
                 f"{entry.source} has changed since shard {entry.shard.index} of {self._out} was made from it; "
                 "use another --out to encode what it is now"
             )
-        return False
+        return text.shard.index in self._wanted
+
+    def _is_in_stripe(self, index: int) -> bool:
+        return index % self._num_workers == self._worker
