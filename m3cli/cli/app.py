@@ -21,7 +21,9 @@ from m3cli.cli.check import check
 from m3cli.cli.doctor import doctor
 from m3cli.cli.encode import encode
 from m3cli.cli.eval import eval_runs
+from m3cli.cli.export import export
 from m3cli.cli.info import info
+from m3cli.cli.load import load
 from m3cli.cli.plan import plan
 from m3cli.cli.rerank import rerank
 from m3cli.cli.score import score
@@ -47,6 +49,8 @@ app.command()(score)
 app.command()(search)
 app.command("eval")(eval_runs)
 app.command()(rerank)
+app.command()(export)
+app.command()(load)
 app.command()(doctor)
 
 # typer brings its own copy of click since 0.16; this is the base of its errors in every version.
