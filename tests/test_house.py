@@ -21,7 +21,7 @@ MAX_LINES = 400
 TOP_LEVEL = {"m3cli", "tests", "scripts", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}
 EMPTY_NAMES = {"util", "utils", "helper", "helpers", "common", "base", "core", "misc"}
 # Tests of more than one module: the command as a whole, numbers against another program, a device, and scripts/.
-SHARED_TESTS = {"functional", "parity", "scripts", "gpu"}
+SHARED_TESTS = {"functional", "parity", "scripts", "gpu", "exporters", "live"}
 HEAVY = {"torch", "pyarrow", "transformers", "tokenizers", "safetensors", "scipy", "huggingface_hub"}
 
 MODULES = sorted((ROOT / "m3cli").rglob("*.py"))

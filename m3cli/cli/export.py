@@ -25,7 +25,12 @@ def export(
     *,
     to: Annotated[
         str,
-        typer.Option("--to", metavar="TARGET", help="parquet, npy, faiss, milvus, pgvector.", show_default=False),
+        typer.Option(
+            "--to",
+            metavar="TARGET",
+            help="parquet, npy, faiss, milvus, pgvector, lance, elasticsearch, opensearch.",
+            show_default=False,
+        ),
     ],
     out: Annotated[str, typer.Option("--out", "-o", metavar="OUT", help="Folder to write to.", show_default=False)],
     outputs: Annotated[

@@ -22,7 +22,7 @@ def load(
         typer.Option(
             "--to",
             metavar="ENGINE:ADDRESS",
-            help="milvus:URI (a file ending in .db: Milvus Lite), pgvector:DSN.",
+            help="milvus:URI (a file ending in .db: Milvus Lite), pgvector:DSN, qdrant:URL.",
             show_default=False,
         ),
     ],

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping
 
 from m3cli.exporters.npy import KEYS_NAME, write_keys
-from m3cli.exporters.rows import README_NAME, LeftOut, OpenFile, Read, Shape, Target, widen
+from m3cli.exporters.rows import README_NAME, LeftOut, OpenFile, Read, Shape, Target, fill_template, widen
 
 INDEX_NAME = "index.faiss"
 _UNUSED = 1 << 20
@@ -36,20 +36,7 @@ def make_header(*, dim: int, rows: int) -> bytes:
 
 def describe(shape: Shape) -> Mapping[str, bytes]:  # noqa: ARG001  the same for all
     """Write the README."""
-    return {README_NAME: _README.encode()}
+    return {README_NAME: fill_template("faiss.md")}
 
-
-_README = """\
-# FAISS
-
-`index.faiss` is an `IndexFlatIP` of the dense vectors; number i in it is line i of `keys.jsonl`.
-
-    index = faiss.read_index("index.faiss", faiss.IO_FLAG_MMAP)     # or without the flag, into memory
-    keys = [json.loads(line)["key"] for line in open("keys.jsonl")]
-    scores, found = index.search(queries, 10)                       # queries: [Q, width] float32, from m3 encode
-
-Scores are those of `m3 search --mode dense`. Another index type is built from this one:
-`other.add(index.reconstruct_n(0, index.ntotal))`. FAISS holds neither sparse weights nor ColBERT matrices.
-"""
 
 TARGET = Target(outputs=("dense",), write=write, describe=describe, whole=True, number_bytes=4)

@@ -34,6 +34,7 @@ from m3cli.exporters.rows import (
     decode_vectors,
     drop_long_keys,
     drop_rows,
+    fill_template,
     kind_of,
     plain_columns,
     sparse_json,
@@ -45,7 +46,7 @@ MAX_TEXT = 65_535
 "bytes of a VARCHAR"
 MAX_VECTORS = 4_096
 "elements of an array"
-ROW_GROUP_BYTES = 16 << 20
+ROW_GROUP_BYTES = 8 << 20
 _TYPES = {"text": "VARCHAR", "int": "INT64", "float": "DOUBLE", "bool": "BOOL"}
 _ARROW = {"VARCHAR": pa.string(), "INT64": pa.int64(), "DOUBLE": pa.float64(), "BOOL": pa.bool_(), "INT32": pa.int32()}
 _VECTORS = ("dense_vecs", "lexical_weights", "colbert_vecs")
@@ -158,7 +159,8 @@ def _make_table(part: Part, rows: Any, schema: Any) -> Any:
 def describe(shape: Shape) -> Mapping[str, bytes]:
     """Write the script that creates the collection and imports the parts, and the README."""
     most = max(1, min(shape.longest, MAX_VECTORS))
-    script = _SCRIPT.format(
+    script = fill_template(
+        "milvus_collection.py.txt",
         name=shape.name,
         fields=list_fields(shape),
         vectors=list_vector_fields(shape),
@@ -168,52 +170,7 @@ def describe(shape: Shape) -> Mapping[str, bytes]:
             re.sub(r"  # noqa.*", "", inspect.getsource(function)) for function in (make_schema, make_indexes)
         ),
     )
-    return {COLLECTION_NAME: script.encode(), README_NAME: _README.format(name=shape.name).encode()}
-
-
-_SCRIPT = '''\
-"""Creates the collection and imports the parts: python collection.py URI [PREFIX of the parts in Milvus' bucket]."""
-
-import sys
-from pathlib import Path
-from typing import Any
-
-NAME = {name!r}
-FIELDS = {fields!r}
-VECTORS = {vectors!r}
-DIM = {dim}
-MAX_CAPACITY = {most}
-
-
-{functions}
-
-if __name__ == "__main__":
-    from pymilvus import MilvusClient
-    from pymilvus.bulk_writer import bulk_import
-
-    uri, prefix = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else ""
-    schema, indexes = make_schema(FIELDS, VECTORS, DIM, MAX_CAPACITY), make_indexes(VECTORS)
-    MilvusClient(uri).create_collection(NAME, schema=schema, index_params=indexes)
-    files = [[f"{{prefix}}{{path.name}}"] for path in sorted(Path(__file__).parent.glob("part-*.parquet"))]
-    print(bulk_import(url=uri, collection_name=NAME, files=files).json())
-'''
-
-_README = """\
-# Milvus
-
-Copy `part-*.parquet` into the bucket of your Milvus (2.6 or newer), then create the collection and import them:
-
-    mc cp part-*.parquet minio/milvus-bucket/m3/
-    pip install 'pymilvus[bulk_writer]' && python collection.py http://localhost:19530 m3/
-
-Search `{name}` with metric IP on `dense_vecs` (float16 bytes) and `lexical_weights` (token id to weight), and with
-MAX_SIM_IP on `colbert_vecs[vec]`. MAX_SIM_IP adds up the query's vectors: divide by their number for M3's score.
-
-Hybrid: Milvus' weighted ranker squashes scores by arctan unless it is told not to, and M3 adds them up as they are:
-
-    WeightedRanker(0.5, 0.5, norm_score=False)      # --fusion weighted of m3 search
-    RRFRanker(60)                                   # --fusion rrf
-"""
+    return {COLLECTION_NAME: script, README_NAME: fill_template("milvus.md", name=shape.name)}
 
 
 def check(shape: Shape) -> None:
@@ -243,7 +200,7 @@ def _is_lite(uri: str) -> bool:
     return "://" not in uri
 
 
-class Engine:
+class _Milvus:
     """A collection of a running Milvus, or of Milvus Lite."""
 
     batch_bytes = 32 << 20
@@ -260,7 +217,6 @@ class Engine:
         self._client = MilvusClient(uri)
 
     def create(self) -> bool:
-        """Create the collection, or check that it has this schema."""
         name = self._shape.name
         if not self._client.has_collection(name):
             schema = make_schema(self._fields, self._vectors, self._shape.dim, MAX_VECTORS)
@@ -284,7 +240,6 @@ class Engine:
         return field["type"].name, None if dim is None else int(dim)
 
     def make_batch(self, part: Part, lost: LeftOut) -> list[dict[str, Any]]:
-        """Make the rows that are sent; what Milvus cannot hold is left out."""
         part, plain = _fit(part, lost)
         rows: list[dict[str, Any]] = plain.to_pylist()
         embeddings = part.embeddings
@@ -306,29 +261,29 @@ class Engine:
         return rows
 
     def upsert(self, batch: list[dict[str, Any]]) -> None:
-        """Write rows, in place of those with their keys."""
         if batch:
             self._client.upsert(self._shape.name, batch, retry_times=0)
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Delete the rows of these keys that are there."""
         words = ",".join(quote(key) for key in keys if len(key.encode()) <= MAX_TEXT)
         if words:
             self._client.delete(self._shape.name, filter=f"key in [{words}]")
 
     def finish(self) -> None:
-        """Write what Milvus still has in memory."""
         self._client.flush(self._shape.name)
 
     def count(self) -> int:
-        """Count all rows."""
         name = self._shape.name
         found = self._client.query(name, output_fields=["count(*)"], consistency_level="Strong")
         return int(found[0]["count(*)"])
 
     def close(self) -> None:
-        """Close the connection."""
         self._client.close()
+
+
+def connect(uri: str, shape: Shape) -> Any:
+    """Open a collection, table or index; `jobs.load.Engine` says what it can do."""
+    return _Milvus(uri, shape)
 
 
 def explain(error: Exception) -> tuple[bool, str] | None:

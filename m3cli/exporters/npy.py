@@ -13,7 +13,17 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from m3cli.exporters.rows import README_NAME, LeftOut, OpenFile, Read, Shape, Sink, Target, decode_vectors
+from m3cli.exporters.rows import (
+    README_NAME,
+    LeftOut,
+    OpenFile,
+    Read,
+    Shape,
+    Sink,
+    Target,
+    decode_vectors,
+    fill_template,
+)
 from m3cli.records import LexicalWeights, TokenMatrices
 
 KEYS_NAME = "keys.jsonl"
@@ -111,21 +121,7 @@ def _read_lexical(read: Read) -> Iterator[LexicalWeights]:
 
 def describe(shape: Shape) -> Mapping[str, bytes]:
     """Write the README."""
-    return {README_NAME: _README.format(vocabulary=shape.vocabulary).encode()}
+    return {README_NAME: fill_template("npy.md", vocabulary=shape.vocabulary)}
 
-
-_README = """\
-# Arrays for numpy
-
-Row i of every array is line i of `keys.jsonl`. What an m3 folder keeps shard by shard is one file here.
-
-    dense = np.load("dense.npy", mmap_mode="r")                     # [rows, width]
-    sparse = scipy.sparse.load_npz("sparse.npz")                    # [rows, {vocabulary}] float32
-    vectors = np.load("colbert.npy", mmap_mode="r")                 # [vectors, width], row after row
-    indptr = np.load("colbert.indptr.npy")                          # row i: vectors[indptr[i]:indptr[i + 1]]
-
-Dense and sparse scores are products: `dense @ query`, `sparse @ query_weights`. ColBERT is the mean over the query's
-vectors of the largest product with one of the row's: `(query @ row.T).max(axis=1).mean()`; compute it in float32.
-"""
 
 TARGET = Target(outputs=("dense", "sparse", "colbert"), write=write, describe=describe, whole=True)

@@ -19,6 +19,7 @@ from m3cli.exporters.rows import (
     Target,
     check_names,
     decode_vectors,
+    fill_template,
     widen,
 )
 
@@ -68,27 +69,7 @@ def list_vectors(vectors: Any) -> Any:
 def describe(shape: Shape) -> Mapping[str, bytes]:
     """Write the README."""
     names = ", ".join(make_schema(shape).names)
-    return {README_NAME: _README.format(names=names, name=shape.name).encode()}
-
-
-_README = """\
-# Parquet for a warehouse
-
-`part-*.parquet` have the columns {names}. Vectors are plain lists of float32, token ids are int32.
-
-    duckdb -c "CREATE TABLE {name} AS FROM 'part-*.parquet'"
-    bq load --source_format=PARQUET --parquet_enable_list_inference dataset.{name} 'gs://bucket/part-*.parquet'
-
-Search in DuckDB, with a query's dense vector as a list: a score is the sum of products.
-
-    SELECT key, list_inner_product(dense_vecs, [...]::FLOAT[]) AS score FROM {name} ORDER BY score DESC LIMIT 10;
-
-Sparse: the sum over common ids of the products of `lexical_values`. ColBERT: for each vector of the query the largest
-inner product with one of the row's vectors; the mean of those.
-
-DuckDB and polars read `rows/*.parquet` of the m3 folder as it is, without this export;
-`hf upload USER/NAME corpus.m3/rows` puts that folder on the Hugging Face hub.
-"""
+    return {README_NAME: fill_template("parquet.md", names=names, name=shape.name)}
 
 
 def check(shape: Shape) -> None:

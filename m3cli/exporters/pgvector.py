@@ -27,6 +27,7 @@ from m3cli.exporters.rows import (
     decode_vectors,
     drop_long_keys,
     drop_rows,
+    fill_template,
     kind_of,
     plain_columns,
 )
@@ -190,31 +191,10 @@ def make_index_sql(shape: Shape) -> str:
 
 def describe(shape: Shape) -> Mapping[str, bytes]:
     """Write the SQL and the README."""
-    readme = _README.format(
-        table=quote(shape.name), dim=shape.dim, kind=_dense_type(shape), vocabulary=shape.vocabulary, most=MAX_INDEXED
-    )
-    sql = {"table.sql": make_table_sql(shape), "indexes.sql": make_index_sql(shape), README_NAME: readme}
-    return {name: text.encode() for name, text in sql.items()}
-
-
-_README = """\
-# PostgreSQL 14 or newer with pgvector 0.8 or newer
-
-    psql DATABASE -f table.sql
-    for part in part-*.copy; do psql DATABASE -c "\\\\copy {table} from '$part' (format binary)"; done
-    psql DATABASE -f indexes.sql
-
-pgvector's `<#>` is the inner product with a minus; `:dense` is a {kind}({dim}), `:sparse` a sparsevec({vocabulary}).
-In its text form a sparsevec counts tokens from 1: write each token id plus 1.
-
-    SELECT key, -(dense_vecs <#> :dense) AS score FROM {table} ORDER BY dense_vecs <#> :dense LIMIT 10;
-    SELECT key, -(lexical_weights <#> :sparse) AS score FROM {table}
-      WHERE nnz <= {most} ORDER BY lexical_weights <#> :sparse LIMIT 10;
-    SELECT key, m3_maxsim(:query, colbert_vecs) AS score FROM {table} ORDER BY score DESC NULLS LAST LIMIT 10;
-
-`m3_maxsim` reads every row: apply it to candidates. The sparse index takes rows of at most {most:,} weights, which is
-what its condition says; leave the condition out of the query to read all rows. Weighted hybrid is the sum of scores.
-"""
+    values = {"kind": _dense_type(shape), "dim": shape.dim, "vocabulary": shape.vocabulary, "most": MAX_INDEXED}
+    readme = fill_template("pgvector.md", table=quote(shape.name), **values)
+    sql = {"table.sql": make_table_sql(shape), "indexes.sql": make_index_sql(shape)}
+    return {README_NAME: readme, **{name: text.encode() for name, text in sql.items()}}
 
 
 def check(shape: Shape) -> None:
@@ -242,7 +222,7 @@ def find_limits(_address: str) -> Target:
     return TARGET
 
 
-class Engine:
+class _Pgvector:
     """A table of a PostgreSQL database."""
 
     batch_bytes = 32 << 20
@@ -263,7 +243,6 @@ class Engine:
         return self._connection
 
     def create(self) -> bool:
-        """Create the table, or check that it has this schema."""
         connection = self._open()
         with connection.transaction():
             columns = connection.execute(
@@ -279,12 +258,10 @@ class Engine:
         return False
 
     def make_batch(self, part: Part, lost: LeftOut) -> bytes:
-        """Make what COPY reads; what PostgreSQL cannot hold is left out."""
         rows = make_tuples(part, self._shape, lost)
         return b"".join((_HEADER, *rows, _END)) if rows else b""
 
     def upsert(self, batch: bytes) -> None:
-        """Write rows, in place of those with their keys."""
         if not batch:
             return
         names = [quote(name) for name in list_columns(self._shape)]
@@ -299,27 +276,28 @@ class Engine:
             )
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Delete the rows of these keys that are there."""
         held = [key for key in keys if "\0" not in key]
         connection = self._open()
         with connection.transaction():
             connection.execute(f"DELETE FROM {self._table} WHERE key = ANY(%s)", (held,))  # noqa: S608
 
     def finish(self) -> None:
-        """Create the indexes that are missing."""
         connection = self._open()
         with connection.transaction():
             connection.execute(make_index_sql(self._shape) or "SELECT")
 
     def count(self) -> int:
-        """Count all rows."""
         connection = self._open()
         with connection.transaction():
             return int(connection.execute(f"SELECT count(*) FROM {self._table}").fetchone()[0])  # noqa: S608
 
     def close(self) -> None:
-        """Close the connection."""
         self._connection.close()
+
+
+def connect(dsn: str, shape: Shape) -> Any:
+    """Open a collection, table or index; `jobs.load.Engine` says what it can do."""
+    return _Pgvector(dsn, shape)
 
 
 def explain(error: Exception) -> tuple[bool, str] | None:

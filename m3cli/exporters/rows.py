@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -122,8 +123,12 @@ class Target:
 
     outputs: tuple[Output, ...]
     "that it can hold"
-    write: Callable[[Read, OpenFile, Shape, LeftOut], None]
-    describe: Callable[[Shape], Mapping[str, bytes]]
+    write: Callable[[Read, OpenFile, Shape, LeftOut], None] | None = None
+    "None: rows are sent to a running engine only"
+    write_folder: Callable[[Read, Path, Shape, LeftOut], None] | None = None
+    "in place of `write`: writes all rows into a new folder, which is named after the shape and `folder_ending`"
+    folder_ending: str = ""
+    describe: Callable[[Shape], Mapping[str, bytes]] = lambda _: {}
     "writes the schema, mapping or collection file and the README, by name"
     check: Callable[[Shape], None] | None = None
     "raises UsageError for a shape that it cannot hold"
@@ -135,6 +140,13 @@ class Target:
     "of a dense or ColBERT number, about"
     weight_bytes: float = 8.0
     "of a lexical weight with its token, about"
+
+
+def fill_template(template: str, /, **values: object) -> bytes:
+    """Return a file of an export from its template."""
+    return (
+        Path(__file__).with_name("templates").joinpath(template).read_text(encoding="utf-8").format(**values).encode()
+    )
 
 
 def make_keys(rows: Any) -> Any:
@@ -273,13 +285,14 @@ _TOKENS: list[bytes] = []
 
 def sparse_json(lexical: LexicalWeights) -> list[bytes]:
     """Return each row's weights as a JSON object, token ids as its names."""
-    if not _TOKENS or (len(lexical.indices) and int(lexical.indices.max()) >= len(_TOKENS)):
-        most = max(len(_TOKENS), int(lexical.indices.max(initial=0)) + 1)
-        _TOKENS.extend(b'"%d":' % token for token in range(len(_TOKENS), most))
-    numbers = orjson.dumps(lexical.values, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
-    pairs = [_TOKENS[token] + number for token, number in zip(lexical.indices.tolist(), numbers, strict=False)]
-    places = lexical.indptr.tolist()
-    return [b"{" + b",".join(pairs[i:j]) + b"}" for i, j in pairwise(places)]
+    most = int(lexical.indices.max(initial=0)) + 1
+    _TOKENS.extend(b',"%d":' % token for token in range(len(_TOKENS), most))
+    pieces: list[bytes] = [b""] * (2 * len(lexical.indices))
+    if pieces:
+        pieces[::2] = map(_TOKENS.__getitem__, lexical.indices.tolist())
+        pieces[1::2] = orjson.dumps(lexical.values, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
+    ends = (2 * lexical.indptr).tolist()
+    return [b"{" + b"".join(pieces[start:stop])[1:] + b"}" for start, stop in pairwise(ends)]
 
 
 def is_plain(kind: Any) -> bool:
@@ -365,16 +378,7 @@ def change_texts(
     lost: LeftOut,
     words: tuple[str, str],
 ) -> Any:
-    """Change texts in plain columns that a target cannot hold; `words` are what is done, and why.
-
-    Args:
-        part: the rows, for their keys.
-        rows: their plain columns.
-        bad: of a column, whether each of its texts has to be changed [R].
-        change: makes the text that is written.
-        lost: where it is noted.
-        words: what is done, and why.
-    """
+    """Change the texts in plain columns that are `bad`; `words` are what is done, and why."""
     for place, name in enumerate(rows.column_names):
         column = rows.column(name)
         if not pa.types.is_large_string(column.type):
@@ -400,38 +404,3 @@ def cut_texts(part: Part, rows: Any, most: int, lost: LeftOut) -> Any:
         lost,
         (f"cut to {most:,} bytes", f"text over {most:,} bytes"),
     )
-
-
-class Engine(Protocol):
-    """A collection, table or index in a running engine, open."""
-
-    batch_bytes: int
-    "most that is sent at once"
-    number_bytes: float
-    "that a dense or ColBERT number takes when it is sent, at most"
-    weight_bytes: float
-
-    def create(self) -> bool:
-        """Create the collection, or check that an existing one has this schema; say whether it is new.
-
-        Raises:
-            ForeignFolder: it has another schema.
-        """
-
-    def make_batch(self, part: Part, lost: LeftOut) -> Any:
-        """Make what is sent for some rows; what the engine cannot hold is left out."""
-
-    def upsert(self, batch: Any) -> None:
-        """Write rows, in place of those with their keys."""
-
-    def delete(self, keys: Sequence[str]) -> None:
-        """Delete the rows of these keys that are there."""
-
-    def finish(self) -> None:
-        """Do what comes after all rows: indexes, flushing."""
-
-    def count(self) -> int:
-        """Count all rows."""
-
-    def close(self) -> None:
-        """Close the connection."""

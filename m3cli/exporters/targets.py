@@ -14,9 +14,16 @@ TARGETS = {
     "faiss": "faiss",
     "milvus": "milvus",
     "pgvector": "pgvector",
+    "lance": "lance",
+    "elasticsearch": "elasticsearch",
+    "opensearch": "elasticsearch",
 }
 "module of each target of m3 export"
-ENGINES = {"milvus": ("milvus", "pymilvus"), "pgvector": ("pgvector", "psycopg[binary]")}
+ENGINES = {
+    "milvus": ("milvus", "pymilvus"),
+    "pgvector": ("pgvector", "psycopg[binary]"),
+    "qdrant": ("qdrant", "qdrant-client"),
+}
 "of each engine of m3 load its module, and the package of its client; Milvus Lite is a package of its own"
 
 

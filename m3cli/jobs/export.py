@@ -41,8 +41,16 @@ from m3cli.exporters.targets import find_target
 from m3cli.jobs.run import parse_run
 from m3cli.jobs.space import refuse_full_disk
 from m3cli.progress import FileMeter
-from m3cli.records import Output
-from m3cli.store.commit import make_folder, output_errors, publish_bytes, publish_file, publish_json
+from m3cli.records import FileRecord, Output
+from m3cli.store.commit import (
+    make_folder,
+    output_errors,
+    publish_bytes,
+    publish_file,
+    publish_json,
+    sync_file,
+    sync_folder,
+)
 from m3cli.store.describe import describe
 from m3cli.store.layout import MANIFEST_NAME, RESERVED_COLUMNS, TEXT_COLUMN
 from m3cli.store.lock import hold_alone
@@ -443,13 +451,40 @@ class _PartWriter:
         self._files.append(StagedFile(_staging(self._out), name))
         return self._files[-1]
 
+    def _write_folder(self, target: Target, shape: Shape, read: Any) -> list[FileRecord]:
+        """Publish a folder whose files a client writes and names; one without an entry is written again."""
+        name = f"{shape.name}{target.folder_ending}"
+        staged, final = _staging(self._out) / name, self._out / name
+        assert target.write_folder is not None
+        with output_errors(final):
+            target.write_folder(read, staged, shape, self.lost)
+            for path in sorted(staged.rglob("*"), reverse=True):
+                if path.is_dir():
+                    sync_folder(path)
+                else:
+                    with path.open("rb") as file:
+                        sync_file(file.fileno())
+            sync_folder(staged)
+            shutil.rmtree(final, ignore_errors=True)
+        publish_file(staged, final)
+        files = sorted(path for path in final.rglob("*") if path.is_file())
+        hashes = [(path, *hash_file(path)) for path in files]
+        return [
+            FileRecord(name=path.relative_to(self._out).as_posix(), length=length, xxh3_128=digest)
+            for path, length, digest in hashes
+        ]
+
     def write(self, target: Target, shape: Shape, read: Any) -> None:
         """Write the part and publish it, its entry last."""
-        target.write(read, self.open_file, shape, self.lost)
-        records = [file.seal() for file in self._files]
+        if target.write_folder is not None:
+            records = self._write_folder(target, shape, read)
+        else:
+            assert target.write is not None
+            target.write(read, self.open_file, shape, self.lost)
+            records = [file.seal() for file in self._files]
+            for record, file in zip(records, self._files, strict=True):
+                publish_file(file.path, self._out / record.name)
         listed = self._list.seal()
-        for record, file in zip(records, self._files, strict=True):
-            publish_file(file.path, self._out / record.name)
         if listed.length:
             publish_file(self._list.path, self._out / listed.name)
         entry = {

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import orjson
@@ -27,7 +27,6 @@ from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, M3Error, OutputError
 from m3cli.exporters.rows import (
     KEY_COLUMNS,
     PLAIN_COLUMNS,
-    Engine,
     LeftOut,
     Part,
     Shape,
@@ -61,6 +60,41 @@ KEYS_PER_DELETE = 500
 _SECRETS = re.compile(r"://[^/@]*:([^/@]+)@|(?:password|token|api_key)=('[^']*'|[^\s&]+)", re.IGNORECASE)
 
 T = TypeVar("T")
+
+
+class Engine(Protocol):
+    """A collection, table or index in a running engine, open."""
+
+    batch_bytes: int
+    "most that is sent at once"
+    number_bytes: float
+    "that a dense or ColBERT number takes when it is sent, at most"
+    weight_bytes: float
+
+    def create(self) -> bool:
+        """Create the collection, or check that an existing one has this schema; say whether it is new.
+
+        Raises:
+            ForeignFolder: it has another schema.
+        """
+
+    def make_batch(self, part: Part, lost: LeftOut) -> Any:
+        """Make what is sent for some rows; what the engine cannot hold is left out."""
+
+    def upsert(self, batch: Any) -> None:
+        """Write rows, in place of those with their keys."""
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete the rows of these keys that are there."""
+
+    def finish(self) -> None:
+        """Do what comes after all rows: indexes, flushing."""
+
+    def count(self) -> int:
+        """Count all rows."""
+
+    def close(self) -> None:
+        """Close the connection."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +132,7 @@ def load_folder(
     repeats = find_repeats(folder)
     with ExitStack() as stack:
         call = _Caller(module.explain, shown=f"{name}:{hide_secrets(address)}", address=address, stop=stop)
-        engine: Engine = call(lambda: module.Engine(address, shape))
+        engine: Engine = call(lambda: module.connect(address, shape))
         stack.callback(engine.close)
         created = call(engine.create)
         changes = None

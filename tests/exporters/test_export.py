@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -22,7 +23,7 @@ from tests.conftest import ROOT, Completed
 from tests.crash import crash_at, folder_bytes
 from tests.exporters.folders import DIM, Doc, write_folder
 
-TARGETS = ["parquet", "npy", "faiss"]
+TARGETS = ["parquet", "npy", "faiss", "milvus", "pgvector", "elasticsearch", "opensearch"]
 SHARDS = [
     [Doc("a", "first"), Doc("b", "a longer text", chunks=3), Doc('c"\n\t#/%', "third")],
     [],
@@ -132,6 +133,77 @@ def test_faiss_reads_the_index(tmp_path: Path, folder: Path, export: Callable[..
     assert (tmp_path / "again.faiss").read_bytes() == (tmp_path / "out/index.faiss").read_bytes()
 
 
+def read_lines(out: Path) -> dict[str, dict[str, Any]]:
+    """The rows of bulk files, by their id."""
+    rows: dict[str, dict[str, Any]] = {}
+    for path in sorted(out.glob("part-*.ndjson")):
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+        rows |= {action["index"]["_id"]: row for action, row in zip(lines[::2], lines[1::2], strict=True)}
+    return rows
+
+
+@pytest.mark.parametrize("target", ["elasticsearch", "opensearch"])
+def test_bulk_files_have_every_row_and_number(
+    tmp_path: Path, folder: Path, export: Callable[..., Completed], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("m3cli.exporters.elasticsearch.FILE_BYTES", 3000)
+    assert export(folder, "--to", target, "--out", tmp_path / "out").returncode == 3
+    files = list((tmp_path / "out").glob("part-0000000-*.ndjson"))
+    assert len(files) > 1
+    expected, found = stored(folder), read_lines(tmp_path / "out")
+    properties = json.loads((tmp_path / "out/index.json").read_bytes())["mappings"]["properties"]
+    assert list(found) == list(expected)
+    for key, row in found.items():
+        wanted = expected[key]
+        assert set(row) <= set(properties)
+        for name in ("id", "chunk_index", "char_start", "char_end", "lang", "year", "text"):
+            assert row[name] == wanted[name]
+        assert json.loads(row["tags"]) == wanted["tags"]
+        dense = np.array(row["dense_vecs"], np.float32)
+        assert np.abs(np.linalg.norm(dense) - 1) < 1e-6
+        assert np.allclose(dense, wanted["dense"], atol=1e-3)
+        assert ("colbert_vecs" in row) == (target == "elasticsearch")
+        if "colbert_vecs" in row:
+            assert np.array_equal(np.array(row["colbert_vecs"], np.float32), wanted["colbert"])
+        weights = {int(token): np.float32(weight) for token, weight in row.get("lexical_weights", {}).items()}
+        assert weights == {token: np.float32(weight) for token, weight in wanted["sparse"].items()}
+
+
+def test_signs_go_to_elasticsearch_as_bits(tmp_path: Path, export: Callable[..., Completed]) -> None:
+    folder = write_folder(tmp_path / "binary.m3", SHARDS, colbert_dtype="binary")
+    assert export(folder, "--to", "elasticsearch", "--out", tmp_path / "out").returncode == 3
+    properties = json.loads((tmp_path / "out/index.json").read_bytes())["mappings"]["properties"]
+    assert properties["colbert_vecs"] == {"type": "rank_vectors", "dims": DIM, "element_type": "bit"}
+    bits = [row["colbert_vecs"] for row in read_lines(tmp_path / "out").values()]
+    signs = [
+        part.embeddings.colbert_vecs.vectors[slice(*part.embeddings.colbert_vecs.indptr[row : row + 2])]
+        for part in iter_parts(open_folder(folder))
+        if part.embeddings.colbert_vecs is not None
+        for row in range(part.rows.num_rows)
+    ]
+    assert np.array_equal(np.array(bits[0], np.int8).view(np.uint8), signs[0])
+
+
+def test_a_long_id_and_a_number_that_json_lacks_are_listed(tmp_path: Path, export: Callable[..., Completed]) -> None:
+    kept = pa.schema([("score", pa.float64())])
+    docs = [Doc("x" * 513, "1", kept={"score": 1.0}), Doc("nan", "2", kept={"score": float("nan")})]
+    folder = write_folder(tmp_path / "corpus.m3", [docs], kept=kept)
+    assert export(folder, "--to", "opensearch", "--out", tmp_path / "out").returncode == 3
+    assert read_lines(tmp_path / "out")["nan"]["score"] is None
+    assert [(line["key"], line["field"], line["why"]) for line in left_out(tmp_path / "out")] == [
+        ("x" * 513, None, "key over 512 bytes"),
+        ("nan", "score", "not a finite number"),
+    ]
+
+
+def test_only_the_fields_asked_for_go_along(tmp_path: Path, folder: Path, export: Callable[..., Completed]) -> None:
+    assert export(folder, "--to", "parquet", "--out", tmp_path / "out", "--fields", "lang").returncode == 3
+    names = pq.read_schema(tmp_path / "out/part-0000000.parquet").names
+    assert names[:6] == ["key", "id", "chunk_index", "char_start", "char_end", "lang"]
+    assert "text" not in names
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_an_export_that_died_goes_on_to_the_same_bytes(tmp_path: Path, folder: Path, target: str) -> None:
     def export(out: Path) -> int:
@@ -174,9 +246,9 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
     binary = write_folder(tmp_path / "binary.m3", SHARDS, colbert_dtype="binary")
     damaged = write_folder(tmp_path / "damaged.m3", SHARDS)
     os.truncate(damaged / "rows/shard-0000002.parquet", 100)
-    key = write_folder(tmp_path / "key.m3", [[Doc("a")]], kept=None)
+    named = {name: pa.schema([(name, pa.string())]) for name in ("key", "two words")}
+    clash, words = (write_folder(tmp_path / f"{name}.m3", [[Doc("a")]], kept=kept) for name, kept in named.items())
     other = write_folder(tmp_path / "other.m3", SHARDS[:1])
-    assert key
     cases = [
         ((folder, "--to", "oracle", "--out", out), 2, "oracle"),
         ((folder, "--to", "parquet", "--out", out, "--outputs", "dense"), 10, "dense"),
@@ -186,6 +258,9 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
         ((folder, "--to", "parquet", "--out", tmp_path / "x", "--fields", "author"), 2, "author"),
         ((folder, "--to", "faiss", "--out", tmp_path / "x", "--outputs", "sparse"), 2, "sparse"),
         ((binary, "--to", "parquet", "--out", tmp_path / "x", "--outputs", "colbert"), 2, "bit"),
+        ((clash, "--to", "pgvector", "--out", tmp_path / "x"), 2, "--fields"),
+        ((words, "--to", "milvus", "--out", tmp_path / "x"), 2, "two words"),
+        ((folder, "--to", "elasticsearch", "--out", tmp_path / "x", "--name", "Upper"), 2, "Upper"),
         ((unfinished, "--to", "parquet", "--out", tmp_path / "x"), 75, "not finished"),
         ((damaged, "--to", "parquet", "--out", tmp_path / "y"), 12, "m3 check"),
     ]

