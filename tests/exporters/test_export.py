@@ -146,7 +146,7 @@ def read_lines(out: Path) -> dict[str, dict[str, Any]]:
 def test_bulk_files_have_every_row_and_number(
     tmp_path: Path, folder: Path, export: Callable[..., Completed], target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("m3cli.exporters.elasticsearch.FILE_BYTES", 3000)
+    monkeypatch.setattr("m3cli.exporters.elasticsearch.FILE_BYTES", 1000)
     assert export(folder, "--to", target, "--out", tmp_path / "out").returncode == 3
     files = list((tmp_path / "out").glob("part-0000000-*.ndjson"))
     assert len(files) > 1

@@ -68,6 +68,7 @@ def weights(row: dict[str, Any]) -> dict[str, np.float32]:
 
 def test_elasticsearch_index_is_what_its_client_builds(tmp_path: Path) -> None:
     dsl = pytest.importorskip("elasticsearch.dsl", reason="elasticsearch: its client is not installed")
+    types = pytest.importorskip("elasticsearch.dsl.types")
     out = export(write_folder(tmp_path / "corpus.m3", [[Doc("a")]]), "elasticsearch")
     mapping = dsl.Mapping()
     mapping.meta("dynamic", "strict")
@@ -76,9 +77,9 @@ def test_elasticsearch_index_is_what_its_client_builds(tmp_path: Path) -> None:
     fields |= {name: dsl.Long() for name in ("chunk_index", "char_start", "char_end", "year")}
     fields |= {"lang": keyword, "tags": keyword, "text": dsl.Text()}
     fields["dense_vecs"] = dsl.DenseVector(
-        dims=DIM, index=True, similarity="dot_product", index_options=dsl.types.DenseVectorIndexOptions(type="hnsw")
+        dims=DIM, index=True, similarity="dot_product", index_options=types.DenseVectorIndexOptions(type="hnsw")
     )
-    fields["lexical_weights"] = dsl.SparseVector(index_options=dsl.types.SparseVectorIndexOptions(prune=False))
+    fields["lexical_weights"] = dsl.SparseVector(index_options=types.SparseVectorIndexOptions(prune=False))
     fields["colbert_vecs"] = dsl.RankVectors(dims=DIM)
     for name, field in fields.items():
         mapping.field(name, field)
