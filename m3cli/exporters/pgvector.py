@@ -233,8 +233,8 @@ class _Pgvector:
         import psycopg  # noqa: PLC0415
 
         self._shape, self._table = shape, quote(shape.name)
-        self._connect = lambda: psycopg.connect(dsn, connect_timeout=30)
-        self._connection = self._connect()
+        self._connect: Any = lambda: psycopg.connect(dsn, connect_timeout=30)
+        self._connection: Any = self._connect()
 
     def _open(self) -> Any:
         if self._connection.closed:

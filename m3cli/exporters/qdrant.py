@@ -44,16 +44,16 @@ def make_id(key: str) -> str:
 def make_config(shape: Shape) -> dict[str, Any]:
     """Return the collection's vectors as Qdrant's interface has them: scores are sums of products, as M3's are."""
     narrow = {"dense": shape.dense_dtype == "float16", "colbert": shape.colbert_dtype == "float16"}
-    plain = {
+    plain: dict[str, dict[str, Any]] = {
         output: {"size": shape.dim, "distance": "Dot", "datatype": "float16" if narrow[output] else "float32"}
         for output in ("dense", "colbert")
     }
-    vectors = {}
+    vectors: dict[str, dict[str, Any]] = {}
     if "dense" in shape.outputs:
         vectors["dense_vecs"] = plain["dense"]
     if "colbert" in shape.outputs:
         # No graph: MaxSim ranks candidates again, and a graph of all token vectors would be many times the rest.
-        extra = {"multivector_config": {"comparator": "max_sim"}, "hnsw_config": {"m": 0}}
+        extra: dict[str, Any] = {"multivector_config": {"comparator": "max_sim"}, "hnsw_config": {"m": 0}}
         vectors["colbert_vecs"] = {**plain["colbert"], **extra}
     return {"vectors": vectors, "sparse_vectors": {"lexical_weights": {}} if "sparse" in shape.outputs else {}}
 

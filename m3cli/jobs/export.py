@@ -214,18 +214,24 @@ def read_parts(
 
 def find_repeats(folder: OutputFolder) -> Repeats:
     """Find the rows whose key an earlier row has, by 64-bit hashes: 8 bytes a row are held."""
-    hashes, shards, rows = [np.empty(0, np.uint64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    hashes, end = np.empty(folder.counts.chunks, np.uint64), 0
     for piece in iter_parts(folder, outputs=(), columns=KEY_COLUMNS):
-        hashes.append(hash_keys(piece.rows))
-        rows.append(piece.embeddings.rows)
-        shards.append(np.full(len(rows[-1]), piece.shard))
-    together = np.concatenate(hashes)
-    _, first = np.unique(together, return_index=True)
-    if len(first) == len(together):
+        start, end = end, end + len(piece.embeddings.rows)
+        hashes[start:end] = hash_keys(piece.rows)
+    hashes.sort()
+    several = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+    del hashes
+    if not len(several):
         return {}
-    repeated = np.setdiff1d(np.arange(len(together)), first)
-    shard, row = np.concatenate(shards)[repeated], np.concatenate(rows)[repeated]
-    return {int(index): row[shard == index] for index in np.unique(shard)}
+    seen: set[int] = set()
+    repeats: dict[int, list[int]] = {}
+    for piece in iter_parts(folder, outputs=(), columns=KEY_COLUMNS):
+        found = hash_keys(piece.rows)
+        for place in np.flatnonzero(np.isin(found, several)).tolist():
+            if (key := int(found[place])) in seen:
+                repeats.setdefault(piece.shard, []).append(int(piece.embeddings.rows[place]))
+            seen.add(key)
+    return {shard: np.array(rows, np.int64) for shard, rows in repeats.items()}
 
 
 def drop_repeats(part: Part, repeats: Repeats, lost: LeftOut | None) -> Part:

@@ -183,7 +183,8 @@ def _store(vectors: NDArray[np.float32], indptr: NDArray[np.int64], form: RowFor
 
 def _unit(draw: np.random.Generator, count: int, dim: int) -> NDArray[np.float32]:
     vectors = draw.standard_normal((count, dim), dtype=np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
 
 
 def _ends(counts: Sequence[int]) -> NDArray[np.int64]:

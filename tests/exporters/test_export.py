@@ -264,10 +264,10 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
         ((unfinished, "--to", "parquet", "--out", tmp_path / "x"), 75, "not finished"),
         ((damaged, "--to", "parquet", "--out", tmp_path / "y"), 12, "m3 check"),
     ]
-    for arguments, code, words in cases:
+    for arguments, code, told in cases:
         done = export(*arguments)
         assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
-        assert words in done.stderr
+        assert told in done.stderr
 
 
 def test_a_full_disk_is_told_before_the_first_byte(
