@@ -40,7 +40,6 @@ from m3cli.exporters.rows import (
     sparse_json,
 )
 
-CLIENT = "pymilvus"
 COLLECTION_NAME = "collection.py"
 MAX_TEXT = 65_535
 "bytes of a VARCHAR"
@@ -190,6 +189,11 @@ TARGET = Target(
 )
 
 
+def list_clients(uri: str) -> dict[str, str]:
+    """Return the modules that are needed, and the packages that have them."""
+    return {"pymilvus": "pymilvus"} | ({"milvus_lite": "milvus-lite"} if _is_lite(uri) else {})
+
+
 def find_limits(uri: str) -> Target:
     """Return what the engine at a URI can hold."""
     outputs: Any = ("dense", "sparse") if _is_lite(uri) else TARGET.outputs
@@ -210,7 +214,7 @@ class _Milvus:
     def __init__(self, uri: str, shape: Shape) -> None:
         from pymilvus import MilvusClient  # noqa: PLC0415
 
-        for name in ("pymilvus", "milvus_lite"):
+        for name in ("pymilvus", "milvus_lite", "grpc"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # they log each error with its traceback
         self._shape = shape
         self._fields, self._vectors = list_fields(shape), list_vector_fields(shape, lite=_is_lite(uri))

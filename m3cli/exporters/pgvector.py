@@ -32,7 +32,6 @@ from m3cli.exporters.rows import (
     plain_columns,
 )
 
-CLIENT = "psycopg"
 MAX_KEY = 2_600
 "bytes; a B-tree holds a third of a page"
 MAX_WEIGHTS = 16_000
@@ -215,6 +214,11 @@ def quote(name: str) -> str:
 TARGET = Target(
     outputs=("dense", "sparse", "colbert"), write=write, describe=describe, check=check, number_bytes=2, weight_bytes=8
 )
+
+
+def list_clients(_address: str) -> dict[str, str]:
+    """Return the modules that are needed, and the packages that have them."""
+    return {"psycopg": "psycopg[binary]"}
 
 
 def find_limits(_address: str) -> Target:

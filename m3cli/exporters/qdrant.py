@@ -27,7 +27,6 @@ from m3cli.exporters.rows import (
     widen,
 )
 
-CLIENT = "qdrant_client"
 MAX_MATRIX = 1_048_575
 "numbers of a ColBERT matrix: the server wants fewer than 2^20"
 BATCH_BYTES = 4 << 20
@@ -94,6 +93,11 @@ def check(shape: Shape) -> None:
 
 
 LIMITS = Target(outputs=("dense", "sparse", "colbert"), check=check)
+
+
+def list_clients(_address: str) -> dict[str, str]:
+    """Return the modules that are needed, and the packages that have them."""
+    return {"qdrant_client": "qdrant-client"}
 
 
 def find_limits(_address: str) -> Target:

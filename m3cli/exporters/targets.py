@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from m3cli.errors import UsageError
@@ -19,12 +20,8 @@ TARGETS = {
     "opensearch": "elasticsearch",
 }
 "module of each target of m3 export"
-ENGINES = {
-    "milvus": ("milvus", "pymilvus"),
-    "pgvector": ("pgvector", "psycopg[binary]"),
-    "qdrant": ("qdrant", "qdrant-client"),
-}
-"of each engine of m3 load its module, and the package of its client; Milvus Lite is a package of its own"
+ENGINES = ("milvus", "pgvector", "qdrant")
+"of m3 load, and their modules"
 
 
 def find_target(name: str) -> Target:
@@ -51,10 +48,8 @@ def find_engine(to: str) -> tuple[str, str, Any]:
     if name not in ENGINES or not address:
         known = ", ".join(f"{engine}:ADDRESS" for engine in ENGINES)
         raise UsageError(f"--to {name}{colon}...: expected {known}")
-    module_name, client = ENGINES[name]
-    module = import_module(f"m3cli.exporters.{module_name}")
-    try:
-        import_module(module.CLIENT)
-    except ImportError as error:
-        raise UsageError(f"--to {name}: its client is not installed; pip install '{client}'") from error
+    module: Any = import_module(f"m3cli.exporters.{name}")
+    missing = [package for client, package in module.list_clients(address).items() if find_spec(client) is None]
+    if missing:
+        raise UsageError(f"--to {name}: {missing[0]} is not installed; pip install '{missing[0]}'")
     return name, address, module

@@ -29,7 +29,7 @@ def main() -> None:
         weights = dict(zip(row["lexical_weights"]["indices"], row["lexical_weights"]["values"], strict=True))
         data = {"dense": [list(map(float, row["dense_vecs"]))], "sparse": [weights]}
         asked = [
-            AnnSearchRequest(data[mode], field, {"metric_type": "IP"}, limit=CANDIDATES)
+            AnnSearchRequest(data[mode], field, {"metric_type": "IP", "params": {"ef": CANDIDATES}}, limit=CANDIDATES)
             for mode, field in FIELDS.items()
         ]
         found = {

@@ -35,13 +35,15 @@ class FakeEngine:
     """Rows by key, and the errors that the next calls end with."""
 
     batch_bytes, number_bytes, weight_bytes = 2000, 4.0, 8.0
-    CLIENT = "json"
 
     def __init__(self) -> None:
         self.rows: dict[str, Any] | None = None
         self.errors: list[Exception] = []
         self.batches: list[int] = []
         self.uncounted = 0
+
+    def list_clients(self, _address: str) -> dict[str, str]:
+        return {}
 
     def find_limits(self, _address: str) -> Target:
         return Target(outputs=("dense", "sparse"))
@@ -88,9 +90,8 @@ class FakeEngine:
 def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
     played = FakeEngine()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(targets, "ENGINES", {"fake": ("fake", "fake-client")})
-    imported = {"m3cli.exporters.fake": played, "json": json}
-    monkeypatch.setattr(targets, "import_module", imported.__getitem__)
+    monkeypatch.setattr(targets, "ENGINES", ("fake",))
+    monkeypatch.setattr(targets, "import_module", {"m3cli.exporters.fake": played}.__getitem__)
     monkeypatch.setattr(job, "time", SimpleNamespace(sleep=lambda _: None))
     return played
 

@@ -92,7 +92,10 @@ class Milvus:
         if mode in field:
             found = client.search(NAME, data[mode], anns_field=field[mode], limit=10, output_fields=["key"])
         else:
-            asked = [AnnSearchRequest(data[mode], field[mode], {"metric_type": "IP"}, limit=2520) for mode in field]
+            asked = [
+                AnnSearchRequest(data[mode], field[mode], {"metric_type": "IP", "params": {"ef": 2520}}, limit=2520)
+                for mode in field
+            ]
             ranker = RRFRanker(60) if mode == "rrf" else WeightedRanker(0.5, 0.5, norm_score=False)
             found = client.hybrid_search(NAME, asked, ranker, limit=10, output_fields=["key"])
         self._close(client)
@@ -162,7 +165,7 @@ class PgVector:
             "colbert": "m3_maxsim(%(colbert)s::halfvec[], colbert_vecs)",
         }
         scores["weighted"] = f"({scores['dense']} + {scores['sparse']}) / 2"
-        rank = "1.0 / (60 + rank() OVER (ORDER BY {} DESC))"
+        rank = "1.0 / (60 + row_number() OVER (ORDER BY {} DESC, ctid))"  # of equal scores the first row, as m3 does
         sparse = f"CASE WHEN {scores['sparse']} > 0 THEN {rank.format(scores['sparse'])} ELSE 0 END"
         scores["rrf"] = f"{rank.format(scores['dense'])} + {sparse}"
         return [
