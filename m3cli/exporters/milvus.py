@@ -85,11 +85,7 @@ def make_schema(fields: dict[str, str], vectors: dict[str, str], dim: int, max_c
             struct = MilvusClient.create_struct_field_schema()
             struct.add_field("vec", DataType.FLOAT_VECTOR, dim=dim)
             schema.add_field(
-                name,
-                DataType.ARRAY,
-                element_type=DataType.STRUCT,
-                struct_schema=struct,
-                max_capacity=max_capacity,
+                name, DataType.ARRAY, element_type=DataType.STRUCT, struct_schema=struct, max_capacity=max_capacity
             )
         else:
             schema.add_field(name, DataType[kind], **({} if kind.startswith("SPARSE") else {"dim": dim}))
@@ -180,12 +176,7 @@ def check(shape: Shape) -> None:
 
 
 TARGET = Target(
-    outputs=("dense", "sparse", "colbert"),
-    write=write,
-    describe=describe,
-    check=check,
-    number_bytes=4,
-    weight_bytes=19,
+    outputs=("dense", "sparse", "colbert"), write=write, describe=describe, check=check, number_bytes=4, weight_bytes=19
 )
 
 

@@ -504,12 +504,7 @@ class _PartWriter:
 
 
 def _finish(
-    out: Path,
-    folder: OutputFolder,
-    shape: Shape,
-    target: Target,
-    jobs: Sequence[int | None],
-    request: ExportRequest,
+    out: Path, folder: OutputFolder, shape: Shape, target: Target, jobs: Sequence[int | None], request: ExportRequest
 ) -> ExportSummary:
     """Write what makes the parts load, the list of what is left out, and export.json."""
     entries = [entry for index in jobs if (entry := read_entry(out, index)) is not None]

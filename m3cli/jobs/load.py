@@ -24,27 +24,9 @@ from numpy.typing import NDArray
 
 from m3cli.ahead import run_ahead
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, M3Error, OutputError
-from m3cli.exporters.rows import (
-    KEY_COLUMNS,
-    PLAIN_COLUMNS,
-    LeftOut,
-    Part,
-    Shape,
-    cut_part,
-    hash_keys,
-    list_keys,
-    pick,
-)
+from m3cli.exporters.rows import KEY_COLUMNS, PLAIN_COLUMNS, LeftOut, Part, Shape, cut_part, hash_keys, list_keys, pick
 from m3cli.exporters.targets import find_engine
-from m3cli.jobs.export import (
-    ExportRequest,
-    Repeats,
-    drop_repeats,
-    find_repeats,
-    make_shape,
-    open_finished,
-    read_parts,
-)
+from m3cli.jobs.export import ExportRequest, Repeats, drop_repeats, find_repeats, make_shape, open_finished, read_parts
 from m3cli.jobs.run import parse_run
 from m3cli.jobs.since import MAY_DIFFER
 from m3cli.jobs.stopping import Stop

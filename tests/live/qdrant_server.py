@@ -74,6 +74,8 @@ class EdgeServer:
             case ["points", "delete"]:
                 shard.update(edge.UpdateOperation.delete_points(json.loads(body)["points"]))
                 return 200, {"status": "completed"}
+            case ["points", "query"]:
+                return 200, self._query(shard, json.loads(body))
             case ["points", "count"]:
                 return 200, {"count": shard.count(edge.CountRequest(exact=True))}
         return 404, None
@@ -117,19 +119,38 @@ class EdgeServer:
     def rank(self, name: str, mode: str, query: dict[str, Any]) -> list[tuple[str, float]]:
         weights = query["lexical_weights"]
         asked = {
-            "dense": edge.Query.Nearest(query["dense_vecs"].tolist(), using="dense_vecs"),
-            "sparse": edge.Query.Nearest(
-                edge.SparseVector(list(weights), list(weights.values())), using="lexical_weights"
-            ),
-            "colbert": edge.Query.Nearest(query["colbert_vecs"].tolist(), using="colbert_vecs"),
+            "dense": {"query": query["dense_vecs"].tolist(), "using": "dense_vecs"},
+            "sparse": {
+                "query": {"indices": list(weights), "values": list(weights.values())},
+                "using": "lexical_weights",
+            },
+            "colbert": {"query": query["colbert_vecs"].tolist(), "using": "colbert_vecs"},
         }
-        prefetches = None
-        if mode in asked:
-            wanted: Any = asked[mode]
-        else:
-            prefetches = [edge.Prefetch(limit=2520, query=asked[output]) for output in ("dense", "sparse")]
-            wanted = edge.Fusion.Rrf(k=61)
-        request = edge.QueryRequest(limit=10, query=wanted, prefetches=prefetches, with_payload=["key"])
+        lists = [{**asked[output], "limit": 2520} for output in ("dense", "sparse")]
+        asked["rrf"] = {"query": {"rrf": {"k": 61}}, "prefetch": lists}
         divide = len(query["colbert_vecs"]) if mode == "colbert" else 1
-        hits = self._shards[name][0].query(request)
-        return [(hit.payload["key"], hit.score / divide) for hit in hits]
+        points = self._query(self._shards[name][0], {**asked[mode], "limit": 10, "with_payload": ["key"]})["points"]
+        return [(point["payload"]["key"], point["score"] / divide) for point in points]
+
+    def _query(self, shard: edge.EdgeShard, body: dict[str, Any]) -> dict[str, Any]:
+        lists = [
+            edge.Prefetch(limit=each["limit"], query=_read_query(each["query"], each["using"]))
+            for each in body.get("prefetch") or ()
+        ]
+        request = edge.QueryRequest(
+            limit=body["limit"],
+            query=_read_query(body["query"], body.get("using")),
+            prefetches=lists or None,
+            with_payload=body["with_payload"],
+        )
+        hits = shard.query(request)
+        points = [{"id": str(hit.id), "version": 0, "score": hit.score, "payload": hit.payload} for hit in hits]
+        return {"points": points}
+
+
+def _read_query(query: Any, using: str | None) -> Any:
+    if isinstance(query, dict) and "rrf" in query:
+        return edge.Fusion.Rrf(k=query["rrf"]["k"])
+    if isinstance(query, dict) and "nearest" in query:
+        query = query["nearest"]
+    return edge.Query.Nearest(edge.SparseVector(**query) if isinstance(query, dict) else query, using=using)

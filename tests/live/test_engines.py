@@ -146,6 +146,21 @@ def test_three_nights_since_equal_a_fresh_load(engine: Any, tmp_path: Path) -> N
         assert len(engine.rows()) == len(engines.read_rows(folders[-1]))
 
 
+def test_the_example_searches_what_was_loaded(engine: Any, tmp_path: Path) -> None:
+    docs = [Doc(f"d{row}", f"text {row}", vectors=3) for row in range(30)]
+    load(engine, write_folder(tmp_path / "corpus.m3", [docs]))
+    queries = write_folder(tmp_path / "queries.m3", [[Doc("q", "text 7", vectors=3)]])
+    name, _, address = engine.to.partition(":")
+    example = ROOT / "scripts" / "examples" / f"search_{name}.py"
+    done = subprocess.run(
+        [sys.executable, example, address, engines.NAME, queries], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert {line[1].rstrip(":") for line in lines} >= {"dense", "sparse", "rrf"}
+    assert {line[2] for line in lines} == {"d7"}, done.stdout
+
+
 def test_another_schema_is_refused_by_its_field(engine: Any, tmp_path: Path) -> None:
     load(engine, write_folder(tmp_path / "corpus.m3", [[Doc("a")]]))
     other = write_folder(tmp_path / "other.m3", [[Doc("a")]], dim=32)
