@@ -45,7 +45,7 @@ MAX_TEXT = 65_535
 "bytes of a VARCHAR"
 MAX_VECTORS = 4_096
 "elements of an array"
-ROW_GROUP_BYTES = 8 << 20
+ROW_GROUP_BYTES = 4 << 20
 _TYPES = {"text": "VARCHAR", "int": "INT64", "float": "DOUBLE", "bool": "BOOL"}
 _ARROW = {"VARCHAR": pa.string(), "INT64": pa.int64(), "DOUBLE": pa.float64(), "BOOL": pa.bool_(), "INT32": pa.int32()}
 _VECTORS = ("dense_vecs", "lexical_weights", "colbert_vecs")
@@ -144,7 +144,7 @@ def _make_table(part: Part, rows: Any, schema: Any) -> Any:
     if (dense := embeddings.dense_vecs) is not None:
         columns.append(list_vectors(np.ascontiguousarray(dense).view(np.uint8) if dense.itemsize == 2 else dense))
     if embeddings.lexical_weights is not None:
-        columns.append(pa.array(sparse_json(embeddings.lexical_weights), pa.binary()).cast(pa.string()))
+        columns.append(pa.array(sparse_json(embeddings.lexical_weights), pa.string()))
     if (colbert := embeddings.colbert_vecs) is not None:
         structs = pa.StructArray.from_arrays([list_vectors(decode_vectors(colbert))], names=["vec"])
         columns.append(pa.ListArray.from_arrays(pa.array(colbert.indptr.astype(np.int32)), structs))

@@ -39,7 +39,7 @@ RETRIES = 6
 FIRST_PAUSE = 0.5
 "seconds; each pause is twice as long as the one before"
 KEYS_PER_DELETE = 500
-_SECRETS = re.compile(r"://[^/@]*:([^/@]+)@|(?:password|token|api_key)=('[^']*'|[^\s&]+)", re.IGNORECASE)
+_SECRETS = re.compile(r"://[^/@:]*:([^@\s]+)@|(?:password|token|api_key)=('[^']*'|[^\s&]+)", re.IGNORECASE)
 
 T = TypeVar("T")
 

@@ -194,6 +194,20 @@ def test_a_client_that_is_missing_is_named(
     assert f"pip install '{client}" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("postgresql://me:a/b:c@host:5432/db", "postgresql://me:***@host:5432/db"),
+        ("host=x user=me password='two words' dbname=y", "host=x user=me password=*** dbname=y"),
+        ("http://host:6333?api_key=abc&x=1", "http://host:6333?api_key=***&x=1"),
+        ("http://host:19530", "http://host:19530"),
+        ("/some/folder/lite.db", "/some/folder/lite.db"),
+    ],
+)
+def test_an_address_is_shown_without_its_secrets(address: str, shown: str) -> None:
+    assert job.hide_secrets(address) == shown
+
+
 @pytest.mark.parametrize("to", ["oracle:x", "milvus", "milvus:"])
 def test_an_unknown_engine_is_refused(folder: Path, capfd: pytest.CaptureFixture[str], to: str) -> None:
     assert run(["load", str(folder), "--to", to]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from tests.exporters.folders import DIM, Doc, write_folder
 from tests.live import engines
 from tests.live.conftest import m3
-from tests.live.test_engines import check_rows, hostile
+from tests.live.test_engines import check_rows, compare, hostile
 
 pytestmark = pytest.mark.live
 
@@ -84,6 +85,24 @@ def test_elasticsearch_index_is_what_its_client_builds(tmp_path: Path) -> None:
     for name, field in fields.items():
         mapping.field(name, field)
     assert json.loads((out / "index.json").read_bytes())["mappings"] == mapping.to_dict()
+
+
+def test_faiss_ranks_as_m3_search_does(
+    tmp_path: Path, sample: Path, queries: Path, ranking: Callable[..., list[dict[str, float]]]
+) -> None:
+    faiss = pytest.importorskip("faiss", reason="faiss is not tested live: faiss-cpu not installed")
+    (tmp_path / "sample.m3").symlink_to(sample)
+    out = export(tmp_path / "sample.m3", "faiss")
+    keys = [json.loads(line)["key"] for line in (out / "keys.jsonl").read_bytes().splitlines()]
+    index = faiss.read_index(str(out / "index.faiss"), faiss.IO_FLAG_MMAP)
+    asked = np.array([row["dense_vecs"] for row in engines.read_rows(queries).values()])
+    scores, found = index.search(asked, 10)
+    hits = [
+        [(keys[number], score) for number, score in zip(numbers, row, strict=True)]
+        for numbers, row in zip(found.tolist(), scores.tolist(), strict=True)
+    ]
+    assert index.ntotal == len(keys) == len(engines.read_rows(sample))
+    compare(hits, ranking("dense"), "dense")
 
 
 def test_pgvector_files_load_as_their_readme_says(tmp_path: Path) -> None:
