@@ -28,7 +28,7 @@ def export(
         typer.Option(
             "--to",
             metavar="TARGET",
-            help="parquet, npy, faiss, milvus, pgvector, lance, elasticsearch, opensearch.",
+            help="parquet, npy, faiss, milvus, pgvector, lance, elasticsearch, opensearch, vespa.",
             show_default=False,
         ),
     ],

@@ -18,6 +18,7 @@ TARGETS = {
     "lance": "lance",
     "elasticsearch": "elasticsearch",
     "opensearch": "elasticsearch",
+    "vespa": "vespa",
 }
 "module of each target of m3 export"
 ENGINES = ("milvus", "pgvector", "qdrant")

@@ -23,7 +23,7 @@ from tests.conftest import ROOT, Completed
 from tests.crash import crash_at, folder_bytes
 from tests.exporters.folders import DIM, Doc, write_folder
 
-TARGETS = ["parquet", "npy", "faiss", "milvus", "pgvector", "elasticsearch", "opensearch"]
+TARGETS = ["parquet", "npy", "faiss", "milvus", "pgvector", "elasticsearch", "opensearch", "vespa"]
 SHARDS = [
     [Doc("a", "first"), Doc("b", "a longer text", chunks=3), Doc('c"\n\t#/%', "third")],
     [],
@@ -182,6 +182,34 @@ def test_signs_go_to_elasticsearch_as_bits(tmp_path: Path, export: Callable[...,
         for row in range(part.rows.num_rows)
     ]
     assert np.array_equal(np.array(bits[0], np.int8).view(np.uint8), signs[0])
+    assert export(folder, "--to", "vespa", "--out", tmp_path / "vespa").returncode == 3
+    first = json.loads((tmp_path / "vespa/part-0000000.jsonl").read_bytes().splitlines()[0])["fields"]
+    assert list(first["colbert_vecs"]["blocks"].values()) == [row.tobytes().hex() for row in signs[0]]
+    assert f"tensor<int8>(t{{}},x[{DIM // 8}])" in (tmp_path / "vespa/binary.sd").read_text(encoding="utf-8")
+
+
+def read_bfloat16(text: str) -> Any:
+    return (np.frombuffer(bytes.fromhex(text), ">u2").astype(np.uint32) << 16).view(np.float32)
+
+
+def test_vespa_operations_have_every_row_and_number(
+    tmp_path: Path, folder: Path, export: Callable[..., Completed]
+) -> None:
+    assert export(folder, "--to", "vespa", "--out", tmp_path / "out", "--name", "m3").returncode == 3
+    parts = sorted((tmp_path / "out").glob("part-*.jsonl"))
+    operations = [json.loads(line) for path in parts for line in path.read_bytes().splitlines()]
+    expected = stored(folder)
+    assert [line["put"] for line in operations] == [f"id:m3:m3::{key}" for key in expected]
+    for line, wanted in zip(operations, expected.values(), strict=True):
+        fields = line["fields"]
+        for name in ("id", "chunk_index", "char_start", "char_end", "lang", "year", "text"):
+            assert fields[name] == wanted[name]
+        assert np.allclose(read_bfloat16(fields["dense_vecs"]["values"]), wanted["dense"], rtol=2**-8)
+        cells = fields.get("lexical_weights", {"cells": {}})["cells"]
+        weights = {int(token): np.float32(weight) for token, weight in cells.items()}
+        assert weights == {token: np.float32(weight) for token, weight in wanted["sparse"].items()}
+        blocks = [read_bfloat16(block) for block in fields["colbert_vecs"]["blocks"].values()]
+        assert np.allclose(np.array(blocks), wanted["colbert"], rtol=2**-8)
 
 
 def test_a_long_id_and_a_number_that_json_lacks_are_listed(tmp_path: Path, export: Callable[..., Completed]) -> None:

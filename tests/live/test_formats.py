@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -85,6 +88,28 @@ def test_elasticsearch_index_is_what_its_client_builds(tmp_path: Path) -> None:
     for name, field in fields.items():
         mapping.field(name, field)
     assert json.loads((out / "index.json").read_bytes())["mappings"] == mapping.to_dict()
+
+
+def test_vespa_feed_takes_every_operation(tmp_path: Path) -> None:
+    pytest.importorskip("vespacli", reason="vespa is not tested live: vespacli not installed")
+    from tests.live.vespa_stub import VespaStub
+
+    folder = write_folder(tmp_path / "hostile.m3", [hostile()[:8], hostile()[8:]])
+    out = export(folder, "vespa", codes=(3,))
+    stub, feed = VespaStub(), Path(sys.executable).parent / "vespa"
+    parts = sorted(out.glob("part-*.jsonl"))
+    done = subprocess.run([feed, "feed", "--target", stub.url, *parts], capture_output=True, text=True, check=True)
+    stub.close()
+    rows = json.loads((out / "export.json").read_bytes())["rows"]
+    counted = json.loads(done.stdout)
+    assert counted["feeder.operation.count"] == counted["feeder.ok.count"] == rows == len(stub.operations)
+    sent = {
+        path.partition("/docid/")[2].partition("?")[0]: json.loads(body)["fields"] for path, body in stub.operations
+    }
+    lines = [json.loads(line)["fields"] for part in parts for line in part.read_bytes().splitlines()]
+    assert {quote(line["key"], safe=""): line for line in lines} == sent
+    left = [json.loads(line) for line in (out / "left-out.jsonl").read_bytes().splitlines()]
+    assert {line["key"][:5] for line in left if line["field"] is None} == {"n\0ul", "yyyyy", "twice"}
 
 
 def test_faiss_ranks_as_m3_search_does(
