@@ -94,11 +94,16 @@ def write(read: Read, open_file: OpenFile, shape: Shape, lost: LeftOut) -> None:
     size = files = 0
     for part in read(None):
         for block in cut_part(part, BLOCK_BYTES):
-            for line in make_lines(block, shape, lost):
-                if sink is None or size + len(line) > FILE_BYTES:
+            lines = make_lines(block, shape, lost)
+            while lines:
+                if sink is None:
                     sink, size, files = open_file(f"-{files:03d}.ndjson"), 0, files + 1
-                sink.write(line)
-                size += len(line)
+                ends = np.cumsum([len(line) for line in lines])
+                fit = max(int(np.searchsorted(ends, FILE_BYTES - size, side="right")), int(size == 0))
+                sink.write(b"".join(lines[:fit]))
+                size += sum(map(len, lines[:fit]))
+                lines = lines[fit:]
+                sink = None if lines else sink
 
 
 def make_lines(part: Part, shape: Shape, lost: LeftOut) -> list[bytes]:

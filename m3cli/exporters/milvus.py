@@ -125,6 +125,8 @@ def write(read: Read, open_file: OpenFile, shape: Shape, lost: LeftOut) -> None:
                 table = _make_table(*_fit(block, lost), schema)
                 if table.num_rows:
                     writer.write_table(table, row_group_size=table.num_rows)
+                del table
+                pa.default_memory_pool().release_unused()  # or it grows with the number of shards, by a tenth
 
 
 def _arrow_schema(shape: Shape) -> Any:

@@ -62,9 +62,9 @@ def write(read: Read, open_file: OpenFile, shape: Shape, lost: LeftOut) -> None:
 
 def write_keys(sink: Sink, part: Any) -> None:
     """Append a line a row: a JSON object with its key and the plain columns."""
-    rows = part.rows.to_pylist()
-    for key, row in zip(part.keys.to_pylist(), rows, strict=True):
-        sink.write(orjson.dumps({"key": key, **row}, default=str, option=orjson.OPT_APPEND_NEWLINE))
+    rows = zip(part.keys.to_pylist(), part.rows.to_pylist(), strict=True)
+    option = orjson.OPT_APPEND_NEWLINE
+    sink.write(b"".join(orjson.dumps({"key": key, **row}, default=str, option=option) for key, row in rows))
 
 
 class _Array:

@@ -63,8 +63,7 @@ def write(read: Read, open_file: OpenFile, shape: Shape, lost: LeftOut) -> None:
     sink = open_file(".jsonl")
     for part in read(None):
         for block in cut_part(part, BLOCK_BYTES):
-            for line in make_lines(block, shape, lost):
-                sink.write(line)
+            sink.write(b"".join(make_lines(block, shape, lost)))
 
 
 def make_lines(part: Part, shape: Shape, lost: LeftOut) -> list[bytes]:
