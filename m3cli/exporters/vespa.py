@@ -78,7 +78,7 @@ def make_lines(part: Part, shape: Shape, lost: LeftOut) -> list[bytes]:
     embeddings = part.embeddings
     dense = [] if embeddings.dense_vecs is None else hex_rows(embeddings.dense_vecs)
     weights = [] if embeddings.lexical_weights is None else sparse_json(embeddings.lexical_weights)
-    colbert, blocks, ends = embeddings.colbert_vecs, [], []
+    colbert, blocks, ends = embeddings.colbert_vecs, list[str](), list[tuple[int, int]]()
     if colbert is not None:
         ends = list(pairwise(colbert.indptr.tolist()))
         binary = shape.colbert_dtype == "binary"
