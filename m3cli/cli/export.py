@@ -15,6 +15,10 @@ Fields = Annotated[
     str | None,
     typer.Option("--fields", metavar="a,b", help="Kept fields, and 'text', that go along; by default all there are."),
 ]
+Quiet = Annotated[
+    str, typer.Option("--progress", help="auto or none: a bar on a terminal, a line now and then off it.")
+]
+PROGRESS = {"progress": ("auto", "none")}
 Name = Annotated[
     str | None, typer.Option("--name", help="Of the collection, table or index; by default that of the folder.")
 ]
@@ -40,13 +44,13 @@ def export(
     fields: Fields = None,
     name: Name = None,
     no_space_check: flags.NoSpaceCheck = False,
-    progress: flags.ProgressMode = "auto",
+    progress: Quiet = "auto",
 ) -> None:
     """Write a finished folder as files that load into a database or search engine; run again, it goes on.
 
     What the target cannot hold is listed in left-out.jsonl, and the exit code is 3.
     """
-    check_choices({"progress": progress})
+    check_choices({"progress": progress}, PROGRESS)
     from m3cli.jobs.export import ExportRequest, export_folder  # noqa: PLC0415  pyarrow, not for --help
     from m3cli.panel import format_bytes  # noqa: PLC0415
     from m3cli.progress import FileMeter  # noqa: PLC0415

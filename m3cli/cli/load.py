@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from m3cli.cli import flags
 from m3cli.cli.encode import check_choices
-from m3cli.cli.export import Fields, Name, print_summary
+from m3cli.cli.export import PROGRESS, Fields, Name, Quiet, print_summary
 from m3cli.cli.signals import stop
 from m3cli.cli.values import parse_names, parse_outputs
 
@@ -43,13 +42,13 @@ def load(
         str | None,
         typer.Option(metavar="FILE", help="List of what the engine cannot hold; by default DIR.left-out.jsonl, here."),
     ] = None,
-    progress: flags.ProgressMode = "auto",
+    progress: Quiet = "auto",
 ) -> None:
     """Write a finished folder's rows into a running engine, by key: loading again changes nothing.
 
     A missing collection or table is created. What the engine cannot hold is listed, and the exit code is 3.
     """
-    check_choices({"progress": progress})
+    check_choices({"progress": progress}, PROGRESS)
     from m3cli.jobs.export import ExportRequest  # noqa: PLC0415  pyarrow, not for --help
     from m3cli.jobs.load import load_folder  # noqa: PLC0415
     from m3cli.progress import FileMeter  # noqa: PLC0415

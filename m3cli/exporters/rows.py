@@ -29,7 +29,6 @@ KEY_COLUMNS = ("id", "chunk_index", "num_chunks")
 "what a row's key is made of"
 PLAIN_COLUMNS = ("id", "chunk_index", "char_start", "char_end")
 "columns that every target has, before the kept fields"
-VECTOR_NAMES: dict[Output, str] = {"dense": "dense_vecs", "sparse": "lexical_weights", "colbert": "colbert_vecs"}
 README_NAME = "README.md"
 
 

@@ -137,6 +137,8 @@ def open_finished(path: str) -> OutputFolder:
     folder = open_folder(Path(path))
     if folder.manifest is None or folder.run is None:
         raise Stopped(f"{path} is not finished: {len(folder.entries):,} shards are done; run its m3 encode again first")
+    if not folder.entries:
+        raise UsageError(f"{path} has no rows; encode a corpus that has some")
     for record in (record for entry in folder.entries.values() for record in entry.files):
         file = folder.path / record.name
         length = file.stat().st_size if file.exists() else None
