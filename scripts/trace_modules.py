@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
+import tempfile  # noqa: TID251  a throw-away folder, not an output
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -54,7 +55,7 @@ def trace(run: Callable[[], object]) -> Tracer:
         run()
     finally:
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.setprofile(None)
     return tracer
 
 
@@ -74,7 +75,7 @@ def main() -> None:
             "score": ["score", "pairs.tsv", "--out", "scores.tsv", *quiet],
         }
         for name, command in commands.items():
-            tracer = trace(lambda command=command: run(command))  # type: ignore[misc]
+            tracer = trace(partial(run, command))
             print(f"m3 {name}: {len(tracer.modules)} modules")
             if tracer.path:
                 print(f"one row's own path: {len(tracer.path)} modules: {', '.join(tracer.path)}")

@@ -23,7 +23,9 @@ import m3cli
 from m3cli.cli.doctor import doctor
 from m3cli.cli.encode import encode, plan
 from m3cli.cli.eval import eval_runs
+from m3cli.cli.export import export
 from m3cli.cli.folders import check, info
+from m3cli.cli.load import load
 from m3cli.cli.options import check_numbers
 from m3cli.cli.rerank import rerank
 from m3cli.cli.score import score
@@ -63,6 +65,8 @@ _add_command("score", score)
 _add_command("search", search)
 _add_command("eval", eval_runs)
 _add_command("rerank", rerank)
+_add_command("export", export)
+_add_command("load", load)
 _add_command("doctor", doctor)
 
 # typer brings its own copy of click since 0.16; this is the base of its errors in every version.

@@ -76,6 +76,16 @@ def hold_lock(root: Path, *, worker: int, num_workers: int) -> Iterator[RunLock]
 
 
 @contextmanager
+def hold_alone(root: Path, path: Path) -> Iterator[None]:
+    """Hold a folder that is not one of m3 encode's, by a lock file in it. Refusal raises FolderLocked."""
+    with _open_lock(path) as descriptor:
+        if not _take(descriptor, fcntl.LOCK_EX, path=path):
+            raise _refusal(root, path)
+        with _signed(descriptor, path=path):
+            yield
+
+
+@contextmanager
 def _open_lock(path: Path) -> Iterator[int]:
     with output_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
