@@ -244,11 +244,11 @@ def _choose_rows(entries: Mapping[int, DoneEntry], *, number: int, seed: int) ->
     indices = sorted(entries)
     ends = np.cumsum([entries[index].counts.chunks for index in indices], dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
-    places = np.sort(np.random.default_rng(seed).choice(total, min(number, total), replace=False))
+    positions = np.sort(np.random.default_rng(seed).choice(total, min(number, total), replace=False))
     chosen: dict[int, list[int]] = {}
-    for place, position in zip(places.tolist(), np.searchsorted(ends, places, side="right").tolist(), strict=True):
-        index = indices[position]
-        chosen.setdefault(index, []).append(place - int(ends[position]) + entries[index].counts.chunks)
+    for position, turn in zip(positions.tolist(), np.searchsorted(ends, positions, side="right").tolist(), strict=True):
+        index = indices[turn]
+        chosen.setdefault(index, []).append(position - int(ends[turn]) + entries[index].counts.chunks)
     return chosen
 
 
@@ -271,23 +271,23 @@ def _read_stored(root: Path, run: RunConfig, entry: DoneEntry, rows: list[int]) 
     return stored
 
 
-def _take_row(embeddings: Embeddings, place: int, document: int, chunk_index: int) -> _StoredRow:
+def _take_row(embeddings: Embeddings, position: int, document: int, chunk_index: int) -> _StoredRow:
     dense, weights, matrices = embeddings.dense_vecs, embeddings.lexical_weights, embeddings.colbert_vecs
     return _StoredRow(
         document=document,
         chunk_index=chunk_index,
-        dense=None if dense is None else dense[place].copy(),
-        weights=None if weights is None else _take_weights(weights, place),
-        matrix=None if matrices is None else _take_matrix(matrices, place),
+        dense=None if dense is None else dense[position].copy(),
+        weights=None if weights is None else _take_weights(weights, position),
+        matrix=None if matrices is None else _take_matrix(matrices, position),
     )
 
 
-def _take_matrix(matrices: TokenMatrices, place: int) -> NDArray[np.float32]:
-    return decode_vectors(matrices, slice(matrices.indptr[place], matrices.indptr[place + 1])).copy()
+def _take_matrix(matrices: TokenMatrices, position: int) -> NDArray[np.float32]:
+    return decode_vectors(matrices, slice(matrices.indptr[position], matrices.indptr[position + 1])).copy()
 
 
-def _take_weights(weights: LexicalWeights, place: int) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-    run = slice(weights.indptr[place], weights.indptr[place + 1])
+def _take_weights(weights: LexicalWeights, position: int) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    run = slice(weights.indptr[position], weights.indptr[position + 1])
     return weights.indices[run].copy(), weights.values[run].copy()
 
 
@@ -304,20 +304,20 @@ def _compare_shard(
     if not config.merges:
         wanted = set(pairs.values())
         cut = zip(chunks.document.tolist(), chunks.chunk_index.tolist(), strict=True)
-        chunks = select_chunks(chunks, np.array([place for place, pair in enumerate(cut) if pair in wanted], np.int64))
+        chunks = select_chunks(chunks, np.array([chunk for chunk, pair in enumerate(cut) if pair in wanted], np.int64))
     none = np.empty(0, np.int64)
     rows = plan_rows(chunks, long_docs=config.long_docs, taken=none)
     cut = zip(rows.document.tolist(), rows.chunk_index.tolist(), strict=True)
-    places = {pair: place for place, pair in enumerate(cut)}
+    positions = {pair: position for position, pair in enumerate(cut)}
     for row, pair in pairs.items():
-        if pair not in places:
+        if pair not in positions:
             yield f"row {row:,}: its document has no chunk {pair[1]} when it is cut again"
     form = config.colbert_form
     shard = TokenisedShard(text=text, chunks=chunks, origins=Origins(rows=none, shard=none, row=none))
     made = dict(_encode_rows(shard, run=run, model=model, tokenizer=tokenizer))
     for row, pair in pairs.items():
-        if pair in places:
-            yield from (f"row {row:,}: {what}" for what in _compare_row(stored[row], made[places[pair]], form))
+        if pair in positions:
+            yield from (f"row {row:,}: {what}" for what in _compare_row(stored[row], made[positions[pair]], form))
 
 
 def _find_documents(
@@ -341,12 +341,12 @@ def _encode_rows(
     """Encode a shard's rows, and merge them where the folder has them merged."""
     encoder = make_encoder(model, tokenizer, config=run.config)
     batches = (
-        _encode_batch(shard, places, encoder)
-        for places in batch_rows(shard.chunks.num_tokens, max_batch_tokens=BATCH_TOKENS)
+        _encode_batch(shard, positions, encoder)
+        for positions in batch_rows(shard.chunks.num_tokens, max_batch_tokens=BATCH_TOKENS)
     )
     for window in finish_windows(shard, chain.from_iterable(batches), config=run.config):
-        for place, row in enumerate(window.rows.tolist()):
-            yield row, _take_row(window, place, document=0, chunk_index=0)
+        for position, row in enumerate(window.rows.tolist()):
+            yield row, _take_row(window, position, document=0, chunk_index=0)
 
 
 def _encode_batch(shard: TokenisedShard, rows: NDArray[np.int64], encoder: BatchEncoder) -> Iterator[EncodedBatch]:

@@ -333,7 +333,7 @@ def test_re_ranking_reads_only_parts_that_hold_candidates(folders: Callable[...,
     def watched(*given: Any, **named: Any) -> Iterator[Any]:
         for part in real(*given, **named):
             if named.get("wanted") is not None:
-                read.append(len(np.intersect1d(part.places, named["wanted"])))
+                read.append(len(np.intersect1d(part.positions, named["wanted"])))
             yield part
 
     with mock.patch("m3cli.jobs.search.command.vectors.iter_blocks", watched):

@@ -292,5 +292,5 @@ def finish_scores(
 def number_distinct(values: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
     """Return the distinct values as they first came, and which of them each value is."""
     numbers: dict[str, int] = {}
-    places = np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
-    return list(numbers), places
+    positions = np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
+    return list(numbers), positions

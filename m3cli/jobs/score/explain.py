@@ -43,8 +43,8 @@ def explain_pairs(
     for window in cut_windows(read_pairs(pairs.source, pairs.columns, ids=False, stdin=stdin), LIMITS):
         scores, faults = finish_scores(scorer.score_window(window), modes, weights=request.weights)
         sides = _Sides(scorer, [pair for pair, fault in zip(window, faults, strict=True) if not fault])
-        for place, (pair, fault) in enumerate(zip(window, faults, strict=True)):
-            found = {mode: None if fault else round(float(scores[mode][place]), 6) for mode in modes}
+        for position, (pair, fault) in enumerate(zip(window, faults, strict=True)):
+            found = {mode: None if fault else round(float(scores[mode][position]), 6) for mode in modes}
             yield {
                 "row": pair.number,
                 "query": pair.query,
@@ -81,12 +81,12 @@ class _Sides:
             best = similarity.argmax(axis=1)
             found["best_matches"] = [
                 {
-                    "query_token": self._scorer.format_token(int(left_ids[query][1 + place])),
+                    "query_token": self._scorer.format_token(int(left_ids[query][1 + position])),
                     "passage_token": self._scorer.format_token(int(right_ids[passage][1 + match])),
                     "passage_position": int(1 + match),
-                    "similarity": round(float(similarity[place, match]), 6),
+                    "similarity": round(float(similarity[position, match]), 6),
                 }
-                for place, match in enumerate(best.tolist())
+                for position, match in enumerate(best.tolist())
             ]
         return found
 

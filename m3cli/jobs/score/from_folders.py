@@ -69,22 +69,24 @@ class FolderScorer:
     def score_window(self, window: Sequence[Pair]) -> WindowScores:
         """Score the pairs of a window."""
         faults = [pair.fault for pair in window]
-        places = np.array([place for place, fault in enumerate(faults) if not fault], np.int64)
+        positions = np.array([position for position, fault in enumerate(faults) if not fault], np.int64)
         sides: list[tuple[FoundRows, Rows]] = []
         for side, lookup in enumerate(self._lookups):
-            ids, numbers = number_distinct([window[place].passage if side else window[place].query for place in places])
+            ids, numbers = number_distinct(
+                [window[position].passage if side else window[position].query for position in positions]
+            )
             found = lookup.find(ids)
             self._duplicates += found.duplicates
             known = np.zeros(len(ids), np.bool_)
             known[found.wanted] = True
-            for place in places[~known[numbers]]:
-                faults[place] = faults[place] or (UNKNOWN_PASSAGE if side else UNKNOWN_QUERY)
+            for position in positions[~known[numbers]]:
+                faults[position] = faults[position] or (UNKNOWN_PASSAGE if side else UNKNOWN_QUERY)
             sides.append((found, numbers))
         joined = join_chunks(*sides[0], *sides[1], first_only=self._chunks == "first")
         scores = {output: np.full(len(window), np.nan, np.float32) for output in self._wanted}
         made = self._score_chunks(sides[0][0], sides[1][0], joined)
         for output, values in made.items():
-            scores[output][places] = merge_chunks(values, joined, num_pairs=len(places), how=self._chunks)
+            scores[output][positions] = merge_chunks(values, joined, num_pairs=len(positions), how=self._chunks)
         return WindowScores(scores=scores, faults=faults)
 
     def _score_chunks(
@@ -93,11 +95,11 @@ class FolderScorer:
         """Return a score of each pair of chunks, by each output."""
         scores = {output: np.full(len(joined.pair), np.nan, np.float32) for output in self._wanted}
         # Sorted as the corpus lies on disk, so that the pairs of a part are neighbours.
-        by_place = np.lexsort((passages.row[joined.passage], passages.shard[joined.passage]))
+        by_position = np.lexsort((passages.row[joined.passage], passages.shard[joined.passage]))
         for held_rows in self._turns(queries, np.unique(joined.query)):
-            held, place_of = self._hold(queries, held_rows)
-            mine = by_place[place_of[joined.query[by_place]] >= 0]
-            rows, shards = passages.row[joined.passage[mine]], passages.shard[joined.passage[mine]]
+            held, position_of = self._hold(queries, held_rows)
+            held_pairs = by_position[position_of[joined.query[by_position]] >= 0]
+            rows, shards = passages.row[joined.passage[held_pairs]], passages.shard[joined.passage[held_pairs]]
             for part in read_parts(self._corpus, np.unique(shards).tolist(), outputs=self._wanted):
                 span = part.embeddings.rows
                 if not len(span):
@@ -106,9 +108,13 @@ class FolderScorer:
                 begin, end = first + np.searchsorted(rows[first:last], [span[0], span[-1] + 1])
                 if begin == end:
                     continue
-                some = mine[begin:end]
+                some = held_pairs[begin:end]
                 made = score_rows(
-                    held, part.embeddings, place_of[joined.query[some]], rows[begin:end] - span[0], outputs=self._wanted
+                    held,
+                    part.embeddings,
+                    position_of[joined.query[some]],
+                    rows[begin:end] - span[0],
+                    outputs=self._wanted,
                 )
                 for output, values in made.items():
                     scores[output][some] = values
@@ -123,9 +129,9 @@ class FolderScorer:
             yield rows[turns == turn]
 
     def _hold(self, queries: FoundRows, rows: Rows) -> tuple[Embeddings, Rows]:
-        """Read query rows; return them, and the place of each found row among them, -1 for one that is not held."""
+        """Read query rows; return them, and the position of each found row among them, -1 for one that is not held."""
         parts: list[Embeddings] = []
-        place_of = np.full(len(queries.row), -1, np.int64)
+        position_of = np.full(len(queries.row), -1, np.int64)
         held = 0
         for part in read_parts(self._queries, np.unique(queries.shard[rows]).tolist(), outputs=self._wanted):
             span = part.embeddings.rows
@@ -133,10 +139,10 @@ class FolderScorer:
             some = rows[inside]
             if len(some):
                 parts.append(select_rows(part.embeddings, queries.row[some] - span[0], rows=some))
-                place_of[some] = held + np.arange(len(some))
+                position_of[some] = held + np.arange(len(some))
                 held += len(some)
         self._rows[0] += held
-        return _widen(concat_embeddings(parts)), place_of
+        return _widen(concat_embeddings(parts)), position_of
 
 
 def _widen(held: Embeddings) -> Embeddings:
@@ -169,9 +175,9 @@ class ChunkPairs:
     pair: Rows
     "[C]"
     query: Rows
-    "[C] place among the queries' found rows"
+    "[C] position among the queries' found rows"
     passage: Rows
-    "[C] place among the passages' found rows"
+    "[C] position among the passages' found rows"
 
 
 def join_chunks(

@@ -141,7 +141,7 @@ class TextScorer:
     ) -> tuple[Embeddings | None, list[FailedRow], TokenisedTexts]:
         """Return the embeddings of those texts that can be encoded, in order, those that cannot, and all tokens.
 
-        The rows of the embeddings are places in `texts`; there are no embeddings if no text can be encoded.
+        The rows of the embeddings are positions in `texts`; there are no embeddings if no text can be encoded.
         """
         tokenised = self.tokenise(texts, max_length=max_length)
         parts: list[Embeddings] = []
@@ -161,17 +161,20 @@ class TextScorer:
     def score_window(self, window: Sequence[Pair]) -> WindowScores:
         """Score the pairs of a window."""
         faults = [pair.fault for pair in window]
-        places = np.array([place for place, fault in enumerate(faults) if not fault], np.int64)
+        positions = np.array([position for position, fault in enumerate(faults) if not fault], np.int64)
         scores = {output: np.full(len(window), np.nan, np.float32) for output in self._wanted}
-        if len(places):
-            sides = [window[place].query for place in places], [window[place].passage for place in places]
+        if len(positions):
+            sides = (
+                [window[position].query for position in positions],
+                [window[position].passage for position in positions],
+            )
             for made in self._score_sides(sides):
                 if isinstance(made, FailedPairs):
-                    for place in places[made.pairs]:
-                        faults[place] = made.reason
+                    for position in positions[made.pairs]:
+                        faults[position] = made.reason
                 else:
                     for output, values in made.scores.items():
-                        scores[output][places[made.pairs]] = values
+                        scores[output][positions[made.pairs]] = values
         return WindowScores(scores=scores, faults=faults)
 
     def _score_sides(self, sides: tuple[list[str], list[str]]) -> Iterator[ScoredPairs | FailedPairs]:
@@ -183,7 +186,7 @@ class TextScorer:
         other_rows = np.array([known.get(text, -1) for text in other], np.int64)
 
         parts = list(self._encode(held, self.lengths[held_side]))
-        place_of = np.full(len(held), -1, np.int64)  # of each held text; -1 where it could not be encoded
+        position_of = np.full(len(held), -1, np.int64)  # of each held text; -1 where it could not be encoded
         made = [part for part in parts if isinstance(part, Embeddings)]
         for failed in (part for part in parts if isinstance(part, FailedRow)):
             touched = (held_rows == failed.row) | (other_rows == failed.row)
@@ -191,19 +194,19 @@ class TextScorer:
         if not made:
             return
         kept = concat_embeddings(made)
-        place_of[kept.rows] = np.arange(len(kept.rows))
-        held_places = place_of[held_rows]
+        position_of[kept.rows] = np.arange(len(kept.rows))
+        held_positions = position_of[held_rows]
 
-        whole = (other_rows >= 0) & (held_places >= 0) & (place_of[other_rows] >= 0)
+        whole = (other_rows >= 0) & (held_positions >= 0) & (position_of[other_rows] >= 0)
         pairs = np.flatnonzero(whole)
         if len(pairs):
-            yield self._score(kept, kept, pairs, held_places[pairs], place_of[other_rows[pairs]], held_side)
+            yield self._score(kept, kept, pairs, held_positions[pairs], position_of[other_rows[pairs]], held_side)
         yield from self._score_fresh(
-            kept, held_places, other, np.flatnonzero((other_rows < 0) & (held_places >= 0)), held_side
+            kept, held_positions, other, np.flatnonzero((other_rows < 0) & (held_positions >= 0)), held_side
         )
 
     def _score_fresh(
-        self, kept: Embeddings, held_places: Rows, other: list[str], pairs: Rows, held_side: int
+        self, kept: Embeddings, held_positions: Rows, other: list[str], pairs: Rows, held_side: int
     ) -> Iterator[ScoredPairs | FailedPairs]:
         """Encode what is not held, and score the pairs of each batch as it comes."""
         texts, rows = number_distinct([other[pair] for pair in pairs])
@@ -214,7 +217,7 @@ class TextScorer:
                 yield FailedPairs(pairs=pairs[begins[made.row] : begins[made.row + 1]], reason=made.reason)
                 continue
             take, owner = expand_rows(begins[made.rows], np.diff(begins)[made.rows])
-            yield self._score(kept, made, pairs[take], held_places[pairs[take]], owner, held_side)
+            yield self._score(kept, made, pairs[take], held_positions[pairs[take]], owner, held_side)
 
     def _score(
         self, held: Embeddings, made: Embeddings, pairs: Rows, held_rows: Rows, rows: Rows, held_side: int
@@ -223,7 +226,7 @@ class TextScorer:
         return ScoredPairs(pairs=pairs, scores=score_rows(*sides, outputs=self._wanted))
 
     def _encode(self, texts: list[str], max_length: int) -> Iterator[Embeddings | FailedRow]:
-        """Yield the embeddings of texts, longest first; their rows are places in `texts`."""
+        """Yield the embeddings of texts, longest first; their rows are positions in `texts`."""
         if not texts:
             return
         tokenised = tokenise_texts(texts, self._tokenizer, max_length=max_length)

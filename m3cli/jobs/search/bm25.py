@@ -46,12 +46,12 @@ def open_terms(folder: OutputFolder, request: SearchRequest) -> Terms:
 
 def search_texts(folder: OutputFolder, queries: Queries, terms: Terms, request: SearchRequest) -> Found:
     """Rank a folder's rows by BM25 over their kept text."""
-    index, places, keys = Bm25Index(terms), [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    index, positions, keys = Bm25Index(terms), [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for texts, some, owners in iter_texts(folder, chunks=request.level == "chunk"):
         index.add(texts)
-        places.append(some)
+        positions.append(some)
         keys.append(owners)
-    ranked = _rank(index, queries, request, places=np.concatenate(places), keys=np.concatenate(keys))
+    ranked = _rank(index, queries, request, positions=np.concatenate(positions), keys=np.concatenate(keys))
     return Found(ranked=ranked, parts={"bm25": ranked.score})
 
 
@@ -93,7 +93,7 @@ def search_input(
         )
     numbers: dict[str, int] = {}
     keys = np.array([numbers.setdefault(name, len(numbers)) for name in ids], np.int64)
-    ranked = _rank(index, queries, request, places=np.arange(len(ids)), keys=keys)
+    ranked = _rank(index, queries, request, positions=np.arange(len(ids)), keys=keys)
     bounds = np.searchsorted(ranked.query, np.arange(len(queries.ids) + 1))
     hits = []
     for number, (first, last) in enumerate(pairwise(bounds.tolist())):
@@ -114,10 +114,10 @@ def search_input(
     return hits
 
 
-def _rank(index: Bm25Index, queries: Queries, request: SearchRequest, *, places: Rows, keys: Rows) -> Ranked:
+def _rank(index: Bm25Index, queries: Queries, request: SearchRequest, *, positions: Rows, keys: Rows) -> Ranked:
     texts = [text for text in queries.texts if text is not None]
     top = TopRows(len(texts), limit=request.top_k, floor=0.0)
-    index.search(texts, top, places=places, keys=keys)
+    index.search(texts, top, places=positions, keys=keys)
     return top.finish()
 
 

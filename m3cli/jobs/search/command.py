@@ -47,7 +47,7 @@ def search_corpus(
         progress: where words go.
         stdout: where the ranking goes without `out`.
         stdin: standard input, if the queries or the corpus come from there.
-        show: what draws a table of a few queries in place of a run, on a terminal.
+        show: what draws a table of a few queries instead of a run, on a terminal.
 
     Returns:
         the exit code: 0, or 3 if some rows are no queries.

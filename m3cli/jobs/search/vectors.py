@@ -84,8 +84,8 @@ def scan_folder(target: Target, queries: Embeddings, outputs: Sequence[Output], 
     seen = 0
     for part in parts:
         for output, scan in scans.items():
-            scan_part(scan, part.embeddings, tops[output], rows=part.places, find_keys=part.find_keys, seen=seen)
-        seen += len(part.places)
+            scan_part(scan, part.embeddings, tops[output], rows=part.positions, find_keys=part.find_keys, seen=seen)
+        seen += len(part.positions)
     return {output: top.finish() for output, top in tops.items()}
 
 
@@ -95,7 +95,7 @@ def search_hybrid(target: Target, queries: Embeddings, blend: Blend) -> Found:
     stacked = np.concatenate([np.stack([found.query, found.key], axis=1) for found in lists.values()])
     pairs, numbers = np.unique(stacked, axis=0, return_inverse=True)
     query, key = pairs[:, 0], pairs[:, 1]
-    best_place, parts = score_candidates(target, queries, blend, query=query, key=key)
+    best_position, parts = score_candidates(target, queries, blend, query=query, key=key)
     if blend.fusion == "weighted":
         score = average_scores(parts, blend.weights)
     else:
@@ -105,18 +105,18 @@ def search_hybrid(target: Target, queries: Embeddings, blend: Blend) -> Found:
             ranks[output] = np.full(len(query), -1, np.int64)
             ranks[output][mine] = found.rank
         for output in set(blend.outputs) - set(lists):
-            ranks[output] = _rank_candidates(query, best_place, parts[output], limit=blend.candidates)
+            ranks[output] = _rank_candidates(query, best_position, parts[output], limit=blend.candidates)
         score = fuse_ranks(ranks, blend.weights)
-    by_place = np.lexsort((best_place, query))  # so that the number of a candidate stands for its place
-    ranked = rank_rows(query[by_place], np.arange(len(query)), key[by_place], score[by_place], limit=target.top_k)
-    chosen = by_place[ranked.row]
-    ranked = Ranked(query=ranked.query, row=best_place[chosen], key=ranked.key, score=ranked.score)
+    order = np.lexsort((best_position, query))  # equal scores are ranked by position
+    ranked = rank_rows(query[order], np.arange(len(query)), key[order], score[order], limit=target.top_k)
+    chosen = order[ranked.row]
+    ranked = Ranked(query=ranked.query, row=best_position[chosen], key=ranked.key, score=ranked.score)
     return Found(ranked=ranked, parts={output: values[chosen] for output, values in parts.items()})
 
 
-def _rank_candidates(query: Rows, place: Rows, score: Scores, *, limit: int) -> Rows:
+def _rank_candidates(query: Rows, position: Rows, score: Scores, *, limit: int) -> Rows:
     """Return [C] ranks of candidates by one output, -1 beyond `limit`."""
-    order = np.lexsort((place, -score, query))
+    order = np.lexsort((position, -score, query))
     ranks = np.empty(len(query), np.int64)
     ranks[order] = number_runs(query[order])
     return np.where(ranks < limit, ranks, -1)
@@ -128,31 +128,31 @@ def score_candidates(
     """Score candidates, pairs of a query and a document's key, by all outputs; parts without any are not read.
 
     Returns:
-        [C] the place of each candidate's best chunk by the weighted average, and [C] scores by each output, each the
+        [C] the position of each candidate's best chunk by the weighted average, and [C] scores by each output, each the
         best of the document's chunks.
     """
-    places, owners = find_rows(target.folder, key, chunks=target.chunks)
+    positions, owners = find_rows(target.folder, key, chunks=target.chunks)
     by_key = np.argsort(key, kind="stable")  # the candidates of a row's document are neighbours
     begins = np.searchsorted(key[by_key], owners)
     counts = np.searchsorted(key[by_key], owners, side="right") - begins
     best = _Best(len(key), blend)
-    wanted = iter_blocks(target.folder, outputs=blend.outputs, chunks=target.chunks, wanted=places)
+    wanted = iter_blocks(target.folder, outputs=blend.outputs, chunks=target.chunks, wanted=positions)
     for part in prefetch(wanted, depth=1, name="read ahead"):
-        first, last = np.searchsorted(places, [part.first, part.first + len(part.places)])
+        first, last = np.searchsorted(positions, [part.first, part.first + len(part.positions)])
         for run in cut_runs(np.concatenate(([0], np.cumsum(counts[first:last]))), most=BLOCK_PAIRS):
             rows = slice(first + run.start, first + run.stop)
             take, row = expand_rows(begins[rows], counts[rows])
-            candidate, place = by_key[take], places[rows][row]
-            made = score_rows(queries, part.embeddings, query[candidate], place - part.first, outputs=blend.outputs)
-            best.offer(candidate, place, made)
-    return best.place, best.scores
+            candidate, position = by_key[take], positions[rows][row]
+            made = score_rows(queries, part.embeddings, query[candidate], position - part.first, outputs=blend.outputs)
+            best.offer(candidate, position, made)
+    return best.position, best.scores
 
 
 class _Best:
     """The best of each of C candidates' chunks so far."""
 
     def __init__(self, num_candidates: int, blend: Blend) -> None:
-        self.place: Rows = np.zeros(num_candidates, np.int64)
+        self.position: Rows = np.zeros(num_candidates, np.int64)
         "[C] of the best chunk by the weighted average"
         self.scores: dict[Output, Scores] = {
             output: np.full(num_candidates, -np.inf, np.float32) for output in blend.outputs
@@ -161,17 +161,17 @@ class _Best:
         self._weights = blend.weights
         self._average: Scores = np.full(num_candidates, -np.inf, np.float32)
 
-    def offer(self, candidate: Rows, place: Rows, scores: dict[Output, Scores]) -> None:
+    def offer(self, candidate: Rows, position: Rows, scores: dict[Output, Scores]) -> None:
         """Take in some chunks, which come later in the corpus than those before: [P] each."""
         scores = {output: np.nan_to_num(values, nan=0.0) for output, values in scores.items()}  # no ColBERT vectors
         average = average_scores(scores, self._weights)
-        order = np.lexsort((place, -average, candidate))
+        order = np.lexsort((position, -average, candidate))
         starts = np.flatnonzero(np.diff(candidate[order], prepend=-1))
         firsts = order[starts]
         mine = candidate[firsts]
         better = average[firsts] > self._average[mine]
         self._average[mine[better]] = average[firsts[better]]
-        self.place[mine[better]] = place[firsts[better]]
+        self.position[mine[better]] = position[firsts[better]]
         for output, values in scores.items():
             self.scores[output][mine] = np.maximum(
                 self.scores[output][mine], np.maximum.reduceat(values[order], starts)
@@ -186,9 +186,9 @@ def describe_hits(
     A run is names and scores; where more is shown (`shown`), spans are read and the beginnings of kept texts.
     """
     ranked = found.ranked
-    places, numbers = np.unique(ranked.row, return_inverse=True)
+    positions, numbers = np.unique(ranked.row, return_inverse=True)
     length = SNIPPET_LENGTH if shown and folder.run.config.keep_text else 0
-    words = read_metadata(folder, places, spans=shown, length=length)
+    words = read_metadata(folder, positions, spans=shown, length=length)
     bounds = np.searchsorted(ranked.query, np.arange(len(ids) + 1))
     hits: list[QueryHits] = []
     for query, (first, last) in enumerate(pairwise(bounds.tolist())):
