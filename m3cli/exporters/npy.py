@@ -83,7 +83,7 @@ class _Array:
 
     def finish(self) -> None:
         """Write the header."""
-        self._sink.amend(self._header())
+        self._sink.overwrite_start(self._header())
 
     def _header(self) -> bytes:
         shape = (self._length,) if self._width is None else (self._length, self._width)

@@ -38,7 +38,7 @@ class Sink(Protocol):
     def write(self, data: bytes | memoryview, /) -> Any:
         """Append bytes."""
 
-    def amend(self, data: bytes, /) -> None:
+    def overwrite_start(self, data: bytes, /) -> None:
         """Replace the file's first bytes."""
 
 

@@ -1,1 +1,1 @@
-"""One job a command: the only rooms that know the order of the others."""
+"""Commands: one module or package each, above encoder, corpus and store."""

@@ -1,4 +1,4 @@
-"""`m3 doctor`: what this machine and this checkpoint can do together. Everything it says is read or measured here."""
+"""`m3 doctor`: measure this machine and examine the checkpoint; no value is assumed."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from m3cli.store.commit import output_errors, remove, sync_file
 
 _MEASURED = ("float32", "bfloat16", "float16")
 _PASSAGE_TOKENS = 256
-"length that tokens/s are told for"
+"length for which tokens/s are estimated"
 
 
 def examine(*, model: str | None = None, revision: str | None = None, device: str | None = None) -> dict[str, Any]:
     """Examine machine and checkpoint.
 
     Returns:
-        plain JSON values: machine, checkpoint and recommendation (None if no checkpoint is found), card, problem.
+        JSON values: machine, checkpoint and recommendation (None without a checkpoint), card, problem.
 
     Raises:
-        ModelError: the model that was asked for is not there or cannot be loaded.
-        UsageError: a device is asked for that is not there.
+        ModelError: the given model is missing or cannot be loaded.
+        UsageError: the given device is missing.
     """
     chosen = machine.resolve_device(device)
     report: dict[str, Any] = {"machine": examine_machine(chosen), "checkpoint": None, "recommendation": None}
     report |= {"card": [], "problem": ""}
-    asked = model or os.environ.get("M3_MODEL") or None
+    given = model or os.environ.get("M3_MODEL") or None
     try:
-        # Looking for the default model is no reason to download 2 GB.
+        # The default model is not downloaded (2 GB).
         checkpoint = open_checkpoint(
-            EncodeRequest(inputs=(), model=model, revision=revision), download=asked is not None
+            EncodeRequest(inputs=(), model=model, revision=revision), download=given is not None
         )
     except ModelError as error:
-        if asked:
+        if given:
             raise
         report["problem"] = str(error)
         return report
@@ -61,7 +61,7 @@ def examine(*, model: str | None = None, revision: str | None = None, device: st
 
 
 def examine_machine(device: str) -> dict[str, Any]:
-    """Describe devices, measure the matmul rate of each dtype on the chosen one and the disk of this folder."""
+    """Describe devices; measure the matmul rate of each dtype and the write rate of the current folder."""
     dtypes = [dtype for dtype in get_args(Dtype) if dtype in _MEASURED]
     return {
         "devices": list_devices(),
@@ -74,7 +74,7 @@ def examine_machine(device: str) -> dict[str, Any]:
 
 
 def examine_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Describe a checkpoint by its small files."""
+    """Describe a checkpoint from its small files."""
     folder = checkpoint.folder
     files = [*checkpoint.weight_files, *(folder / name for name in HEAD_FILES.values() if (folder / name).exists())]
     parent = folder.absolute().parent
@@ -106,7 +106,7 @@ def _intermediate_size(checkpoint: Checkpoint) -> int:
 
 
 def recommend(checkpoint: Checkpoint, found: dict[str, Any], *, device: str) -> dict[str, Any]:
-    """Recommend dtype and batch, and say what speed the matmul rate promises."""
+    """Recommend dtype and batch size, and estimate the speed from the matmul rate."""
     dtype = machine.auto_dtype(device)
     length = min(_PASSAGE_TOKENS, checkpoint.max_length)
     flops = count_flops(checkpoint, intermediate_size=_intermediate_size(checkpoint), length=length)
@@ -130,7 +130,7 @@ SENTENCES_2 = (
     "each document",
 )
 INPUT_IDS = (0, 4865, 83, 335, 11679, 276, 363, 32, 2)
-"of the first sentence, as XLM-RoBERTa's tokenizer gives them"
+"of the first sentence, by XLM-RoBERTa's tokenizer"
 LEXICAL_WEIGHTS: tuple[dict[str, float], ...] = (
     {"What": 0.08356, "is": 0.0814, "B": 0.1296, "GE": 0.252, "M": 0.1702, "3": 0.2695, "?": 0.04092},
     {"De": 0.05005, "fin": 0.1368, "ation": 0.04498, "of": 0.0633, "BM": 0.2515, "25": 0.3335},
@@ -152,7 +152,7 @@ Status = Literal["pass", "fail", "not this model"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One published figure and what it is here."""
+    """A published figure and the value computed here."""
 
     name: str
     published: float | str
@@ -162,14 +162,14 @@ class Figure:
 
 
 def is_bge_m3(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint calls itself BAAI/bge-m3 and has its shape."""
+    """Whether a checkpoint has the name and the shape of BAAI/bge-m3."""
     shape = (checkpoint.num_layers, checkpoint.hidden_size, checkpoint.num_heads, checkpoint.vocab_size)
     named = any("bge-m3" in name.lower() for name in (checkpoint.name, *checkpoint.folder.absolute().parts))
     return named and shape == (24, 1024, 16, 250002) and checkpoint.num_positions == 8194
 
 
 def recompute_card(checkpoint: Checkpoint, *, device: str | None = None) -> list[Figure]:
-    """Compute the model card's figures with a checkpoint, in float32; only BAAI/bge-m3 can pass or fail its scores."""
+    """Compute the model card's figures in float32; only BAAI/bge-m3 can pass or fail."""
     request = ScoreRequest(pairs="-", model=str(checkpoint.folder), dtype="float32", device=device)
     scorer = TextScorer(request, Progress("none"))
     scorer.load(scorer.outputs)
@@ -243,11 +243,7 @@ _PIECE = os.urandom(1 << 20)
 
 
 def measure_write_rate(folder: Path) -> float:
-    """Return bytes/s of writing 64 MiB to a new file and making them durable.
-
-    Raises:
-        OutputError: the folder cannot be written to.
-    """
+    """Return the bytes/s of writing 64 MiB durably; raise OutputError if the folder is not writable."""
     path = folder / f".m3-doctor-{os.getpid()}.tmp"
     try:
         with output_errors(path), path.open("wb") as file:

@@ -1,6 +1,6 @@
-"""`m3 eval`: what runs are worth by judgements, each run beside the first.
+"""`m3 eval`: measures of runs against judgements, with a test of each run against the first.
 
-Runs are read one after the other; of each only its queries' values are kept.
+Runs are read one after the other; only the values of their queries are kept.
 """
 
 from __future__ import annotations
@@ -23,45 +23,45 @@ from m3cli.retrieval.measures import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunScores:
-    """What one run is worth."""
+    """Measures of a run."""
 
     run: str
     measures: dict[str, float]
-    "means over all judged queries"
+    "means over the judged queries"
     p: dict[str, float] | None
-    "of the paired t-test against the first run, None for the first"
+    "of the paired t-test against the first run; None for the first"
     missing: int
-    "judged queries that the run lacks, which count as 0"
+    "judged queries that are not in the run; they count as 0"
     not_judged: int
-    "queries of the run that no judgement names, which do not count"
+    "queries of the run without judgements; they do not count"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What `m3 eval` found."""
+    """Result of `m3 eval`."""
 
     qrels: str
     queries: int
-    "judged; every mean is over all of them"
+    "judged queries, over which means are taken"
     without_relevant: int
-    "judged queries no document of which is relevant: 0 by every measure, for every run"
+    "judged queries without a relevant document: 0 by every measure"
     runs: list[RunScores] = field(default_factory=list)
 
     def describe(self) -> list[str]:
-        """Say what the means hide, a line each."""
+        """Return what is counted in the means, as lines."""
         lines = [
             f"{count_noun(self.queries, 'judged query', 'judged queries')} in {self.qrels}, which every mean is over"
         ]
         if self.without_relevant:
             lines.append(f"{self.without_relevant:,} of them without a relevant document, 0 for every run")
-        for worth in self.runs:
-            if worth.missing:
+        for run in self.runs:
+            if run.missing:
                 lines.append(
-                    f"{worth.run} lacks {count_noun(worth.missing, 'judged query', 'judged queries')}, counted as 0"
+                    f"{run.run} lacks {count_noun(run.missing, 'judged query', 'judged queries')}, counted as 0"
                 )
-            if worth.not_judged:
-                strange = count_noun(worth.not_judged, "query", "queries")
-                lines.append(f"{worth.run} has {strange} without judgements, not counted")
+            if run.not_judged:
+                not_judged = count_noun(run.not_judged, "query", "queries")
+                lines.append(f"{run.run} has {not_judged} without judgements, not counted")
         return lines
 
 
@@ -71,9 +71,9 @@ def evaluate_runs(
     """Measure runs by the same judgements.
 
     Raises:
-        UsageError: a measure that is not known, or a file that is named twice.
-        CorpusError: a file that cannot be read, or a run without any judged query.
-        M3Error: the package that measures is not installed.
+        UsageError: a measure is unknown, or a file is named twice.
+        CorpusError: a file cannot be read, or a run has no judged query.
+        M3Error: ir-measures is not installed.
     """
     named = [*runs, qrels]
     if len(set(named)) < len(named):

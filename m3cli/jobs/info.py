@@ -1,4 +1,4 @@
-"""`m3 info`: what is in a folder, or of one of its documents. Nothing is locked."""
+"""`m3 info`: describe a folder, a document of it, or its truncated documents; no locks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COLUMNS = ("chunk_index", "num_chunks", "char_start", "char_end", "num_tokens",
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkSpan:
-    """A row of a document: where it is in the document's text."""
+    """A row of a document and its span in the document's text."""
 
     chunk_index: int
     num_chunks: int
@@ -35,28 +35,28 @@ class ChunkSpan:
     num_tokens: int
     truncated: bool
     text: str | None
-    "None: not asked for"
+    "None: not requested"
 
 
 def describe_folder(folder: str) -> FolderDescription:
-    """Describe a finished or unfinished folder."""
+    """Describe a complete or incomplete folder."""
     return describe(open_folder(Path(folder)))
 
 
 def find_chunks(folder: str, document_id: str, *, text: bool = False, source: str | None = None) -> list[ChunkSpan]:
-    """Return the rows of a document in their order; their text is the folder's, or else that of the input.
+    """Return the rows of a document in order; their text is read from the folder, or else from the input.
 
-    Of several documents with the id it is the first, which a warning says.
+    If several documents have the id, the first is returned, with a warning.
 
     Args:
-        folder: a folder that m3 encode wrote.
+        folder: an output folder.
         document_id: the document's id.
-        text: whether their text is wanted too.
-        source: where the input is now; None: where it was.
+        text: read the text too.
+        source: path of the input now; None: unchanged.
 
     Raises:
-        UsageError: there is no such document.
-        CorpusError, ForeignFolder: the folder has no text, and the input is gone, or is another now.
+        UsageError: the folder has no such document.
+        CorpusError, ForeignFolder: the folder has no text, and the input is missing or has changed.
     """
     opened = open_folder(Path(folder))
     found = RowLookup(opened).find([document_id])
@@ -72,11 +72,11 @@ def find_chunks(folder: str, document_id: str, *, text: bool = False, source: st
     if text and TEXT_COLUMN in table.column_names:
         texts = table.column(TEXT_COLUMN).to_pylist()
     elif text:
-        whole = _read_text(opened, shard, document_id, source=source)
-        texts = [whole[start:end] for start, end in zip(starts, ends, strict=True)]
+        document = _read_text(opened, shard, document_id, source=source)
+        texts = [document[start:end] for start, end in zip(starts, ends, strict=True)]
     return [
-        ChunkSpan(**dict(zip(_COLUMNS, values, strict=True)), text=own)
-        for *values, own in zip(*columns, texts, strict=True)
+        ChunkSpan(**dict(zip(_COLUMNS, values, strict=True)), text=row_text)
+        for *values, row_text in zip(*columns, texts, strict=True)
     ]
 
 
@@ -93,23 +93,23 @@ def _read_text(folder: OutputFolder, shard: int, document_id: str, *, source: st
 
 
 def _find_source(run: RunConfig, folder: OutputFolder, shard: int, source: str | None) -> tuple[RunConfig, Plan]:
-    """Return the run with its input where it is now, and a plan that has the shard; of several files one is enough.
+    """Return the run with the current paths of its input, and a plan that has the shard.
 
     Raises:
-        ForeignFolder: the input that was named is not what the folder was made from.
+        ForeignFolder: --input is not the input of the folder.
     """
     if source is None:
-        run = find_input(run, folder.path, otherwise="say with --input where it is")
+        run = find_input(run, folder.path, otherwise="name it with --input")
         return run, plan_run(run)
     formats = {each.format for each in run.sources}
     found = find_sources((source,), input_format=formats.pop() if len(formats) == 1 else "auto", stdin=None)
-    names = len(run.sources) > 1  # one file may have another name now
+    names = len(run.sources) > 1  # a single file may have been renamed
     if [_identify(each, name=names) for each in found] == [_identify(each, name=names) for each in run.sources]:
         run = replace(run, sources=found)
         return run, plan_run(run)
     entry = folder.entries[shard]
     wanted = run.sources[entry.shard.source]
-    # One file of several is read by itself; what is compressed is numbered by what comes before it.
+    # One file of several is enough, unless it is compressed: its rows are counted from the start of the input.
     if len(found) == 1 and not wanted.sequential and _identify(found[0], name=False) == _identify(wanted, name=False):
         sources = [found[0] if each is wanted else each for each in run.sources]
         plan = Plan(
@@ -137,7 +137,7 @@ def _identify(source: Source, *, name: bool) -> tuple[str, str, str, int]:
 
 
 def list_truncated(folder: str) -> Iterator[tuple[str, int, int]]:
-    """Yield id, tokens and code points of what was encoded of each document that was cut short."""
+    """Yield id, encoded tokens and encoded code points of each truncated document."""
     for part in iter_parts(
         open_folder(Path(folder)), outputs=(), columns=("id", "num_tokens", "char_end", "truncated")
     ):

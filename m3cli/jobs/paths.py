@@ -1,4 +1,4 @@
-"""What a command writes is compared with what it reads, by file and not by name, before anything is written."""
+"""Checks of a command's options before it reads or writes: paths that are also read, options without effect."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from m3cli.paths import check_local, is_output_folder
 Identity = tuple[int, int]
 
 _LOGS = re.compile(r"_m3/(?:[^/]+\.log|logs/.+)")
-"files of an output folder that may be written by name"
+"files of an output folder that --log-file may name"
 _WRITTEN_BY_M3 = {
     "--log-file": re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d |\Z"),
     "--metrics": re.compile(rb"# HELP m3_|\Z"),
     "--gone": re.compile(rb'\{"id":"[^"]*"\}\n|\Z'),
 }
-"how files of earlier runs begin, which may be in an input folder"
+"start of files of earlier runs, which may be in an input folder"
 _OF_CHECKPOINTS = {".json", ".safetensors", ".bin", ".pt", ".model"}
 
 
@@ -31,12 +31,12 @@ def check_paths(
     """Compare the paths that are written with each other and with all files that are read.
 
     Args:
-        written: the path of each option; None and '-' are no path.
-        read: of each option or argument, the files, folders and globs.
-        model: the checkpoint that was typed; None: M3_MODEL.
+        written: path by option; None and '-' are not paths.
+        read: files, folders and globs by option or argument.
+        model: the value of --model; None: M3_MODEL.
 
     Raises:
-        UsageError: two are the same file, one is inside an output folder, or is not on this machine.
+        UsageError: two paths are the same file, or one is inside an output folder or a URL.
     """
     paths = {option: path for option, path in written.items() if path is not None and path != "-"}
     for option, path in paths.items():
@@ -45,18 +45,18 @@ def check_paths(
     _check_distinct(paths)
     existing = {found: option for option, path in paths.items() if (found := _identify(path)) is not None}
     below = any(Path(paths[option]).is_file() for option in existing.values())
-    for what, file, named in _list_read(read, model, below=below) if existing else ():
+    for what, file, is_named in _list_read(read, model, below=below) if existing else ():
         found = _identify(file)
         writing = existing.get(found) if found is not None else None
-        if writing is not None and (named or not _is_written_by_m3(writing, paths[writing])):
+        if writing is not None and (is_named or not _is_written_by_m3(writing, paths[writing])):
             raise UsageError(
                 f"{writing} {paths[writing]} would overwrite what is read: it is {what} {file}; choose another name"
             )
 
 
 def list_own(inputs: Sequence[str], written: Sequence[str | None]) -> frozenset[str]:
-    """Return the real paths of files that are written, and are not to be read where they are in an input folder."""
-    named = {os.path.realpath(given) for given in inputs}
+    """Return the real paths of written files, which are not read if they are in an input folder."""
+    named = {os.path.realpath(name) for name in inputs}
     return frozenset(os.path.realpath(path) for path in written if path is not None) - named
 
 
@@ -83,9 +83,9 @@ def _check_distinct(paths: Mapping[str, str]) -> None:
 def _list_read(
     read: Mapping[str, Sequence[str | None]], model: str | None, *, below: bool
 ) -> Iterator[tuple[str, Path, bool]]:
-    """Yield what each file is read as, the file, and whether it was named itself; `below`: also files in folders."""
-    for what, given in read.items():
-        for name in given:
+    """Yield option, file, and whether the file was named itself; with `below` also files in folders."""
+    for what, names in read.items():
+        for name in names:
             if name is None or name == "-":
                 continue
             yield what, Path(name), True
@@ -97,9 +97,9 @@ def _list_read(
 
 
 def _identify(path: str | Path) -> Identity | None:
-    """Return what tells a file or folder from all others; None: there is none, or it is a device or a pipe."""
+    """Return the identity of a file or folder; None for a missing one, a device or a pipe."""
     try:
-        status = os.stat(path)  # noqa: PTH116  of what a link points to
+        status = os.stat(path)  # noqa: PTH116  follows links
     except (OSError, ValueError):
         return None
     known = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
@@ -107,7 +107,7 @@ def _identify(path: str | Path) -> Identity | None:
 
 
 def _is_special(path: str) -> bool:
-    return os.path.exists(path) and _identify(path) is None  # noqa: PTH110  False where it cannot be looked at
+    return os.path.exists(path) and _identify(path) is None  # noqa: PTH110  False if it cannot be read
 
 
 def _is_written_by_m3(option: str, path: str) -> bool:
@@ -119,3 +119,16 @@ def _is_written_by_m3(option: str, path: str) -> bool:
             return pattern.match(file.readline(1 << 20)) is not None
     except OSError:
         return False
+
+
+def check_ignored_options(typed: Mapping[str, object], *, other: str, reason: str) -> None:
+    """Raise UsageError for the first option that was given and has no effect with another option.
+
+    Args:
+        typed: values by option; None and '' are those of an option that was not given.
+        other: the other option and its value.
+        reason: why there is no effect.
+    """
+    for flag, value in typed.items():
+        if value not in (None, ""):
+            raise UsageError(f"{flag} {value} with {other}: {reason}; leave {flag} out")

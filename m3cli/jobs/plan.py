@@ -1,4 +1,4 @@
-"""`m3 plan`: what an encode would do. Nothing is written, nothing is locked."""
+"""`m3 plan`: what an encode would do; no writes, no locks."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from m3cli.store.folder import read_done_to_resume, read_run_to_resume
 
 
 def plan_corpus(request: EncodeRequest, *, stdin: PeekableStream | None = None) -> RunPlan:
-    """Say what an encode with these settings would do, and what it would find done."""
+    """Return what an encode with these options would do, and what is done already."""
     sources = find_sources(request.inputs, input_format=request.input_format, stdin=stdin)
     out = choose_out(request, sources)
     before = read_run_to_resume(out)
     done: Mapping[int, DoneEntry] = {}
     if before is None:
-        settled = resolve_new_run(request, sources, stdin)
-        run, form, tokenizer = settled.run, settled.form, settled.tokenizer
+        resolved = resolve_new_run(request, sources, stdin)
+        run, form, tokenizer = resolved.run, resolved.form, resolved.tokenizer
     else:
         run = resume_run(before, request, sources=sources, out=out.name)
         checkpoint = open_checkpoint(request)
@@ -62,7 +62,7 @@ def describe_run(
     resumed: bool,
     unread: dict[str, int],
 ) -> RunPlan:
-    """Put together what the panel before a run shows."""
+    """Return the content of the panel before a run."""
     config = run.config
     sizes = [source.size for source in run.sources]
     on_disk = estimate.bytes_on_disk if estimate else None

@@ -1,10 +1,10 @@
-"""`m3 rerank`: the best documents of a run, put in order anew by a cross-encoder.
+"""`m3 rerank`: rank the best documents of a run again with a cross-encoder.
 
     run -> window of queries -> passages by id, tokenised once -> pairs of some queries -> logits -> run
 
-Of the corpus only the tokens of a window's candidates are held (`HELD_TOKENS`), and it is read once a window; of pairs,
-those of some queries at a time (`GROUP_PAIRS`), sorted by length and packed. A candidate whose text is not there has no
-place in the new run; it is counted, and the exit code is 3.
+The tokens of a window's candidates are in memory (`HELD_TOKENS`); the corpus is read once per window. Pairs are sorted
+by length and packed `GROUP_PAIRS` at a time. A candidate without text is not in the new run and is counted; the exit
+code is then 3.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from m3cli.config import EncodeRequest, FieldFlags
 from m3cli.corpus.fields import kept_schema, resolve_fields
 from m3cli.corpus.plan import plan_shards
-from m3cli.corpus.reader import Action, read_shards
+from m3cli.corpus.reader import read_shards
 from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.corpus.trec import read_run
@@ -36,7 +36,7 @@ from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, CorpusError, UsageError, 
 from m3cli.jobs.encode.resolve import open_checkpoint
 from m3cli.jobs.paths import check_paths
 from m3cli.progress import Progress
-from m3cli.records import QueryHits, Rankings, Shard
+from m3cli.records import QueryHits, Rankings
 from m3cli.store.commit import check_writable, publish_outside
 from m3cli.store.lookup import iter_passages
 from m3cli.store.reader import open_folder
@@ -46,20 +46,20 @@ DEFAULT_RERANKER = "BAAI/bge-reranker-v2-m3"
 DEFAULT_LENGTH = 1024
 "tokens of a pair"
 HELD_TOKENS = 64 << 20
-"of candidates' passages, 4 bytes each"
+"of the candidates' passages, 4 bytes each"
 GROUP_PAIRS = 4096
-"whose tokens are put together before they are sorted and scored"
+"pairs that are sorted and scored together"
 TAG = "m3-rerank"
 _TEXTS = 512
 "tokenised together"
-_NAMED = 3
+_NUM_EXAMPLES = 3
 
 Ids = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RerankRequest:
-    """What a user typed; None is a flag that was not given."""
+    """Options of `m3 rerank`; None: not given."""
 
     run: str
     queries: TextSource
@@ -68,7 +68,7 @@ class RerankRequest:
     model: str | None = None
     revision: str | None = None
     top_k: int = 100
-    "candidates of a query, those of the best scores"
+    "candidates of a query, by score"
     max_length: int | None = None
     "tokens of a pair"
     normalise: bool = False
@@ -79,12 +79,12 @@ class RerankRequest:
 
 @dataclass(slots=True)
 class _Tally:
-    """What a run came to."""
+    """Counts of pairs, tokens, truncations and candidates without a score."""
 
     pairs: int = 0
     tokens: int = 0
     cut: Counter[str] = field(default_factory=Counter)
-    "queries, and pairs whose passage, lost tokens"
+    "truncated queries, and pairs with a truncated passage"
     faults: Counter[str] = field(default_factory=Counter)
     named: dict[str, list[str]] = field(default_factory=dict)
     "the first few ids of each fault"
@@ -92,12 +92,12 @@ class _Tally:
     def note(self, fault: str, identifier: str, *, count: int = 1) -> None:
         """Count candidates that have no score."""
         self.faults[fault] += count
-        named = self.named.setdefault(fault, [])
-        if len(named) < _NAMED:
-            named.append(identifier)
+        examples = self.named.setdefault(fault, [])
+        if len(examples) < _NUM_EXAMPLES:
+            examples.append(identifier)
 
     def describe_faults(self) -> str:
-        """Say how many candidates are left out and why."""
+        """Return how many candidates are not in the new run and why."""
         reasons = ", ".join(
             f"{count:,} {fault} (such as {', '.join(self.named[fault])})" for fault, count in self.faults.most_common()
         )
@@ -106,7 +106,7 @@ class _Tally:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Setup:
-    """What is loaded once."""
+    """Model, limits and counts of a run."""
 
     tokenizer: Tokenizer
     reranker: Reranker
@@ -123,16 +123,16 @@ class _Setup:
 def rerank_run(
     request: RerankRequest, *, progress: Progress, stdout: BinaryIO, stdin: PeekableStream | None = None
 ) -> int:
-    """Score the best candidates of each query anew and write them as a run.
+    """Score the best candidates of each query with a cross-encoder and write a run.
 
     Returns:
         the exit code: 0, or 3 if candidates have no score.
 
     Raises:
-        UsageError: flags that cannot be meant together, an `out` of another ending or that is also read.
-        CorpusError: run, queries or corpus cannot be read, or hold nothing of each other.
-        ModelError: the checkpoint is no cross-encoder.
-        OutputError: `out` cannot be written, found out before anything is read.
+        UsageError: options conflict, or `out` has an unknown suffix or is also read.
+        CorpusError: run, queries or corpus cannot be read, or have no ids in common.
+        ModelError: the checkpoint is not a cross-encoder.
+        OutputError: `out` cannot be written; raised before anything is read.
     """
     read: dict[str, Sequence[str | None]] = {
         "RUN": [request.run],
@@ -209,8 +209,8 @@ def _rerank(rankings: Rankings, request: RerankRequest, setup: _Setup, output: B
 
 
 def _read_queries(rankings: Rankings, request: RerankRequest, setup: _Setup) -> dict[str, Ids]:
-    """Return the token ids of the run's queries in the run's order."""
-    longest = setup.max_length * 3 // 4 + 2  # <s> and </s> not counted, as in FlagEmbedding
+    """Return the token ids of the run's queries, in the run's order."""
+    longest = setup.max_length * 3 // 4 + 2  # without <s> and </s>, as in FlagEmbedding
     longest = min(longest, setup.max_length - PAIR_SPECIALS)
     setup.texts.update(request.queries.find_texts(rankings))
     pairs, truncated = _tokenise(iter(setup.texts.items()), setup, max_length=longest)
@@ -228,7 +228,7 @@ def _read_queries(rankings: Rankings, request: RerankRequest, setup: _Setup) -> 
 
 
 def _tokenise(texts: Iterator[tuple[str, str]], setup: _Setup, *, max_length: int) -> tuple[list[tuple[str, Ids]], int]:
-    """Tokenise texts as they come, and cut them; return them by id, and how many lost tokens."""
+    """Tokenise and truncate texts; return ids with tokens, and the number of truncated texts."""
     made: list[tuple[str, Ids]] = []
     truncated = 0
     while some := list(islice(texts, _TEXTS)):
@@ -239,7 +239,7 @@ def _tokenise(texts: Iterator[tuple[str, str]], setup: _Setup, *, max_length: in
 
 
 def _cut_windows(rankings: Rankings, max_length: int) -> Iterator[list[str]]:
-    """Cut queries into runs whose candidates can be held."""
+    """Split queries into windows whose candidates fit into memory."""
     window: list[str] = []
     documents: set[str] = set()
     for query, ranking in rankings.items():
@@ -274,7 +274,7 @@ def _keep_known(query: str, ranking: Mapping[str, float], passages: Mapping[str,
 def _score_group(
     candidates: Mapping[str, Sequence[str]], queries: Mapping[str, Ids], passages: Mapping[str, Ids], setup: _Setup
 ) -> dict[str, list[tuple[str, float]]]:
-    """Return the scored candidates of each query, in their old order."""
+    """Return the scored candidates of each query, in the previous order."""
     names = [(query, document) for query, documents in candidates.items() for document in documents]
     joined = [join_pair(queries[query], passages[name], max_length=setup.max_length) for query, name in names]
     logits = np.full(len(names), np.nan, np.float32)
@@ -296,7 +296,7 @@ def _score_group(
 
 
 def _write_query(output: BinaryIO, query: str, ranked: list[tuple[str, float]], setup: _Setup) -> None:
-    """Write a query's documents, best first; of equal scores the one that was before is."""
+    """Write the documents of a query, best first."""
     if setup.format == "jsonl":
         JsonRanking(output).write([_describe_query(query, ranked, text=setup.texts[query])])
         return
@@ -326,16 +326,16 @@ def _sigmoid(logit: float) -> float:
 
 _FLAGS = FieldFlags(format=None)
 _SHARD_BYTES = 8 << 20
-"of text, held while they are looked through"
+"of text in memory while ids are looked up"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSource:
-    """Where texts are; fields are those of `m3 encode`, None: found by themselves."""
+    """File or folder of texts; fields as in `m3 encode`, None: detect."""
 
     given: str
     flag: str
-    "for messages"
+    "option, for messages"
     id_field: str | None = None
     text_field: str | None = None
     title_field: str | None = None
@@ -344,21 +344,22 @@ class TextSource:
     "for messages"
 
     def find_texts(self, wanted: Collection[str]) -> Iterator[tuple[str, str]]:
-        """Yield id and text of each wanted document that is there; of several with one id the first.
+        """Yield id and text of each wanted document that exists; the first one of an id.
 
         Raises:
             UsageError: standard input, which cannot be read twice, or a folder without texts.
-            CorpusError: it cannot be read.
+            CorpusError: a file cannot be read.
         """
         if self.given == "-":
             raise UsageError(f"{self.flag} -: texts are looked up by id, more than once; give a file or a folder")
         check_reachable(Path(self.given, "_m3"), CorpusError)
-        left = set(wanted)
-        for name, text in self._iter_folder(left) if Path(self.given, "_m3").is_dir() else self._iter_files(left):
-            if name in left:
-                left.remove(name)
+        remaining = set(wanted)
+        is_folder = Path(self.given, "_m3").is_dir()
+        for name, text in self._iter_folder(remaining) if is_folder else self._iter_files(remaining):
+            if name in remaining:
+                remaining.remove(name)
                 yield name, text
-            if not left:
+            if not remaining:
                 return
 
     def _iter_folder(self, wanted: Collection[str]) -> Iterator[tuple[str, str]]:
@@ -375,7 +376,7 @@ class TextSource:
         )
         if fields.id is None:
             raise UsageError(
-                f"{self.flag} {self.given}: its rows have no field that is known for ids; "
+                f"{self.flag} {self.given}: its rows have no field with a known name for ids; "
                 f"name it with {self.field_flags.id}"
             )
         shards = read_shards(
@@ -384,13 +385,9 @@ class TextSource:
             fields=fields,
             schema=kept_schema(sources, fields),
             title_sep=self.title_sep,
-            ask=_read,
+            ask=lambda _: "read",
         )
         for shard in shards:
             for document in shard.documents:
                 if document.id in wanted:
                     yield document.id, document.text
-
-
-def _read(_shard: Shard) -> Action:
-    return "read"

@@ -1,4 +1,4 @@
-"""The input of a folder, read again for some of its shards."""
+"""Read the input of a folder again, for some of its shards."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def find_input(run: RunConfig, root: Path, *, otherwise: str) -> RunConfig:
     """Return the run with its sources as they are today.
 
     Raises:
-        CorpusError: they are gone, or cannot be read twice; `otherwise` says what else can be done.
-        ForeignFolder: they are not of the size that they had.
+        CorpusError: a source is missing or standard input; `otherwise` is the remedy.
+        ForeignFolder: the size of a source has changed.
     """
     if any(source.path == "-" for source in run.sources):
         raise CorpusError(f"{root.name} was made from standard input, which cannot be read again; {otherwise}")
@@ -34,7 +34,7 @@ def find_input(run: RunConfig, root: Path, *, otherwise: str) -> RunConfig:
 
 
 def read_texts(run: RunConfig, shards: Container[int], *, plan: Plan | None = None) -> Iterator[ShardText]:
-    """Read the documents of some shards again, of a plan that has them; None: of all there are."""
+    """Read the documents of some shards again; `plan` has them, None: the plan of the run."""
 
     def ask(shard: Shard) -> Action:
         return "read" if shard.index in shards else "skip"

@@ -1,1 +1,1 @@
-"""The store room: the only one that knows what an output folder looks like, and how it is written and read."""
+"""The output folder: how it is written, read, checked and repaired."""

@@ -1,15 +1,13 @@
-"""Publishes files: the only place that fsyncs, renames and deletes what may be believed.
+"""Publish files: the only module that fsyncs, renames and deletes files of an output folder.
 
-What may be believed, and in what order it comes to be:
+1. A file outside `_m3/tmp/` is complete and never modified.
+2. A file is written in `_m3/tmp/<worker>/`, on the same filesystem, and fsynced through the descriptor that wrote it.
+   Then it is renamed, and its folder is fsynced.
+3. A shard's done entry is published after its data files, the manifest after all done entries.
+4. The name of a new folder is durable before a file is published in it.
 
-1. a file outside `_m3/tmp/` is complete and never modified;
-2. a file is written in `_m3/tmp/<worker>/` (same filesystem) and fsynced through the descriptor that wrote it, so that
-   no write error can slip between two opens; then renamed; then its folder is fsynced;
-3. a shard's data files come first, its done entry after all of them; the manifest comes after all done entries;
-4. a new folder's name is made durable before anything is published in it.
-
-Every durable step is one call of `sync_file`, `sync_folder`, `rename` or `remove`, looked up in this module, so that a
-test can count them and stop at each. Doing a shard again replaces its files by the same bytes.
+Every durable step is a call of `sync_file`, `sync_folder`, `rename` or `remove` through this module, so that a test
+can count the steps and stop at each.
 """
 
 from __future__ import annotations
@@ -36,8 +34,8 @@ REMEDIES = {
     errno.EACCES: "check who may write there, or choose another --out",
     errno.EPERM: "check who may write there, or choose another --out",
     errno.EROFS: "choose an --out on a filesystem that can be written",
-    errno.EIO: "the disk failed: nothing written since the last shard is believed; check the disk before going on",
-    errno.ELOOP: "take the symbolic link away, or choose another --out",
+    errno.EIO: "the disk failed: files written since the last shard are not used; check the disk before you go on",
+    errno.ELOOP: "remove the symbolic link, or choose another --out",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENXIO: "nothing reads that pipe: start its reader first, or give the name of a file",
     errno.ENOLCK: "choose an --out on a filesystem with file locks",
@@ -47,7 +45,7 @@ REMEDIES = {
 
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors into an OutputError that names the path, the reason and the remedy."""
+    """Turn an OSError into an OutputError that names the path, the reason and the remedy."""
     try:
         yield
     except OSError as error:
@@ -57,7 +55,7 @@ def output_errors(path: Path) -> Iterator[None]:
 
 
 def sync_file(descriptor: int) -> None:
-    """Make a file's bytes durable."""
+    """Make the bytes of a file durable."""
     os.fsync(descriptor)
 
 
@@ -72,23 +70,23 @@ def sync_folder(folder: Path) -> None:
 
 def rename(temp: Path, final: Path) -> None:
     """Give a complete file its name."""
-    os.replace(temp, final)  # noqa: TID251 - this is the one place
+    os.replace(temp, final)  # noqa: TID251 - the only rename
 
 
 def remove(path: Path) -> None:
-    """Take a file's name away."""
+    """Delete a file, if it exists."""
     path.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder, if it is missing, and make its name durable whoever created it."""
+    """Create a folder, if it is missing, and make its name durable even if another process created it."""
     with output_errors(folder):
         folder.mkdir(exist_ok=True)
         sync_folder(folder.parent)
 
 
 def publish_file(temp: Path, final: Path) -> None:
-    """Publish a staged file, which its writer has fsynced."""
+    """Publish a temporary file that its writer has fsynced."""
     with output_errors(final):
         rename(temp, final)
         sync_folder(final.parent)
@@ -112,10 +110,10 @@ def publish_bytes(content: bytes, final: Path, *, staging: Path) -> None:
 
 @contextmanager
 def publish_outside(final: Path, *, wait: bool = True) -> Iterator[BinaryIO]:
-    """Write a file that is in no output folder; it has a temporary name until it is complete.
+    """Write a file outside output folders; it has a temporary name until it is complete.
 
-    A link is followed: what it points to is replaced, not the link. A device or a pipe is written into; without `wait`
-    a pipe that nobody reads is an error.
+    The target of a symbolic link is replaced, not the link. A device or a pipe is opened and written to; without
+    `wait`, a pipe without a reader is an error.
     """
     with output_errors(final):
         stream = is_stream(final)
@@ -124,10 +122,10 @@ def publish_outside(final: Path, *, wait: bool = True) -> Iterator[BinaryIO]:
             yield file
         return
     final = Path(os.path.realpath(final))
-    temp = _wait_outside(final)
+    temp = _temp_path(final)
     try:
         with output_errors(final):
-            temp.unlink(missing_ok=True)  # of a dead run with this run's pid
+            temp.unlink(missing_ok=True)  # of an earlier process with the same pid
             with temp.open("xb") as file:
                 yield file
                 file.flush()
@@ -139,10 +137,10 @@ def publish_outside(final: Path, *, wait: bool = True) -> Iterator[BinaryIO]:
 
 
 def check_writable(out: str | None) -> None:
-    """Raise what `publish_outside` would raise in the end, before hours of work; None and '-' are standard output.
+    """Check before the work starts that `publish_outside` can write a file; None and '-' are standard output.
 
     Raises:
-        OutputError: there is no such folder, it cannot be written to, or the name is of a folder or the like.
+        OutputError: the folder is missing or read-only, or the name is that of a folder.
     """
     if out is None or out == "-":
         return
@@ -154,22 +152,22 @@ def check_writable(out: str | None) -> None:
         final = Path(os.path.realpath(out))
         if not final.parent.is_dir():
             raise OutputError(f"cannot write {out}: there is no folder {final.parent}; make it, or choose another")
-        temp = _wait_outside(final)
+        temp = _temp_path(final)
         temp.unlink(missing_ok=True)
-        temp.touch(exist_ok=False)  # never through a link that somebody put there
+        temp.touch(exist_ok=False)  # not through a symbolic link
         remove(temp)
 
 
-def _wait_outside(final: Path) -> Path:
+def _temp_path(final: Path) -> Path:
     return final.with_name(f".{final.name}.{os.getpid()}.tmp")
 
 
 def commit_shard(root: Path, entry: DoneEntry, *, staging: Path) -> None:
-    """Publish a shard's staged files, then its done entry. From then on the shard is never done again."""
+    """Publish a shard's files, then its done entry, with which the shard is done."""
     index = entry.shard.index
     names = [record.name for record in entry.files]
     leftover = root / skipped_name(index)
-    # A try that died before its entry may have listed rows that fail no more (a device short of memory, say).
+    # An attempt that stopped before its entry may have skipped rows that do not fail now (device memory, for example).
     if skipped_name(index) not in names and leftover.exists():
         with output_errors(leftover):
             remove(leftover)
@@ -179,30 +177,30 @@ def commit_shard(root: Path, entry: DoneEntry, *, staging: Path) -> None:
     publish_json(entry_document(entry), root / done_name(index), staging=staging)
 
 
-def withdraw_files(root: Path, names: Sequence[str]) -> list[str]:
-    """Take files away, durably when this returns; return the names of those that were there."""
-    there = [name for name in names if os.path.lexists(root / name)]
+def remove_files(root: Path, names: Sequence[str]) -> list[str]:
+    """Remove files durably; return the names of those that existed."""
+    existing = [name for name in names if os.path.lexists(root / name)]
     with output_errors(root):
-        for name in there:
+        for name in existing:
             remove(root / name)
-        for folder in sorted({(root / name).parent for name in there}):
+        for folder in sorted({(root / name).parent for name in existing}):
             sync_folder(folder)
-    return there
+    return existing
 
 
 def staged_path(staging: Path, name: str) -> Path:
-    """Where a file waits until it is published under `name`."""
+    """Return the path of a file until it is published as `name`."""
     return staging / name.replace("/", "--")
 
 
 PIECE = 1 << 20
-"bytes; hashed and written while they are in the processor's cache"
+"bytes that are hashed and written together, so that they stay in the processor's cache"
 WRITEBACK = 32 << 20
-"bytes; handed to the disk together"
+"bytes after which the kernel starts to write to the disk"
 
 
 class StagedFile:
-    """An open temp file. It offers what pyarrow and zipfile ask of a file that cannot seek."""
+    """Open temporary file, with the methods that pyarrow and zipfile call on a file that cannot seek."""
 
     def __init__(self, staging: Path, name: str) -> None:
         self.name = name
@@ -212,14 +210,14 @@ class StagedFile:
         self._length = 0
         self._handed_over = 0
         self._digest: xxhash.xxh3_128 | None = xxhash.xxh3_128()
-        "of what was written; None once that was amended"
+        "of the bytes written; None after `overwrite_start`"
         with output_errors(self.path):
             self._file = self.path.open("wb", buffering=0)
 
     def write(self, data: bytes | memoryview) -> int:
         """Append all of `data`."""
         view = memoryview(data)
-        if view.nbytes and not self._muted:  # nothing at all cannot be cast
+        if view.nbytes and not self._muted:  # an empty view cannot be cast
             view = view.cast("B")
             with output_errors(self.path):
                 for start in range(0, len(view), PIECE):
@@ -238,39 +236,39 @@ class StagedFile:
             os.posix_fadvise(self._file.fileno(), self._handed_over, span, os.POSIX_FADV_DONTNEED)
             self._handed_over = self._length
 
-    def amend(self, data: bytes) -> None:
-        """Write the file's first bytes anew. What has passed has another hash then: `seal` reads the file again."""
+    def overwrite_start(self, data: bytes) -> None:
+        """Replace the first bytes of the file; `seal` then reads the file again for its hash."""
         if not self._muted:
             with output_errors(self.path):
                 os.pwrite(self._file.fileno(), data, 0)
             self._digest = None
 
     def tell(self) -> int:
-        """How many bytes were written."""
+        """Return the number of bytes written."""
         return self._length
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: writes are not buffered."""
 
     def writable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def readable(self) -> bool:
-        """It is not."""
+        """Return False."""
         return False
 
     def seekable(self) -> bool:
-        """It is not: what has passed is hashed."""
+        """Return False: bytes are hashed as they are written."""
         return False
 
     def close(self) -> None:
-        """Close without publishing; `seal` is what makes the file good."""
+        """Close the file without `seal`: it is not published."""
         self.closed = True
         self._file.close()
 
     def seal(self) -> FileRecord:
-        """Make the bytes durable and say what they are."""
+        """Make the bytes durable; return name, length and hash."""
         with output_errors(self.path):
             sync_file(self._file.fileno())
             self.close()
@@ -278,11 +276,11 @@ class StagedFile:
         return FileRecord(name=self.name, length=self._length, xxh3_128=digest.hexdigest())
 
     def mute(self) -> None:
-        """Swallow what is written from here on: a writer that is given up still wants to write its footer."""
+        """Ignore later writes: a discarded Parquet writer still writes its footer."""
         self._muted = True
 
     def discard(self) -> None:
-        """Give the file up."""
+        """Close and delete the file."""
         self.mute()
         self.close()
         self.path.unlink(missing_ok=True)

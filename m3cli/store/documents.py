@@ -1,7 +1,7 @@
-"""JSON documents whose last member, `checksum`, is the xxh3_128 of the same document without it.
+"""JSON documents of a folder; the last member, `checksum`, is the xxh3_128 of the document without it.
 
-The spelling is fixed: members in the order they were given, indented by 2, a newline at the end. So equal documents
-are equal bytes, and a checksum is tested on the bytes as they lie there.
+The format is fixed: members in insertion order, indented by 2, a newline at the end. Equal documents are therefore
+equal bytes, and a checksum is compared with the bytes of the file.
 """
 
 from __future__ import annotations
@@ -53,25 +53,25 @@ _END = b"\n}\n"
 
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
-    """Tell a disk that lost the bytes (damage) from a reader who may not have them (an OutputError)."""
+    """Turn an OSError into DamageFound, or into OutputError if the file is not readable by this user."""
     try:
         yield
     except FileNotFoundError:
         raise
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):
-            raise OutputError(f"cannot read {path}: {error.strerror}; check it as who may read it") from error
+            raise OutputError(f"cannot read {path}: {error.strerror}; run m3 as a user who may read it") from error
         raise DamageFound(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def dumps_with_checksum(document: dict[str, Any]) -> bytes:
-    """Spell a document of at least one member out, its checksum last."""
+    """Serialise a document of at least one member and append its checksum."""
     body = orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
     return body[: -len(_END)] + _checksum_member(body)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a document and take its checksum off; a file that does not match it raises DamageFound."""
+    """Read a document without its checksum; a mismatch raises DamageFound."""
     with read_errors(path):
         raw = path.read_bytes()
     body = raw[:-_CHECKSUM_LENGTH] + _END
@@ -91,7 +91,7 @@ def _checksum_member(body: bytes) -> bytes:
 
 
 def hash_file(path: Path) -> tuple[int, str]:
-    """Read a file through: its length and xxh3_128."""
+    """Return the length and xxh3_128 of a file."""
     length, digest = 0, xxhash.xxh3_128()
     with read_errors(path), path.open("rb", buffering=0) as file:
         while piece := file.read(4 << 20):
@@ -106,7 +106,7 @@ _SHOWN = 60
 
 
 class _Mismatch(Exception):
-    """A value that is not what its type hint asks for, with the path to it."""
+    """A value that does not match its type hint, and the path to it."""
 
     def __init__(self, words: str, path: tuple[str, ...] = ()) -> None:
         super().__init__(words)
@@ -117,16 +117,16 @@ class _Mismatch(Exception):
 def parse_record(kind: type[T], value: object, *, name: str) -> T:
     """Build a dataclass from a JSON value.
 
-    Covered are dataclasses in dataclasses, tuple[X, ...], dict[str, X], X | None, Literal, str, bool, int, float, and
-    numbers annotated with Between. A boolean is no integer. All members must be there, defaults or not, and no others.
+    Supported types: dataclasses, tuple[X, ...], dict[str, X], X | None, Literal, str, bool, int, float, and numbers
+    annotated with Between. A boolean is not an integer. Every member is required, also one with a default.
 
     Args:
         kind: the dataclass.
-        value: what `orjson.loads` returned.
-        name: of the file, for the message.
+        value: the result of `orjson.loads`.
+        name: the file's name, for the message.
 
     Raises:
-        DamageFound: the value is something else; the message names the member.
+        DamageFound: the value does not match; the message names the member.
     """
     try:
         record: T = _parser_of(cast("Any", kind))(value)
@@ -247,7 +247,7 @@ def run_document(run: RunConfig) -> dict[str, Any]:
 
 
 def entry_document(entry: DoneEntry) -> dict[str, Any]:
-    """Spell a done entry out."""
+    """Return the content of a done entry's file."""
     return {"format_version": FORMAT_VERSION, **asdict(entry)}
 
 
@@ -264,7 +264,7 @@ def read_entry(path: Path) -> DoneEntry:
 
 
 def manifest_document(entries: Iterable[DoneEntry], *, run_hash: str, done_hashes: list[str]) -> dict[str, Any]:
-    """Sum a whole folder up."""
+    """Return the content of the manifest."""
     counts, length = ShardCounts(), 0
     for entry in entries:
         counts += entry.counts
@@ -299,13 +299,13 @@ def read_run(root: Path) -> RunConfig | None:
             raise
         raise ForeignFolder(
             f"{path} was written by m3cli {version[:20]}, and {m3cli.__version__} cannot read it; "
-            "go on with the version that began the folder, or use another --out"
+            "use the version that began the folder, or use another --out"
         ) from damage
     return run
 
 
 def read_manifest(root: Path) -> Manifest | None:
-    """Read the manifest, None if there is none; damage, or a run.json it does not mean, raises DamageFound."""
+    """Read the manifest, None if there is none; damage, or a run.json of another hash, raises DamageFound."""
     path = root / MANIFEST_NAME
     if not path.exists():
         return None
@@ -318,7 +318,7 @@ def read_manifest(root: Path) -> Manifest | None:
 
 
 def parse_manifest(path: Path) -> Manifest:
-    """Read a manifest by itself; damage raises DamageFound."""
+    """Read a manifest without comparing it with run.json; damage raises DamageFound."""
     manifest = parse_record(Manifest, _read_document(path), name=str(path))
     if len(manifest.done) != manifest.num_shards:
         raise DamageFound(f"{path} counts {manifest.num_shards} shards and lists {len(manifest.done)}")
@@ -326,7 +326,7 @@ def parse_manifest(path: Path) -> Manifest:
 
 
 def _read_document(path: Path) -> dict[str, Any]:
-    """Read a document of this format version, without the members that all documents have."""
+    """Read a document of this format version, without `format_version` and `checksum`."""
     document = read_json(path)
     version = document.pop("format_version", None)
     if type(version) is not int:
@@ -339,13 +339,13 @@ def _read_document(path: Path) -> dict[str, Any]:
 
 
 def read_entries(root: Path) -> tuple[dict[int, DoneEntry], list[str]]:
-    """Read all done entries by shard number, and name each one that cannot be believed."""
+    """Read all done entries by shard number; also return a message for each invalid one."""
     entries: dict[int, DoneEntry] = {}
     faults: list[str] = []
     folder = root / DONE_FOLDER
     for path in (folder / name for name in _list_names(folder)):
         if shard_of(f"{DONE_FOLDER}/{path.name}") is None:
-            continue  # a file of somebody else, which check lists
+            continue  # not a file of m3; `m3 check` lists it
         try:
             entry = read_entry(path)
         except DamageFound as damage:
@@ -359,12 +359,12 @@ def read_entries(root: Path) -> tuple[dict[int, DoneEntry], list[str]]:
 
 
 def find_misplaced(entries: Mapping[int, DoneEntry], run: RunConfig) -> list[int]:
-    """Return the shards whose entries count to a source that run.json does not have."""
+    """Return the shards whose source is not in run.json."""
     return [index for index, entry in entries.items() if entry.shard.source >= len(run.sources)]
 
 
 def list_wrong_lengths(root: Path, entries: Iterable[DoneEntry]) -> Iterator[str]:
-    """Name each file of some shards that is missing or not as long as it was; nothing is read."""
+    """Yield a message for each file that is missing or of another length; contents are not read."""
     for entry in entries:
         for record in entry.files:
             path = root / record.name
@@ -379,7 +379,7 @@ def list_wrong_lengths(root: Path, entries: Iterable[DoneEntry]) -> Iterator[str
 
 
 def is_ours(root: Path) -> bool:
-    """Whether a run has been in the folder: it carries `_m3` with a lock or a run.json, or died creating `_m3`."""
+    """Whether the folder is an output folder: `_m3` has a lock or run.json, or `_m3` is empty and the only entry."""
     meta = root / META
     if not meta.is_dir():
         return False
@@ -387,9 +387,9 @@ def is_ours(root: Path) -> bool:
 
 
 def find_links(root: Path) -> Iterator[str]:
-    """Name the symbolic links that have the names of a run's files and folders: m3 makes none.
+    """Yield the symbolic links that have names of m3's files and folders.
 
-    Whoever made the folder may have let them point anywhere, so nothing is written or deleted through them.
+    m3 creates no links. They may point anywhere, so m3 writes and deletes nothing through them.
     """
     for folder in (META, TMP_FOLDER, *SHARD_FOLDERS):
         if (root / folder).is_symlink():
@@ -410,7 +410,7 @@ UNREADABLE = (
     *(pa.ArrowException, OSError, ValueError, KeyError, IndexError, EOFError, OverflowError),
     *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
 )
-"what pyarrow and NumPy raise for a file that is not what it was written as"
+"exceptions of pyarrow and NumPy for a corrupt file"
 
 
 def name_check(root: Path) -> str:

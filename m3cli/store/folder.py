@@ -1,8 +1,8 @@
-"""An output folder that a run has opened for itself: what it says, what is done in it, and what it commits.
+"""An output folder opened by a run: read what is done, write shards, commit them.
 
-The lock is taken before anything is read. A folder is ours if it is new, empty, or carries our `_m3`; any other is
-refused before a byte is written to it. Leaving by an exception publishes nothing: files under `_m3/tmp` are given up,
-by this run if it can, by the next one otherwise.
+The folder is locked before anything is read. It must be new, empty or an output folder; any other raises an error
+before a byte is written. After an exception nothing is published; files in `_m3/tmp` are deleted by this run or by the
+next one.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class RunFolder:
         return read_run_to_resume(self.path)
 
     def write_run(self, run: RunConfig) -> None:
-        """Publish run.json. Workers do so inside `lock.initialising()`, if `run()` is still None there."""
+        """Publish run.json. A worker does so inside `lock.initialising()`, if `run()` still returns None."""
         publish_json(run_document(run), self.path / RUN_NAME, staging=self._staging)
 
     def done(self) -> dict[int, DoneEntry]:
@@ -68,17 +68,13 @@ class RunFolder:
         return read_done_to_resume(self.path)
 
     def check_lengths(self, entries: Iterable[DoneEntry]) -> None:
-        """Check that the files of finished shards are there and of their length.
-
-        Raises:
-            OutputError: one is not.
-        """
+        """Raise OutputError if a file of finished shards is missing or has another length."""
         with damage_stops(self.path):
             for wrong in list_wrong_lengths(self.path, entries):
                 raise DamageFound(f"{wrong}; {name_repair(self.path)}")
 
     def manifest(self) -> Manifest | None:
-        """Read the manifest; None if work is left."""
+        """Read the manifest; None if work remains."""
         with damage_stops(self.path):
             return read_manifest(self.path)
 
@@ -96,10 +92,10 @@ class RunFolder:
         commit_shard(self.path, entry, staging=self._staging)
 
     def write_manifest(self, num_shards: int) -> bool:
-        """Publish the manifest if every shard is done; say whether it is. Workers may do so at the same time.
+        """Publish the manifest if every shard is done; return whether it is. Workers may call this at the same time.
 
         Raises:
-            ForeignFolder: shards are done that the input does not have.
+            ForeignFolder: the input has fewer shards than are done.
         """
         entries = self.done()
         if (last := max(entries, default=-1)) >= num_shards:
@@ -120,14 +116,14 @@ class RunFolder:
         return True
 
     def write_metrics(self, document: dict[str, Any]) -> None:
-        """Replace `_m3/metrics.json`: this run's speed, no part of what the folder means, without checksum."""
+        """Replace `_m3/metrics.json`, the speed of this run; it has no checksum."""
         content = orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
         publish_bytes(content, self.path / METRICS_NAME, staging=self._staging)
 
 
 @contextmanager
 def open_run_folder(path: Path, *, worker: int = 0, num_workers: int = 1) -> Iterator[RunFolder]:
-    """Create the folder if need be, lock it, and clear what a dead run left in its tmp folder."""
+    """Create the folder if it is missing, lock it, and delete temporary files of earlier runs."""
     root = path.absolute()
     _check_ours(root)
     _check_links(root)
@@ -146,7 +142,7 @@ def open_run_folder(path: Path, *, worker: int = 0, num_workers: int = 1) -> Ite
 
 
 def _check_links(root: Path) -> None:
-    """Raise OutputError if a folder has symbolic links where a run's files and folders belong."""
+    """Raise OutputError if a file or folder of m3 is a symbolic link."""
     with output_errors(root):
         found = next(find_links(root), None)
     if found is not None:
@@ -167,7 +163,7 @@ def _check_ours(root: Path) -> None:
 
 
 def _create(root: Path) -> None:
-    """Create the folder and those missing above it; their names are durable before run.json is."""
+    """Create the folder and its missing parents; their names are durable before run.json is."""
     with output_errors(root):
         missing = [folder for folder in root.parents if not folder.exists()]
     for folder in (*reversed(missing), root, root / META):
@@ -180,21 +176,13 @@ def _clear(folder: Path) -> None:
 
 
 def read_run_to_resume(root: Path) -> RunConfig | None:
-    """Read run.json for a run that writes; None if there is none.
-
-    Raises:
-        OutputError: it is damaged.
-    """
+    """Read run.json, None if there is none; raise OutputError if it is damaged."""
     with damage_stops(root):
         return read_run(root)
 
 
 def read_done_to_resume(root: Path) -> dict[int, DoneEntry]:
-    """Read all done entries for a run that writes.
-
-    Raises:
-        OutputError: one is damaged.
-    """
+    """Read all done entries; raise OutputError if one is damaged."""
     with damage_stops(root):
         entries, faults = read_entries(root)
         for fault in faults:
@@ -204,7 +192,7 @@ def read_done_to_resume(root: Path) -> dict[int, DoneEntry]:
 
 @contextmanager
 def damage_stops(root: Path) -> Iterator[None]:
-    """Turn damage into the OutputError of a run that would write there."""
+    """Turn DamageFound into the OutputError of a run that would write to the folder."""
     try:
         yield
     except DamageFound as damage:

@@ -1,14 +1,14 @@
-"""Where everything lies below an output folder, and which columns a row has: names, schema, sizes, nothing opened.
+"""Names of the files in an output folder, the columns of a row, and estimated sizes; opens no file.
 
-    rows/shard-0000000.parquet            one row a chunk; with the parquet format the vectors are columns here
+    rows/shard-0000000.parquet            one row per chunk; with the parquet format the vectors are columns here
     dense_vecs/shard-0000000.npy          npy format
     lexical_weights/shard-0000000.npz     npy format
-    colbert_vecs/shard-0000000.npy        npy format, with shard-0000000.indptr.npy beside it, and where vectors are
-                                          int8 shard-0000000.scales.npy
+    colbert_vecs/shard-0000000.npy        npy format, with shard-0000000.indptr.npy, and for int8 vectors
+                                          shard-0000000.scales.npy
     _m3/run.json _m3/done/ _m3/skipped/ _m3/hashes/ _m3/manifest.json _m3/lock* _m3/metrics.json _m3/tmp/<worker>/
 
-A name is a path below the folder with '/', as done entries spell it. `text` is reserved even when no text is kept, so
-that a column of that name means the chunk's text in every folder.
+A name is a path below the folder with '/', as in done entries. `text` is reserved even if no text is kept, so that a
+column of that name is the chunk's text in every folder.
 """
 
 from __future__ import annotations
@@ -48,16 +48,14 @@ ROW_COLUMNS: tuple[tuple[str, Any], ...] = (
 TEXT_COLUMN = "text"
 VECTOR_COLUMNS: dict[Output, str] = {"dense": "dense_vecs", "sparse": "lexical_weights", "colbert": "colbert_vecs"}
 SCALES_COLUMN = "colbert_scales"
-"beside `colbert_vecs` where those are int8"
+"exists if `colbert_vecs` are int8"
 RESERVED_COLUMNS = frozenset([*(name for name, _ in ROW_COLUMNS), TEXT_COLUMN, *VECTOR_COLUMNS.values(), SCALES_COLUMN])
 SCALE_BYTES = 4
 
-# Assumed, on the high side. Measured on 8,927 English docstrings and licences cut at 1,500 characters: rows with ids of
-# one pattern take 5 bytes, text shrinks to 0.30 under zstd; but ids may be random, and other text repeats itself less.
+# Upper estimates: random ids and less repetitive text take more than what scripts/bench_results/LOG.md measures.
 ROW_BYTES = 48
 TEXT_RATIO = 0.55
-# Assumed: tokens of positive weight are at most the distinct ones, of which the same passages have 0.44 a token (220
-# tokens on average), shorter ones more. 4 bytes of id and 4 of weight each.
+# Distinct tokens per token, an upper estimate (same log); each weight takes 4 bytes of id and 4 of value.
 WEIGHTS_PER_TOKEN = 0.6
 WEIGHT_BYTES = 8
 HASH_BYTES = 16
@@ -65,12 +63,12 @@ HASH_BYTES = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowForm:
-    """What every shard of a folder has in common: its columns and their types."""
+    """Columns of a folder's rows and their types, the same for every shard."""
 
     format: Format
     outputs: tuple[Output, ...]
     dim: int
-    "D, width of dense and ColBERT vectors"
+    "width of dense and ColBERT vectors"
     vocabulary: int
     "token ids are below this"
     dense_dtype: VectorDtype = "float16"
@@ -85,7 +83,7 @@ class RowForm:
 
     @property
     def scaled(self) -> bool:
-        """Whether each ColBERT vector has a scale beside it."""
+        """Whether each ColBERT vector has a scale."""
         return "colbert" in self.outputs and self.colbert.dtype == "int8"
 
     @property
@@ -95,64 +93,64 @@ class RowForm:
 
 
 def vector_layout(form: RowForm) -> tuple[str, int]:
-    """Return NumPy's name for the type of stored ColBERT vectors, and how many numbers of it a vector is."""
+    """Return the NumPy dtype of stored ColBERT vectors, and the length of a vector in it."""
     if form.colbert.dtype == "binary":
         return "uint8", form.dim // 8
     return form.colbert.dtype, form.dim
 
 
 def shard_stem(index: int) -> str:
-    """Name the shard as files do, without an ending."""
+    """Return a shard's file name without its suffix."""
     return f"shard-{index:07d}"
 
 
 def rows_name(index: int) -> str:
-    """Name the shard's rows."""
+    """Return the name of a shard's rows."""
     return f"rows/{shard_stem(index)}.parquet"
 
 
 def dense_name(index: int) -> str:
-    """Name the shard's dense vectors in the npy format."""
+    """Return the name of a shard's dense vectors in the npy format."""
     return f"dense_vecs/{shard_stem(index)}.npy"
 
 
 def lexical_name(index: int) -> str:
-    """Name the shard's lexical weights in the npy format."""
+    """Return the name of a shard's lexical weights in the npy format."""
     return f"lexical_weights/{shard_stem(index)}.npz"
 
 
 def colbert_name(index: int) -> str:
-    """Name the shard's ColBERT vectors in the npy format."""
+    """Return the name of a shard's ColBERT vectors in the npy format."""
     return f"colbert_vecs/{shard_stem(index)}.npy"
 
 
 def indptr_name(index: int) -> str:
-    """Name the places where rows begin in the shard's ColBERT vectors, in the npy format."""
+    """Return the name of the row offsets of a shard's ColBERT vectors in the npy format."""
     return f"colbert_vecs/{shard_stem(index)}.indptr.npy"
 
 
 def scales_name(index: int) -> str:
-    """Name the scales of the shard's ColBERT vectors in the npy format; only there where those are int8."""
+    """Return the name of the scales of a shard's int8 ColBERT vectors in the npy format."""
     return f"colbert_vecs/{shard_stem(index)}.scales.npy"
 
 
 def done_name(index: int) -> str:
-    """Name the shard's done entry."""
+    """Return the name of a shard's done entry."""
     return f"{DONE_FOLDER}/{shard_stem(index)}.json"
 
 
 def skipped_name(index: int) -> str:
-    """Name the list of the shard's skipped rows; only there if it has some."""
+    """Return the name of the list of a shard's skipped rows, which exists if there are any."""
     return f"_m3/skipped/{shard_stem(index)}.jsonl"
 
 
 def hashes_name(index: int) -> str:
-    """Name the shard's content hashes."""
+    """Return the name of a shard's content hashes."""
     return f"_m3/hashes/{shard_stem(index)}.npy"
 
 
 def worker_name(worker: int, num_workers: int) -> str:
-    """Name a worker as its lock and its tmp folder do."""
+    """Return the name of a worker in its lock and its tmp folder."""
     return f"{worker}-of-{num_workers}"
 
 
@@ -160,13 +158,13 @@ DATA_NAMES: tuple[Callable[[int], str], ...] = (
     *(rows_name, dense_name, lexical_name, colbert_name, indptr_name, scales_name),
     *(skipped_name, hashes_name),
 )
-"every file that a shard can have, without its done entry"
+"of every file that a shard can have, except its done entry"
 SHARD_FOLDERS = ("rows", *VECTOR_COLUMNS.values(), DONE_FOLDER, f"{META}/skipped", f"{META}/hashes")
 _STEM = re.compile(r"shard-(\d{7,})\.")
 
 
 def shard_of(name: str) -> int | None:
-    """Return the shard that a file belongs to by its name; None: m3 names no file so."""
+    """Return the shard of a file's name; None if m3 writes no file of that name."""
     match = _STEM.match(Path(name).name)
     if match is None:
         return None
@@ -175,14 +173,14 @@ def shard_of(name: str) -> int | None:
 
 
 def is_meta_name(name: str) -> bool:
-    """Whether m3 writes a file of this name directly in `_m3`."""
+    """Whether m3 writes a file of this name into `_m3` itself."""
     return name in (RUN_NAME, MANIFEST_NAME, METRICS_NAME, LOCK_NAME) or name.startswith(f"{LOCK_NAME}.")
 
 
 def row_schema(form: RowForm) -> pa.Schema:
-    """Build the schema of `rows/*.parquet`: our columns, kept fields, kept text, then vectors (parquet format)."""
+    """Build the schema of `rows/*.parquet`: m3's columns, kept fields, kept text, then vectors (parquet format)."""
     fields = [pa.field(name, kind) for name, kind in ROW_COLUMNS]
-    # A source's own schema metadata (pandas' index, field ids) says nothing about our file.
+    # Metadata of a source's schema (index of pandas, field ids) does not apply to this file.
     fields += [field.remove_metadata() for field in (form.kept or ())]
     if form.keep_text:
         fields.append(pa.field(TEXT_COLUMN, pa.string()))
@@ -216,16 +214,16 @@ def _describe_vectors(form: RowForm) -> dict[str, str]:
 def estimate_bytes(
     form: RowForm, *, documents: int, rows: int, weights: int, vectors: int, text_bytes: int = 0, kept_bytes: int = 0
 ) -> dict[str, int]:
-    """Estimate the bytes on disk of "rows", of each output, and of "_m3", which are the documents' hashes.
+    """Estimate the bytes on disk of "rows", of each output, and of "_m3" (the content hashes).
 
     Args:
-        form: what is written.
-        documents: how many.
-        rows: how many.
-        weights: lexical weights of all rows.
-        vectors: ColBERT vectors of all rows, as many as are stored.
-        text_bytes: of the rows' texts, which count where they are kept.
-        kept_bytes: of the rows' kept fields.
+        form: columns and types.
+        documents: number of documents.
+        rows: number of rows.
+        weights: number of lexical weights.
+        vectors: number of stored ColBERT vectors.
+        text_bytes: bytes of the rows' texts, which count if text is kept.
+        kept_bytes: bytes of the rows' kept fields.
     """
     repeating = kept_bytes + (text_bytes if form.keep_text else 0)
     sizes = {"rows": rows * ROW_BYTES + int(repeating * TEXT_RATIO)}

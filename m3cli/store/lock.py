@@ -1,8 +1,8 @@
-"""Keeps two runs out of one folder: `flock`, which the kernel lets go of when its holder dies, however it dies.
+"""Keep two runs out of one folder with `flock`, which the kernel releases when its holder exits.
 
-A plain run holds `_m3/lock` exclusively. A worker holds it shared, and `_m3/lock.I-of-N` exclusively. What is written
-inside (pid, host, start time) is for the message of who is refused; a lock file is never unlinked, because a second
-run could then lock a file that has no name any more. `_m3/lock.init` is held only while run.json is being written.
+A plain run holds `_m3/lock` exclusively. A worker holds it shared, and `_m3/lock.I-of-N` exclusively. The content (pid,
+host, start time) is for error messages. A lock file is never deleted: a second run could then lock a deleted file.
+`_m3/lock.init` is held only while run.json is written.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from m3cli.store.commit import output_errors
 from m3cli.store.layout import LOCK_NAME, worker_name
 
 INIT_PATIENCE = 30.0
-"seconds; inside, run.json is compared or written, which is quick"
+"seconds; the lock is held while run.json is compared or written, which is quick"
 INIT_PAUSE = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunLock:
-    """What a run holds while it is in a folder."""
+    """The lock of a run on its folder."""
 
     root: Path
     exclusive: bool
 
     @contextmanager
     def initialising(self, *, patience: float = INIT_PATIENCE) -> Iterator[None]:
-        """Be the only worker inside for a moment: who comes first writes run.json, the others find it written."""
+        """Exclude other workers: the first one writes run.json, the others read it."""
         path = self.root / f"{LOCK_NAME}.init"
         with _open_lock(path) as descriptor:
             deadline = time.monotonic() + patience
-            # flock has no waiting time, and an alarm signal would belong to the main thread.
+            # flock has no timeout, and alarm signals work in the main thread only.
             while not _take(descriptor, fcntl.LOCK_EX, path=path):
                 if time.monotonic() > deadline:
                     raise FolderLocked(
@@ -56,32 +56,32 @@ class RunLock:
 
 @contextmanager
 def hold_lock(root: Path, *, worker: int, num_workers: int) -> Iterator[RunLock]:
-    """Hold the folder: a plain run alone, a worker with other workers. Refusal raises FolderLocked."""
+    """Lock the folder, exclusively or with other workers; raise FolderLocked if it is in use."""
     exclusive = num_workers == 1
     path = root / LOCK_NAME
     with ExitStack() as stack:
         shared = stack.enter_context(_open_lock(path))
         if not _take(shared, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH, path=path):
-            raise _refusal(root, path)
+            raise _lock_error(root, path)
         if exclusive:
-            stack.enter_context(_signed(shared, path=path))
+            stack.enter_context(_write_holder(shared, path=path))
         else:
-            os.ftruncate(shared, 0)  # nobody holds it alone now: a name inside is a dead run's
+            os.ftruncate(shared, 0)  # no run holds it exclusively: its content is of a run that has ended
             own_path = root / f"{LOCK_NAME}.{worker_name(worker, num_workers)}"
             own = stack.enter_context(_open_lock(own_path))
             if not _take(own, fcntl.LOCK_EX, path=own_path):
-                raise _refusal(root, own_path)
-            stack.enter_context(_signed(own, path=own_path))
+                raise _lock_error(root, own_path)
+            stack.enter_context(_write_holder(own, path=own_path))
         yield RunLock(root=root, exclusive=exclusive)
 
 
 @contextmanager
 def hold_alone(root: Path, path: Path) -> Iterator[None]:
-    """Hold a folder that is not one of m3 encode's, by a lock file in it. Refusal raises FolderLocked."""
+    """Hold a folder that is not one of m3 encode's, by a lock file in it; raise FolderLocked if it is in use."""
     with _open_lock(path) as descriptor:
         if not _take(descriptor, fcntl.LOCK_EX, path=path):
-            raise _refusal(root, path)
-        with _signed(descriptor, path=path):
+            raise _lock_error(root, path)
+        with _write_holder(descriptor, path=path):
             yield
 
 
@@ -107,8 +107,8 @@ def _take(descriptor: int, kind: int, *, path: Path) -> bool:
 
 
 @contextmanager
-def _signed(descriptor: int, *, path: Path) -> Iterator[None]:
-    """Write into a lock file who holds it, and wipe it clean when the lock is let go."""
+def _write_holder(descriptor: int, *, path: Path) -> Iterator[None]:
+    """Write the holder into a lock file, and empty the file at the end."""
     started = datetime.now(tz=timezone.utc).isoformat(timespec="seconds")
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
     with output_errors(path):
@@ -117,14 +117,14 @@ def _signed(descriptor: int, *, path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # only the message suffers
+        with suppress(OSError):  # the content is only for messages
             os.ftruncate(descriptor, 0)
 
 
-def _refusal(root: Path, path: Path) -> FolderLocked:
-    # Workers sign their own locks, not the one they share.
-    signed = [path, *_worker_locks(root)] if path.name == "lock" else [path]
-    holders = [holder for holder in map(_read_holder, signed) if _may_live(holder)]
+def _lock_error(root: Path, path: Path) -> FolderLocked:
+    # Workers write their names into their own locks, not into the shared one.
+    locks = [path, *_worker_locks(root)] if path.name == "lock" else [path]
+    holders = [holder for holder in map(_read_holder, locks) if _may_be_running(holder)]
     who = "another run"
     if holders:
         who = "pid {pid} on {host}, since {started}".format_map(holders[0])
@@ -140,19 +140,19 @@ def _worker_locks(root: Path) -> list[Path]:
 def _read_holder(path: Path) -> dict[str, Any]:
     try:
         holder = orjson.loads(path.read_bytes())
-    except (OSError, orjson.JSONDecodeError):  # empty: between two runs, or not signed yet
+    except (OSError, orjson.JSONDecodeError):  # empty: no holder yet
         return {}
     return holder if isinstance(holder, dict) and {"pid", "host", "started"} <= holder.keys() else {}
 
 
-def _may_live(holder: dict[str, Any]) -> bool:
+def _may_be_running(holder: dict[str, Any]) -> bool:
     if not holder:
         return False
     if holder["host"] != socket.gethostname():
         return True
     try:
         os.kill(holder["pid"], 0)
-    except ProcessLookupError:  # killed before it could wipe its name
+    except ProcessLookupError:  # killed before it emptied the file
         return False
     except OSError:
         return True

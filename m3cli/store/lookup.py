@@ -1,9 +1,9 @@
-"""Rows of a folder as search knows them: by place in the corpus and by document, in parts, and a few of them again.
+"""Find and read single rows of a folder: by position, by id, by content hash.
 
-A place is (shard << 32) + row, so places ascend as the corpus does. A document is all rows of one id: documents that
-share an id are one here, and so are their chunks of one number, as the lines of a run could not tell them apart. Keys
-are hashes of ids, good for this process; that two of 2^64 fall together in the list of one query is left to chance.
-They are made for the rows that are asked for: most rows of a corpus are no hit, and hashing is dearer than scoring.
+The position of a row is (shard << 32) + row number, so positions ascend in corpus order. A document is all rows of one
+id; documents that share an id are therefore one, as in a TREC run. Keys are 64-bit hashes of ids, valid in this process
+only; a collision within the list of one query is ignored. Only the requested rows are hashed, because hashing costs
+more than scoring.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from m3cli.store.verify.rows import hash_ids
 
 Rows = NDArray[np.int64]
 _ROW_BITS = 32
-_PLACED = ("id", "chunk_index")
+_BLOCK_COLUMNS = ("id", "chunk_index")
 HASH_MULTIPLIER = np.int64(-7046029254386353131)
-"2^64 over the golden ratio: what a chunk's number is multiplied with before it is mixed into the hash of its id"
+"2^64 divided by the golden ratio; mixes the number of a chunk into the hash of its id"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowBlock:
-    """Some consecutive rows of a folder; R of them."""
+    """R consecutive rows of a folder."""
 
     embeddings: Embeddings
     first: int
-    "place of the first row, to be found or not"
-    places: Rows
-    "[R]; negative for a row that is not to be found: a document's own row beside its chunks"
+    "position of the first row, searchable or not"
+    positions: Rows
+    "[R]; negative for a row that is not searched: a document's own row after its chunks"
     ids: Any
     "pyarrow column of R strings"
     chunk_index: Rows | None
-    "[R]; None where documents are searched for"
+    "[R]; None if hits are documents"
 
     def find_keys(self, rows: Rows) -> Rows:
-        """Return [N] keys of N rows of the part: of the document, or of the chunk where chunks are searched for."""
+        """Return the keys [N] of N rows of the block: of their documents, or of their chunks if hits are chunks."""
         distinct, numbers = np.unique(rows, return_inverse=True)
         keys = hash_ids(self.ids.take(pa.array(distinct)))
         if self.chunk_index is not None:
@@ -58,79 +58,79 @@ class RowBlock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowMetadata:
-    """What some rows say of themselves; F of them, by place, ascending."""
+    """Ids, chunk indices, spans and texts of F rows, by ascending position."""
 
     ids: tuple[str, ...]
     chunk_index: Rows
     "[F]"
     char_start: Rows | None
-    "[F]; None where it was not asked for, as the two below"
+    "[F]; None if it was not requested, like the two below"
     char_end: Rows | None
     "[F]"
     texts: tuple[str, ...] | None
-    "[F] the first Unicode code points of the kept text"
+    "[F] start of the kept text, in Unicode code points"
 
 
 def iter_blocks(
     folder: OutputFolder, *, outputs: Sequence[Output], chunks: bool, wanted: Rows | None = None
 ) -> Iterator[RowBlock]:
-    """Read a folder part by part.
+    """Read a folder block by block.
 
     Args:
         folder: the folder.
         outputs: vectors to read.
         chunks: a hit is a chunk, not a document.
-        wanted: places that matter, ascending; parts without any are passed over. None: all.
+        wanted: ascending positions; blocks without any are skipped. None: all.
     """
-    by_shard = None if wanted is None else split_places(wanted)
-    for part in iter_parts(folder, outputs=outputs, columns=_PLACED, wanted=by_shard):
-        yield _place_rows(folder, part, chunks=chunks)
+    by_shard = None if wanted is None else split_positions(wanted)
+    for part in iter_parts(folder, outputs=outputs, columns=_BLOCK_COLUMNS, wanted=by_shard):
+        yield _to_block(folder, part, chunks=chunks)
 
 
-def _place_rows(folder: OutputFolder, part: ShardArrays, *, chunks: bool) -> RowBlock:
-    places = (part.shard << _ROW_BITS) + part.embeddings.rows
+def _to_block(folder: OutputFolder, part: ShardArrays, *, chunks: bool) -> RowBlock:
+    positions = (part.shard << _ROW_BITS) + part.embeddings.rows
     chunk_index = part.rows.column("chunk_index").to_numpy().astype(np.int64)
-    first = int(places[0])
+    first = int(positions[0])
     if folder.run.config.long_docs == "both":
-        places = np.where(chunk_index < 0, -1, places)
+        positions = np.where(chunk_index < 0, -1, positions)
     return RowBlock(
         embeddings=part.embeddings,
         first=first,
-        places=places,
+        positions=positions,
         ids=part.rows.column("id"),
         chunk_index=chunk_index if chunks else None,
     )
 
 
 def find_rows(folder: OutputFolder, keys: Rows, *, chunks: bool) -> tuple[Rows, Rows]:
-    """Return [F] the places of all rows with one of these keys, ascending, and [F] their keys."""
+    """Return the ascending positions [F] of all rows with one of these keys, and their keys [F]."""
     found: list[tuple[Rows, Rows]] = [(np.empty(0, np.int64), np.empty(0, np.int64))]
     distinct = np.unique(keys)
     for part in iter_blocks(folder, outputs=(), chunks=chunks):
-        theirs = part.find_keys(np.arange(len(part.places)))
-        hits = np.isin(theirs, distinct) & (part.places >= 0)
-        found.append((part.places[hits], theirs[hits]))
-    places, owners = zip(*found, strict=True)
-    return np.concatenate(places), np.concatenate(owners)
+        part_keys = part.find_keys(np.arange(len(part.positions)))
+        hits = np.isin(part_keys, distinct) & (part.positions >= 0)
+        found.append((part.positions[hits], part_keys[hits]))
+    positions, owners = zip(*found, strict=True)
+    return np.concatenate(positions), np.concatenate(owners)
 
 
-def read_metadata(folder: OutputFolder, places: Rows, *, spans: bool, length: int = 0) -> RowMetadata:
-    """Read what rows say of themselves.
+def read_metadata(folder: OutputFolder, positions: Rows, *, spans: bool, length: int = 0) -> RowMetadata:
+    """Read ids and chunk indices of rows.
 
     Args:
         folder: the folder.
-        places: of the rows, distinct and ascending.
-        spans: read where the rows are in their documents, too.
-        length: of the kept text the first so many code points; 0: none.
+        positions: of the rows, distinct and ascending.
+        spans: also read the rows' spans in their documents.
+        length: code points to read of the kept text; 0: none.
     """
     columns = ["id", "chunk_index", *(["char_start", "char_end"] if spans else []), *([TEXT_COLUMN] if length else [])]
     found: list[pa.Table] = []
-    by_shard = split_places(places)
+    by_shard = split_positions(positions)
     for part in iter_parts(folder, outputs=(), columns=columns, wanted=by_shard):
         rows = part.embeddings.rows
-        mine = by_shard[part.shard]
-        first, last = np.searchsorted(mine, [rows[0], rows[-1] + 1])
-        table = part.rows.select(columns).take(pa.array(mine[first:last] - rows[0]))
+        wanted = by_shard[part.shard]
+        first, last = np.searchsorted(wanted, [rows[0], rows[-1] + 1])
+        table = part.rows.select(columns).take(pa.array(wanted[first:last] - rows[0]))
         if length:
             table = table.set_column(
                 len(columns) - 1, TEXT_COLUMN, pc.utf8_slice_codeunits(table.column(TEXT_COLUMN), 0, length)
@@ -153,54 +153,54 @@ def read_metadata(folder: OutputFolder, places: Rows, *, spans: bool, length: in
 
 
 def iter_texts(folder: OutputFolder, *, chunks: bool) -> Iterator[tuple[list[str], Rows, Rows]]:
-    """Yield the kept texts of rows that are to be found, with their places and keys, part by part."""
-    for part in iter_parts(folder, outputs=(), columns=(*_PLACED, TEXT_COLUMN)):
-        placed = _place_rows(folder, part, chunks=chunks)
-        found = np.flatnonzero(placed.places >= 0)
+    """Yield the kept texts of searchable rows with their positions and keys, row group by row group."""
+    for part in iter_parts(folder, outputs=(), columns=(*_BLOCK_COLUMNS, TEXT_COLUMN)):
+        block = _to_block(folder, part, chunks=chunks)
+        found = np.flatnonzero(block.positions >= 0)
         texts = part.rows.column(TEXT_COLUMN).take(pa.array(found)).to_pylist()
-        yield texts, placed.places[found], placed.find_keys(found)
+        yield texts, block.positions[found], block.find_keys(found)
 
 
-def split_places(places: Rows) -> dict[int, Rows]:
-    """Return ascending places as rows by shard."""
-    shards, starts = np.unique(places >> _ROW_BITS, return_index=True)
-    bounds = np.append(starts, len(places))
-    rows = places & ((1 << _ROW_BITS) - 1)
-    return {int(shard): rows[bounds[turn] : bounds[turn + 1]] for turn, shard in enumerate(shards)}
+def split_positions(positions: Rows) -> dict[int, Rows]:
+    """Return the row numbers of ascending positions, by shard."""
+    shards, starts = np.unique(positions >> _ROW_BITS, return_index=True)
+    bounds = np.append(starts, len(positions))
+    rows = positions & ((1 << _ROW_BITS) - 1)
+    return {int(shard): rows[bounds[number] : bounds[number + 1]] for number, shard in enumerate(shards)}
 
 
 KEPT_ROWS = 1_000_000
-"rows of a folder up to which its ids are kept in memory"
+"largest folder whose ids are kept in memory, in rows"
 _ROW_COLUMNS = ("id", "chunk_index", "num_chunks", "num_tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundRows:
-    """The rows of some documents, F of them, in the folder's order."""
+    """F rows of some documents, in the folder's order."""
 
     wanted: NDArray[np.int64]
-    "[F] which of the wanted ids"
+    "[F] index of the wanted id"
     shard: NDArray[np.int64]
     "[F]"
     row: NDArray[np.int64]
-    "[F] in the shard"
+    "[F] row number in the shard"
     chunk_index: NDArray[np.int64]
     "[F]"
     num_tokens: NDArray[np.int64]
     "[F]"
     duplicates: int
-    "wanted ids that name several documents; the first of each is given"
+    "wanted ids of several documents; the first one of each is used"
 
 
 class RowLookup:
-    """Finds rows of a folder by id."""
+    """Find rows of a folder by id."""
 
     def __init__(self, folder: OutputFolder) -> None:
         self._folder = folder
         self._kept: list[tuple[int, int, pa.Table]] | None = None
 
     def find(self, ids: Sequence[str]) -> FoundRows:
-        """Return the rows of the documents with these ids, which are distinct."""
+        """Return the rows of the documents with these distinct ids."""
         values = pa.array(ids, pa.string())
         parts: list[NDArray[np.int64]] = []
         for shard, first, table in self._tables():
@@ -224,24 +224,24 @@ class RowLookup:
 
 
 def _first_documents(rows: NDArray[np.int64]) -> FoundRows:
-    """Keep the first document of each id, and of it the rows of its chunks; its own row only if there is no other."""
+    """Keep the chunks of the first document of each id; its own row only if it has no chunks."""
     wanted, shard, row, chunk_index, num_chunks, num_tokens = rows
     order = np.lexsort((row, shard, wanted))
     grouped = wanted[order]
     starts = np.flatnonzero(np.diff(grouped, prepend=-1))
     group = np.cumsum(np.diff(grouped, prepend=-1) != 0) - 1
-    # A chunk that comes a second time, or belongs to a document of another length, is another document's.
+    # A chunk index that occurs again, or in a document of another length, belongs to another document.
     first_length = num_chunks[order][starts][group] if len(starts) else num_chunks[order]
     _, first_seen = np.unique(np.stack([grouped, chunk_index[order]]), axis=1, return_index=True)
-    mine = np.zeros(len(order), np.bool_)
-    mine[first_seen] = True
-    mine &= num_chunks[order] == first_length
-    duplicates = len(np.unique(grouped[~mine]))
+    selected = np.zeros(len(order), np.bool_)
+    selected[first_seen] = True
+    selected &= num_chunks[order] == first_length
+    duplicates = len(np.unique(grouped[~selected]))
     chunks = chunk_index[order] >= 0
     has_chunks = np.zeros(len(starts), np.bool_)
-    has_chunks[group[mine & chunks]] = True
-    mine &= chunks | ~has_chunks[group]
-    kept = np.sort(order[mine])
+    has_chunks[group[selected & chunks]] = True
+    selected &= chunks | ~has_chunks[group]
+    kept = np.sort(order[selected])
     return FoundRows(
         wanted=wanted[kept],
         shard=shard[kept],
@@ -253,18 +253,18 @@ def _first_documents(rows: NDArray[np.int64]) -> FoundRows:
 
 
 def read_parts(folder: OutputFolder, shards: Collection[int], *, outputs: Sequence[Output]) -> Iterator[ShardArrays]:
-    """Read the vectors of some shards, part by part, in order."""
+    """Read the vectors of some shards in order, row group by row group."""
     wanted: dict[int, Any] = {shard: folder.entries[shard] for shard in sorted(shards)}
     yield from iter_parts(replace(folder, entries=wanted), outputs=outputs, columns=("num_tokens",))
 
 
 SHARDS_KEPT = 4
-"old shards whose rows are remembered, without their vectors"
+"shards whose rows are kept in memory, without their vectors"
 _SPAN_COLUMNS = ("chunk_index", "num_chunks", "char_start", "char_end", "truncated", "num_tokens")
 
 
 class TextIndex:
-    """The texts of an older folder's finished shards."""
+    """Index of the texts in an earlier folder's finished shards, by content hash."""
 
     def __init__(self, folder: OutputFolder, *, outputs: Sequence[Output]) -> None:
         self._folder = folder
@@ -280,18 +280,18 @@ class TextIndex:
         self._document = np.concatenate([np.empty(0, np.int32), *numbers])[order]
 
     def find(self, documents: Sequence[Document]) -> tuple[Chunks, Origins]:
-        """Return the rows of the documents whose text is there, their token ids left at 0, and where they are."""
-        known, shards, places = self._look_up(documents)
+        """Return the rows of the documents whose text is in the folder, with token ids 0, and where they are stored."""
+        known, shards, numbers = self._look_up(documents)
         parts = [np.empty((1 + len(_SPAN_COLUMNS), 0), np.int64)]
         origins = [np.empty((2, 0), np.int64)]
         for shard in np.unique(shards).tolist():
-            mine = shards == shard
+            in_shard = shards == shard
             starts, columns = self._read_rows(shard)
-            begins = starts[places[mine]]
-            lengths = starts[places[mine] + 1] - begins
+            begins = starts[numbers[in_shard]]
+            lengths = starts[numbers[in_shard] + 1] - begins
             ends = np.cumsum(lengths)
             rows = np.arange(lengths.sum()) + np.repeat(begins - ends + lengths, lengths)
-            parts.append(np.stack([np.repeat(known[mine], lengths), *(column[rows] for column in columns)]))
+            parts.append(np.stack([np.repeat(known[in_shard], lengths), *(column[rows] for column in columns)]))
             origins.append(np.stack([np.full(len(rows), shard), rows]))
         table, origin = np.concatenate(parts, axis=1), np.concatenate(origins, axis=1)
         order = np.argsort(table[0], kind="stable")
@@ -311,16 +311,16 @@ class TextIndex:
         return chunks, Origins(rows=np.arange(len(document)), shard=origin[0, order], row=origin[1, order])
 
     def _look_up(self, documents: Sequence[Document]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return which documents' text is there, and of each the shard and its number in it."""
+        """Return which documents' texts are in the folder, their shards and their numbers in the shards."""
         if not len(self._hashes):
             return (np.empty(0, np.int64),) * 3
         wanted = np.array([document.text_hash for document in documents], np.uint64).reshape(-1, 2)
-        place = np.minimum(np.searchsorted(self._hashes[:, 0], wanted[:, 0]), len(self._hashes) - 1)
-        known = np.flatnonzero((self._hashes[place] == wanted).all(axis=1))
-        return known, self._shard[place[known]].astype(np.int64), self._document[place[known]].astype(np.int64)
+        position = np.minimum(np.searchsorted(self._hashes[:, 0], wanted[:, 0]), len(self._hashes) - 1)
+        known = np.flatnonzero((self._hashes[position] == wanted).all(axis=1))
+        return known, self._shard[position[known]].astype(np.int64), self._document[position[known]].astype(np.int64)
 
     def _read_shard(self, shard: int) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
-        """Return the first row of each document of a shard and the end, and the columns that tell of its rows."""
+        """Return where the documents of a shard start, and the end; and the columns `_SPAN_COLUMNS`."""
         if shard not in self._checked:
             _check_hashes(self._folder, self._folder.entries[shard])
             self._checked.add(shard)
@@ -333,17 +333,17 @@ class TextIndex:
         return np.append(starts, len(index)), columns
 
     def read(self, origins: Origins) -> Iterator[tuple[ShardArrays, NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield parts of the folder, with the places in them that are wanted, and the rows of ours those are."""
+        """Yield row groups of the folder, the indices of the wanted rows in them, and the rows of `origins`."""
         for shard in np.unique(origins.shard).tolist():
-            mine = origins.shard == shard
-            rows, wanted = origins.rows[mine], origins.row[mine]
+            in_shard = origins.shard == shard
+            rows, wanted = origins.rows[in_shard], origins.row[in_shard]
             entries: dict[int, Any] = {shard: self._folder.entries[shard]}
             parts = iter_parts(replace(self._folder, entries=entries), outputs=self._outputs, columns=("num_tokens",))
             for part in parts:
                 first, last = int(part.embeddings.rows[0]), int(part.embeddings.rows[-1])
-                here = (wanted >= first) & (wanted <= last)
-                if here.any():
-                    yield part, wanted[here] - first, rows[here]
+                in_part = (wanted >= first) & (wanted <= last)
+                if in_part.any():
+                    yield part, wanted[in_part] - first, rows[in_part]
 
 
 def _check_hashes(folder: OutputFolder, entry: DoneEntry) -> None:
@@ -367,11 +367,11 @@ _TEXT_COLUMNS = ("id", "chunk_index", "char_start", "char_end", TEXT_COLUMN)
 
 @dataclass(slots=True)
 class _Document:
-    """A document whose rows are being read."""
+    """Document whose rows are being read."""
 
     id: str
     text: str = ""
-    "of the chunks so far"
+    "of the chunks read so far"
     chunks: int = 0
     end: int = 0
 
@@ -383,21 +383,19 @@ class _Document:
         self.end = char_end
 
     def continues(self, document_id: str, chunk_index: int) -> bool:
-        """Whether a row is this document's."""
+        """Whether a row is the next one of this document."""
         return self.id == document_id and chunk_index == self.chunks
 
 
 def iter_passages(folder: OutputFolder, wanted: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yield the id and text of each wanted document, in the folder's order.
 
-    A document's own row, which `--long-docs both` puts behind its chunks, says nothing new.
-
     Raises:
-        UsageError: the folder has kept no texts.
+        UsageError: the folder was encoded without `--keep-text`.
     """
     if not folder.run.config.keep_text:
         raise UsageError(
-            f"{folder.path.name} has kept no texts; give the corpus itself, or encode it again with --keep-text"
+            f"{folder.path.name} has no texts; give the corpus itself, or encode it again with --keep-text"
         )
     values = pa.array(sorted(wanted), pa.string())
     document: _Document | None = None

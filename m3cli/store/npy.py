@@ -1,9 +1,8 @@
-"""Writes the npy format's arrays, and the content hashes: headers first, with the shape the arrays will have.
+"""Write the arrays of the npy format and the content hashes, header first.
 
-NumPy's own format with nothing added, so that `np.load(mmap_mode="r")` and `scipy.sparse.load_npz` open them. The
-lexical weights of a shard wait in memory, as the zip needs each array whole: 8 bytes a weight, so about what the
-shard's token ids take, and twice that while they are joined. A zip member carries the date 1980-01-01, so that equal
-weights are equal bytes.
+The files are NumPy's own format: `np.load(mmap_mode="r")` and `scipy.sparse.load_npz` open them. A zip member must be
+written in one piece, so a shard's lexical weights are kept in memory: 8 bytes each, twice that while they are
+concatenated. Zip members carry the date 1980-01-01, so that equal weights are equal bytes.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from m3cli.store.layout import RowForm, vector_layout
 
 
 class ArrayFile:
-    """An open .npy written front to back, [length, *shape]; without a length its header is mended at the end.
+    """Open .npy file of shape [length, *shape], written in order; without a length its header is rewritten at the end.
 
-    NumPy pads a header for the longest first axis there can be, so that it has the same length whatever stands in it.
+    NumPy pads headers for the longest possible first axis, so their length does not depend on the value.
     """
 
     def __init__(self, staged: StagedFile, *, length: int | None, shape: tuple[int, ...] = (), dtype: str) -> None:
@@ -42,11 +41,11 @@ class ArrayFile:
         self._staged.write(plain.data)
 
     def finish(self) -> None:
-        """Hold the header to its word, or give it the word it lacks."""
+        """Check the number of values against the header, or write it into the header."""
         if self._length is None:
             header = self._header(self._written)
             assert len(header) == self._header_bytes
-            self._staged.amend(header)
+            self._staged.overwrite_start(header)
         elif self._written != self._length:
             raise ValueError(f"{self._staged.name}: its header says {self._length}, {self._written} were written")
 
@@ -59,26 +58,26 @@ class ArrayFile:
 
 
 class DenseFile:
-    """An open `dense_vecs/*.npy`."""
+    """Open `dense_vecs/*.npy`."""
 
     def __init__(self, staged: StagedFile, *, rows: int, dim: int, dtype: str) -> None:
         self._array = ArrayFile(staged, length=rows, shape=(dim,), dtype=dtype)
 
     def append(self, _rows: pa.Table, embeddings: Embeddings) -> None:
-        """Append a window."""
+        """Append the vectors of a window."""
         assert embeddings.dense_vecs is not None
         self._array.write(embeddings.dense_vecs)
 
     def finish(self) -> None:
-        """Check that all is there."""
+        """Check that every row was written."""
         self._array.finish()
 
     def discard(self) -> None:
-        """Nothing waits."""
+        """Do nothing: no rows are buffered."""
 
 
 class ColbertFiles:
-    """An open `colbert_vecs/*.npy`, the places where rows begin in it, and with int8 the scales of its vectors."""
+    """Open `colbert_vecs/*.npy`, its row offsets, and the scales of int8 vectors."""
 
     def __init__(
         self,
@@ -98,7 +97,7 @@ class ColbertFiles:
         self._end = 0
 
     def append(self, _rows: pa.Table, embeddings: Embeddings) -> None:
-        """Append a window."""
+        """Append the vectors of a window."""
         assert embeddings.colbert_vecs is not None
         indptr = embeddings.colbert_vecs.indptr
         span = slice(indptr[0], indptr[-1])
@@ -110,18 +109,18 @@ class ColbertFiles:
         self._end += int(indptr[-1] - indptr[0])
 
     def finish(self) -> None:
-        """Check that all is there."""
+        """Check that every row was written."""
         self._vectors.finish()
         self._indptr.finish()
         if self._scales is not None:
             self._scales.finish()
 
     def discard(self) -> None:
-        """Nothing waits."""
+        """Do nothing: no rows are buffered."""
 
 
 class LexicalFile:
-    """An open `lexical_weights/*.npz`."""
+    """Open `lexical_weights/*.npz`."""
 
     def __init__(self, staged: StagedFile, *, vocabulary: int) -> None:
         self._staged = staged
@@ -129,15 +128,15 @@ class LexicalFile:
         self._parts: list[LexicalWeights] = []
 
     def append(self, _rows: pa.Table, embeddings: Embeddings) -> None:
-        """Append a window."""
+        """Append the vectors of a window."""
         assert embeddings.lexical_weights is not None
         self._parts.append(embeddings.lexical_weights)
 
     def finish(self) -> None:
-        """Write all weights as `scipy.sparse.save_npz(..., compressed=False)` would name them."""
+        """Write all weights with the member names of `scipy.sparse.save_npz(..., compressed=False)`."""
         counts = np.concatenate([np.zeros(1, dtype=np.int64), *(np.diff(part.indptr) for part in self._parts)])
         indptr = np.cumsum(counts)
-        kind = np.int32 if indptr[-1] < 2**31 else np.int64  # SciPy wants one type for both, the smaller if it will do
+        kind = np.int32 if indptr[-1] < 2**31 else np.int64  # SciPy uses one type for both, the smaller one if possible
         members = {
             "indices": _join([part.indices[part.indptr[0] : part.indptr[-1]] for part in self._parts], kind),
             "indptr": indptr.astype(kind),
@@ -151,7 +150,7 @@ class LexicalFile:
                     np.lib.format.write_array(member, array, allow_pickle=False)
 
     def discard(self) -> None:
-        """Forget what waits."""
+        """Drop the buffered weights."""
         self._parts = []
 
 

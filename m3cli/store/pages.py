@@ -1,9 +1,8 @@
-"""Dense vectors of a Parquet row group, taken from its pages as they lie there.
+"""Read dense vectors directly from the pages of a Parquet row group.
 
-Arrow puts a fixed-size list together value by value, at half a gigabyte a second of one core. But a page of lists that
-are all there is their values, one after the other, behind a few bytes of levels, so copying them will do. Only what is
-plainly that is read here; of all else, damage included, nothing is returned, and Arrow's own reader has the word.
-What a page says of itself is a struct in Thrift's compact protocol (parquet-format's `parquet.thrift`: PageHeader).
+Arrow assembles a fixed-size list value by value, which is slow. A page of lists without nulls is a few bytes of levels
+followed by the values, so the values can be copied. Any other page, also a damaged one, is left to Arrow's reader.
+Page headers are structs of Thrift's compact protocol (`parquet.thrift`: PageHeader).
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ _STOP, _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _STRUCT = 0, 1, 2, 3, 7, 8, 12
 _INTEGERS = (4, 5, 6)
 _KIND, _FULL_SIZE, _SIZE, _DATA_PAGE = 1, 2, 3, 5
 _NUM_VALUES, _ENCODING = 1, 2
-COMPARED_OPTIONS = 0
+_PLAIN = 0
 _DEPTH = 2
-"of structs in a PageHeader: a DataPageHeader, and its Statistics"
+"of nested structs in a PageHeader: DataPageHeader and its Statistics"
 _INTEGER_BITS = 64
 _LEVEL_SIZE = 4
-"bytes before each of the two runs of levels"
+"bytes that hold the length of the repetition and of the definition levels"
 
 
 class DensePages:
-    """The pages of an open Parquet file's dense column."""
+    """Pages of the dense column of an open Parquet file."""
 
     def __init__(self, file: pq.ParquetFile, path: Path) -> None:
         self._metadata = file.metadata
@@ -41,12 +40,12 @@ class DensePages:
         kind = file.schema_arrow.field(VECTOR_COLUMNS["dense"]).type
         self._dim: int = kind.list_size
         self._dtype = np.dtype("<f2" if kind.value_type == pa.float16() else "<f4")
-        roots = [file.schema.column(place).path.split(".")[0] for place in range(len(file.schema))]
-        self._place = roots.index(VECTOR_COLUMNS["dense"])
+        roots = [file.schema.column(position).path.split(".")[0] for position in range(len(file.schema))]
+        self._column_index = roots.index(VECTOR_COLUMNS["dense"])
 
     def read(self, group: int) -> NDArray[np.floating] | None:
-        """Return the vectors [R, dim] of a row group in the column's dtype; None: they do not lie there as they are."""
-        column = self._metadata.row_group(group).column(self._place)
+        """Return the vectors [R, dim] of a row group; None if its pages are not plain values."""
+        column = self._metadata.row_group(group).column(self._column_index)
         first, length = column.data_page_offset, column.total_compressed_size
         codec = None if column.compression == "UNCOMPRESSED" else pa.Codec(column.compression.lower())
         filled = 0
@@ -61,14 +60,14 @@ class DensePages:
 
 
 def _iter_values(pages: NDArray[np.uint8], codec: pa.Codec | None, size: int) -> Iterator[NDArray[np.uint8]]:
-    """Yield the bytes of each page's values, `size` bytes each; what is not understood is an error of some kind."""
-    place = 0
-    while place < len(pages):
-        header, place = _read_struct(pages, place)
-        if header[_KIND] != 0 or header[_DATA_PAGE][_ENCODING] != COMPARED_OPTIONS:
-            raise ValueError("no plain data page")
-        page = pages[place : place + max(header[_SIZE], 0)]
-        place += len(page)
+    """Yield the bytes of each page's values, `size` bytes each; an unknown page raises one of several exceptions."""
+    position = 0
+    while position < len(pages):
+        header, position = _read_struct(pages, position)
+        if header[_KIND] != 0 or header[_DATA_PAGE][_ENCODING] != _PLAIN:
+            raise ValueError("not a plain data page")
+        page = pages[position : position + max(header[_SIZE], 0)]
+        position += len(page)
         if codec is not None:
             page = np.frombuffer(codec.decompress(page, header[_FULL_SIZE]), np.uint8)
         if len(page) != header[_FULL_SIZE]:
@@ -81,41 +80,41 @@ def _iter_values(pages: NDArray[np.uint8], codec: pa.Codec | None, size: int) ->
         yield page[begin:]
 
 
-def _read_struct(content: NDArray[np.uint8], place: int, *, depth: int = _DEPTH) -> tuple[dict[int, Any], int]:
-    """Return the fields of a Thrift struct by number, and the place behind it."""
+def _read_struct(content: NDArray[np.uint8], position: int, *, depth: int = _DEPTH) -> tuple[dict[int, Any], int]:
+    """Return the fields of a Thrift struct by number, and the position after it."""
     fields: dict[int, Any] = {}
     number = 0
-    while (head := int(content[place])) != _STOP:
-        place += 1
+    while (head := int(content[position])) != _STOP:
+        position += 1
         step, kind = head >> 4, head & 15
         if step:
             number += step
         else:
-            number, place = _read_integer(content, place)
+            number, position = _read_integer(content, position)
         if kind in (_TRUE, _FALSE):
             fields[number] = kind == _TRUE
         elif kind in _INTEGERS:
-            fields[number], place = _read_integer(content, place)
+            fields[number], position = _read_integer(content, position)
         elif kind == _BINARY:
-            length, place = _read_varint(content, place)
-            place += length
+            length, position = _read_varint(content, position)
+            position += length
         elif kind == _STRUCT and depth:
-            fields[number], place = _read_struct(content, place, depth=depth - 1)
+            fields[number], position = _read_struct(content, position, depth=depth - 1)
         elif kind in (_BYTE, _DOUBLE):
-            place += 1 if kind == _BYTE else 8
+            position += 1 if kind == _BYTE else 8
         else:
-            raise ValueError(f"a field of kind {kind}")
-    return fields, place + 1
+            raise ValueError(f"unknown field type {kind}")
+    return fields, position + 1
 
 
-def _read_integer(content: NDArray[np.uint8], place: int) -> tuple[int, int]:
-    folded, place = _read_varint(content, place)
-    return (folded >> 1) ^ -(folded & 1), place
+def _read_integer(content: NDArray[np.uint8], position: int) -> tuple[int, int]:
+    folded, position = _read_varint(content, position)
+    return (folded >> 1) ^ -(folded & 1), position
 
 
-def _read_varint(content: NDArray[np.uint8], place: int) -> tuple[int, int]:
+def _read_varint(content: NDArray[np.uint8], position: int) -> tuple[int, int]:
     value = shift = 0
-    while (byte := int(content[place])) & 128 and shift < _INTEGER_BITS:
+    while (byte := int(content[position])) & 128 and shift < _INTEGER_BITS:
         value |= (byte & 127) << shift
-        shift, place = shift + 7, place + 1
-    return value | byte << shift, place + 1
+        shift, position = shift + 7, position + 1
+    return value | byte << shift, position + 1

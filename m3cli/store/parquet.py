@@ -1,11 +1,8 @@
-"""Writes `rows/*.parquet`: row groups of about 64 MiB of values, the same whatever windows the rows came in.
+"""Write `rows/*.parquet` in row groups of about 64 MiB of values, independent of the windows.
 
-A row group ends before the row that would take its vectors, text and kept fields over ROW_GROUP_BYTES, so the end of a
-window waits, copied, for the beginning of the next: what is held is at most one row group. Vectors are neither
-dictionary coded nor given statistics, for they do not repeat, and are compressed only if asked for: zstd took 0.91 of
-the bytes of float16 ColBERT vectors, 0.94 of int8 and 0.73 of signs (a multilingual-e5 model's), at 170 to 380 MB/s of
-one core. All else is zstd: kept text at 390 MB/s of one core to 0.30 of its size, snappy 430 MB/s to 0.44 (English
-docstrings). Values reach the pages without a Python loop.
+A row group ends before the row that would take its vectors, text and kept fields over ROW_GROUP_BYTES. The end of a
+window is therefore copied and kept for the next one; at most one row group is in memory. Vectors get no dictionary and
+no statistics, and are compressed only on request (rates: scripts/bench_results/LOG.md). Other columns are zstd.
 """
 
 from __future__ import annotations
@@ -34,33 +31,33 @@ from m3cli.store.layout import (
 
 ROW_GROUP_BYTES = 64 << 20
 ROW_OVERHEAD = 64
-"bytes; what a row counts for beside its vectors, texts and kept fields, so that small rows end a row group too"
+"bytes added for each row, so that a row group of small rows ends too"
 ROWS_PER_BATCH = 4
-"a page is looked at for its size (1 MiB) only so often: by default every 1,024 rows, which are a GiB of ColBERT"
+"rows after which the writer checks the page size (1 MiB); the default of 1,024 rows can be a GiB of ColBERT vectors"
 
 
 class RowsFile:
-    """An open `rows/*.parquet`."""
+    """Open `rows/*.parquet`."""
 
     def __init__(self, staged: StagedFile, form: RowForm) -> None:
         self._staged = staged
         self._form = form
         self._schema = row_schema(form)
-        self._waiting: list[pa.Table] = []
-        self._waiting_bytes = 0
+        self._pending: list[pa.Table] = []
+        self._pending_bytes = 0
         self._writer = pq.ParquetWriter(staged, self._schema, **_column_options(form, self._schema))
 
     def append(self, rows: pa.Table, embeddings: Embeddings) -> None:
-        """Append a window."""
+        """Append the rows of a window."""
         sizes = np.concatenate([[0], np.cumsum(_row_bytes(rows, embeddings, form=self._form))])
         first, num_rows = 0, rows.num_rows
         while first < num_rows:
-            room = ROW_GROUP_BYTES - self._waiting_bytes
-            last = int(np.searchsorted(sizes, sizes[first] + room, side="right")) - 1
-            last = max(last, first if self._waiting else first + 1)  # a row larger than a row group is one by itself
+            free = ROW_GROUP_BYTES - self._pending_bytes
+            last = int(np.searchsorted(sizes, sizes[first] + free, side="right")) - 1
+            last = max(last, first if self._pending else first + 1)  # a row may be larger than a row group
             piece = self._piece(rows, embeddings, first, last)
             if last == num_rows:
-                self._wait(piece, int(sizes[last] - sizes[first]))
+                self._keep(piece, int(sizes[last] - sizes[first]))
             else:
                 self._write_group(piece)
             first = last
@@ -72,31 +69,31 @@ class RowsFile:
                 table = table.append_column(name, column)
         return table.cast(self._schema)
 
-    def _wait(self, piece: pa.Table, size: int) -> None:
-        # Copied, because a slice would keep its whole window in memory.
+    def _keep(self, piece: pa.Table, size: int) -> None:
+        # Copied, because a slice would keep the complete window in memory.
         buffer = pa.BufferOutputStream()
         with pa.ipc.new_stream(buffer, piece.schema) as stream:
             stream.write_table(piece)
-        self._waiting.append(pa.ipc.open_stream(buffer.getvalue()).read_all())
-        self._waiting_bytes += size
+        self._pending.append(pa.ipc.open_stream(buffer.getvalue()).read_all())
+        self._pending_bytes += size
 
     def _write_group(self, piece: pa.Table) -> None:
-        group = pa.concat_tables([*self._waiting, piece])
-        self._waiting, self._waiting_bytes = [], 0
-        # In one piece, because pages end where arrays end: their places would tell the windows.
+        group = pa.concat_tables([*self._pending, piece])
+        self._pending, self._pending_bytes = [], 0
+        # In one piece: pages end where arrays end, so the file would depend on the windows.
         group = group.combine_chunks()
         if group.num_rows:
             with output_errors(self._staged.path):
                 self._writer.write_table(group, row_group_size=group.num_rows)
 
     def finish(self) -> None:
-        """Write what waits, and the footer."""
+        """Write the pending rows and the footer."""
         self._write_group(self._schema.empty_table())
         with output_errors(self._staged.path):
             self._writer.close()
 
     def discard(self) -> None:
-        """Give the file up."""
+        """Close the writer without writing."""
         self._staged.mute()
         self._writer.close()
 
@@ -119,7 +116,7 @@ def _row_bytes(rows: pa.Table, embeddings: Embeddings, *, form: RowForm) -> NDAr
 
 
 def _value_bytes(values: pa.Array) -> NDArray[np.int64]:
-    """Return the bytes of each value [R], of any type that a kept field may have, offsets and nulls not counted."""
+    """Return the bytes of each value [R] of any type, without offsets and nulls."""
     if isinstance(values, pa.ExtensionArray):
         values = values.storage
     if pa.types.is_dictionary(values.type):
@@ -129,8 +126,8 @@ def _value_bytes(values: pa.Array) -> NDArray[np.int64]:
     if pa.types.is_struct(kind):
         sizes = sum(map(_value_bytes, values.flatten()), start=sizes)
     elif pa.types.is_fixed_size_list(kind):
-        every = values.values.slice(values.offset * kind.list_size, len(values) * kind.list_size)
-        sizes = _value_bytes(every).reshape(len(values), kind.list_size).sum(axis=1)
+        items = values.values.slice(values.offset * kind.list_size, len(values) * kind.list_size)
+        sizes = _value_bytes(items).reshape(len(values), kind.list_size).sum(axis=1)
     elif pa.types.is_nested(kind):  # lists and maps
         ends = np.concatenate([[0], np.cumsum(_value_bytes(values.values))])
         sizes = np.diff(ends[values.offsets.to_numpy()])
@@ -169,22 +166,22 @@ def _lexical_column(weights: LexicalWeights, first: int, last: int) -> pa.Array:
     return pa.StructArray.from_arrays(lists, names=["indices", "values"])
 
 
-def _blobs(values: NDArray[Any], places: NDArray[np.int64], dtype: str) -> pa.Array:
-    """Make a value of the items of each row; `places` [R + 1] says where rows begin in `values`."""
-    plain = values[places[0] : places[-1]].astype(np.dtype(dtype).newbyteorder("<"), order="C", copy=False)
-    offsets = (places - places[0]) * int(np.prod(plain.shape[1:]) * plain.itemsize)
+def _blobs(values: NDArray[Any], indptr: NDArray[np.int64], dtype: str) -> pa.Array:
+    """Return a binary value per row; row i is `values[indptr[i] : indptr[i + 1]]`."""
+    plain = values[indptr[0] : indptr[-1]].astype(np.dtype(dtype).newbyteorder("<"), order="C", copy=False)
+    offsets = (indptr - indptr[0]) * int(np.prod(plain.shape[1:]) * plain.itemsize)
     if len(offsets) > 1 and int(np.diff(offsets).max()) > MAX_MATRIX_BYTES:
         raise ValueError("a ColBERT matrix of 2^31 bytes or more cannot be a Parquet value; skip the row")
     buffers = [None, pa.py_buffer(offsets.astype(np.int64)), pa.py_buffer(plain)]
-    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(places) - 1, buffers)
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(indptr) - 1, buffers)
 
 
 def _column_options(form: RowForm, schema: pa.Schema) -> dict[str, Any]:
-    """Set compression, dictionary and statistics column by column, by the leaf names that Parquet knows."""
+    """Return compression, dictionary and statistics for each column, by Parquet's leaf names."""
     empty = pa.BufferOutputStream()
     pq.write_table(schema.empty_table(), empty)
     leaves = pq.ParquetFile(pa.BufferReader(empty.getvalue())).schema
-    paths = [leaves.column(place).path for place in range(len(leaves))]
+    paths = [leaves.column(leaf).path for leaf in range(len(leaves))]
     vectors = (*VECTOR_COLUMNS.values(), SCALES_COLUMN)
     scalars = [path for path in paths if path.split(".")[0] not in vectors]
     repeating = [path for path in scalars if path not in ("id", TEXT_COLUMN)]
@@ -199,30 +196,30 @@ def _column_options(form: RowForm, schema: pa.Schema) -> dict[str, Any]:
 
 def build_rows(form: RowForm, *, text: ShardText, chunks: Chunks, start: int, stop: int) -> pa.Table:
     """Build rows [start, stop) of a shard, without vectors, in the order of `row_schema`."""
-    run = slice(start, stop)
-    places = chunks.document[run]
-    documents = [text.documents[place] for place in places.tolist()]
+    window = slice(start, stop)
+    owners = chunks.document[window]
+    documents = [text.documents[owner] for owner in owners.tolist()]
     columns: dict[str, Any] = {
         "id": pa.array([document.id for document in documents], pa.string()),
-        "chunk_index": pa.array(chunks.chunk_index[run], pa.int32()),
-        "num_chunks": pa.array(chunks.num_chunks[run], pa.int32()),
-        "char_start": pa.array(chunks.char_start[run], pa.int64()),
-        "char_end": pa.array(chunks.char_end[run], pa.int64()),
+        "chunk_index": pa.array(chunks.chunk_index[window], pa.int32()),
+        "num_chunks": pa.array(chunks.num_chunks[window], pa.int32()),
+        "char_start": pa.array(chunks.char_start[window], pa.int64()),
+        "char_end": pa.array(chunks.char_end[window], pa.int64()),
         "num_tokens": pa.array(np.diff(chunks.cu_seqlens[start : stop + 1]).astype(np.int32)),
-        "truncated": pa.array(chunks.truncated[run], pa.bool_()),
+        "truncated": pa.array(chunks.truncated[window], pa.bool_()),
     }
     if form.kept is not None:
-        columns |= _kept_columns(form.kept, text=text, places=places)
+        columns |= _kept_columns(form.kept, text=text, owners=owners)
     if form.keep_text:
-        spans = zip(documents, chunks.char_start[run].tolist(), chunks.char_end[run].tolist(), strict=True)
+        spans = zip(documents, chunks.char_start[window].tolist(), chunks.char_end[window].tolist(), strict=True)
         columns[TEXT_COLUMN] = pa.array([document.text[first:last] for document, first, last in spans], pa.string())
     return pa.table(columns)
 
 
-def _kept_columns(kept: pa.Schema, *, text: ShardText, places: Any) -> dict[str, Any]:
+def _kept_columns(kept: pa.Schema, *, text: ShardText, owners: Any) -> dict[str, Any]:
     if text.kept is None or text.kept.num_rows != len(text.documents):
-        raise ValueError("kept fields must be a table with one row a document")
-    indices = pa.array(places, pa.int64())
+        raise ValueError("kept fields must be a table with one row per document")
+    indices = pa.array(owners, pa.int64())
     taken = {name: text.kept.column(name).take(indices) for name in kept.names}
     for field in kept:
         if taken[field.name].type != field.type:

@@ -1,7 +1,7 @@
-"""Reads an output folder back, finished or not, both formats through one door; it neither locks nor clears.
+"""Read an output folder, complete or not, in either format; no locks, no writes.
 
-Only shards with a done entry are read: their files are complete. The npy format's vectors are memory-mapped; the
-parquet format is read a row group (64 MiB of vectors) at a time by `iter_parts`, or whole by `read_shard`.
+Only shards with a done entry are read, whose files are complete. Arrays of the npy format are memory-mapped. The
+parquet format is read by row group (`iter_parts`) or by shard (`read_shard`).
 """
 
 from __future__ import annotations
@@ -51,37 +51,37 @@ _DENSE = VECTOR_COLUMNS["dense"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputFolder:
-    """An output folder as it was when it was opened."""
+    """Documents of an output folder at the time it was opened."""
 
     path: Path
     run: RunConfig
     entries: dict[int, DoneEntry]
     "by shard number, ascending"
     manifest: Manifest | None
-    "None: work is left"
+    "None: work remains"
 
     @property
     def counts(self) -> ShardCounts:
-        """What the done shards hold together."""
+        """Sums over the done shards."""
         return sum((entry.counts for entry in self.entries.values()), ShardCounts())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardArrays:
-    """Some consecutive rows of a shard."""
+    """Consecutive rows of a shard."""
 
     shard: int
     rows: Any
-    "pyarrow.Table of the columns that are not vectors, R rows"
+    "pyarrow.Table of R rows, without vector columns"
     embeddings: Embeddings
-    "of the same rows; outputs that were not asked for, or are not there, are None"
+    "of the same rows; outputs that are missing or were not requested are None"
 
 
 def open_folder(path: Path) -> OutputFolder:
     """Read the documents of a folder.
 
     Raises:
-        UsageError: there is no such folder, or nothing in it yet.
+        UsageError: the folder is missing, not one of m3's, or empty.
         DamageFound: one of the documents is damaged.
     """
     root = path.absolute()
@@ -97,7 +97,7 @@ def open_folder(path: Path) -> OutputFolder:
 
 
 def _read_documents(root: Path) -> OutputFolder:
-    # The manifest first: if a run finishes in between, entries that are older than it would pass for all there are.
+    # The manifest first: a run may finish in between, and entries read before that would be incomplete.
     manifest = read_manifest(root)
     entries, faults = read_entries(root)
     run = read_run(root)
@@ -121,13 +121,13 @@ def iter_parts(
     columns: Sequence[str] | None = None,
     wanted: Mapping[int, NDArray[np.int64]] | None = None,
 ) -> Iterator[ShardArrays]:
-    """Read all done shards in order, each in parts small enough to hold; a shard without rows gives none.
+    """Read all done shards in order, one row group at a time.
 
     Args:
         folder: the folder.
         outputs: vectors to read.
         columns: other columns to read; None: all.
-        wanted: of each shard the rows that matter, ascending; parts without any are passed over. None: all.
+        wanted: ascending row numbers by shard; row groups without any are skipped. None: all.
     """
     for index in folder.entries:
         rows = None if wanted is None else wanted.get(index, np.empty(0, np.int64))
@@ -138,7 +138,7 @@ def iter_parts(
 def read_shard(
     folder: OutputFolder, index: int, *, outputs: Sequence[Output] = ALL_OUTPUTS, columns: Sequence[str] | None = None
 ) -> ShardArrays:
-    """Read one done shard whole; `columns` names the columns wanted beside the vectors, None for all of them."""
+    """Read a done shard; `columns` are the columns to read besides the vectors, None for all."""
     if index not in folder.entries:
         raise UsageError(f"{folder.path}: shard {index} is not done")
     check_lengths(folder, index)
@@ -149,11 +149,7 @@ def read_shard(
 
 
 def check_lengths(folder: OutputFolder, index: int) -> None:
-    """Check that a shard's files are there and of their length; what else may be wrong, `m3 check` finds.
-
-    Raises:
-        DamageFound: one is not.
-    """
+    """Raise DamageFound if a file of a shard is missing or has another length."""
     for wrong in list_wrong_lengths(folder.path, [folder.entries[index]]):
         raise DamageFound(f"{wrong}; {name_repair(folder.path)}")
 
@@ -178,8 +174,8 @@ def _iter_shard(
             if wanted is None or np.diff(np.searchsorted(wanted, [first_row, first_row + num_rows]))[0]:
                 with reading(folder.path, index):
                     dense = None if pages is None else pages.read(group)
-                    left = names if dense is None else [name for name in names if name != _DENSE]
-                    table = file.read_row_group(group, columns=left, use_threads=False)
+                    remaining = names if dense is None else [name for name in names if name != _DENSE]
+                    table = file.read_row_group(group, columns=remaining, use_threads=False)
                     part = _to_arrays(folder.path, index, table, outputs=outputs, first_row=first_row, dense=dense)
                 yield part
             first_row += num_rows
@@ -225,17 +221,17 @@ def _to_arrays(
 def _from_columns(table: pa.Table) -> dict[str, Any]:
     readers = {"dense": _read_dense, "sparse": _read_lexical, "colbert": _read_colbert}
     vectors: dict[str, Any] = {
-        output: readers[output](_whole(table.column(name)), table.field(name))
+        output: readers[output](_combine(table.column(name)), table.field(name))
         for output, name in VECTOR_COLUMNS.items()
         if name in table.column_names
     }
     if SCALES_COLUMN in table.column_names:
-        _, scales = _view_blobs(_whole(table.column(SCALES_COLUMN)), np.dtype("<f4"), width=1)
+        _, scales = _view_blobs(_combine(table.column(SCALES_COLUMN)), np.dtype("<f4"), width=1)
         vectors["colbert"] = replace(vectors["colbert"], scales=scales.reshape(-1))
     return vectors
 
 
-def _whole(column: pa.ChunkedArray) -> pa.Array:
+def _combine(column: pa.ChunkedArray) -> pa.Array:
     if column.num_chunks == 1:
         return column.chunk(0)
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
@@ -262,10 +258,10 @@ def _read_colbert(array: pa.Array, field: pa.Field) -> TokenMatrices:
 
 
 def _view_blobs(array: pa.Array, dtype: np.dtype[Any], *, width: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """Return where rows begin [R + 1] among the items of a binary array, and those [N, width]."""
+    """Return the row offsets [R + 1] of a binary array, and its items [N, width]."""
     indptr, raw = read_blobs(array, width * dtype.itemsize)
     if raw is None:
-        raise ValueError(f"a value is no whole number of {width} {dtype}")
+        raise ValueError(f"the length of a value is not a multiple of {width} {dtype}")
     return indptr, raw.view(dtype).reshape(-1, width)
 
 
@@ -276,8 +272,8 @@ def _from_files(root: Path, index: int, outputs: Sequence[Output], first: int, s
     if "sparse" in outputs and (root / lexical_name(index)).exists():
         with np.load(root / lexical_name(index)) as parts:
             indptr = parts["indptr"].astype(np.int64)[first : stop + 1]
-            run = slice(indptr[0], indptr[-1])
-            indices, values = parts["indices"][run].astype(np.uint32), parts["data"][run]
+            span = slice(indptr[0], indptr[-1])
+            indices, values = parts["indices"][span].astype(np.uint32), parts["data"][span]
         vectors["sparse"] = LexicalWeights(indptr=indptr - indptr[0], indices=indices, values=values)
     if "colbert" in outputs and (root / colbert_name(index)).exists():
         indptr = np.load(root / indptr_name(index))[first : stop + 1]
@@ -297,14 +293,14 @@ def _map_array(path: Path) -> NDArray[Any]:
 
 
 def read_blobs(array: pa.Array, size: int) -> tuple[NDArray[np.int64], NDArray[np.uint8] | None]:
-    """Return where rows begin [R + 1] among items of `size` bytes, and the bytes of all items.
+    """Return the row offsets [R + 1] in items of `size` bytes, and the bytes of all items.
 
-    None in place of the bytes: a value is missing, or no whole number of items.
+    The bytes are None if a value is null or its length is not a multiple of `size`.
     """
     if not len(array):
         return np.zeros(1, np.int64), np.empty(0, np.uint8)
-    _, places, data = array.buffers()
-    offsets = np.frombuffer(places, np.int64)[array.offset : array.offset + len(array) + 1]
+    _, starts, data = array.buffers()
+    offsets = np.frombuffer(starts, np.int64)[array.offset : array.offset + len(array) + 1]
     indptr = (offsets - offsets[0]) // size
     if array.null_count or (np.diff(offsets) % size).any():
         return indptr, None
@@ -313,18 +309,18 @@ def read_blobs(array: pa.Array, size: int) -> tuple[NDArray[np.int64], NDArray[n
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderDescription:
-    """What `m3 info` shows."""
+    """The output of `m3 info`."""
 
     run: dict[str, Any]
     "members of run.json"
     complete: bool
     num_shards: int
-    "done so far"
+    "number of done shards"
     counts: ShardCounts
     bytes: dict[str, int]
-    '"rows", "dense", "sparse", "colbert" as far as they are there, and "_m3" for hashes and skipped rows'
+    'of "rows", of existing outputs ("dense", "sparse", "colbert"), and of "_m3": hashes and skipped rows'
     token_histogram: dict[int, int]
-    "rows by length: a key k counts rows of k/2 < num_tokens <= k, k a power of two, ascending"
+    "number of rows with k/2 < num_tokens <= k, by ascending powers of two k"
 
 
 def describe(folder: OutputFolder) -> FolderDescription:
@@ -377,7 +373,7 @@ def _read_rows(path: Path, *, sizes: Counter[str], lengths: Counter[int]) -> Non
 
 
 def read_id_hashes(root: Path, shards: Iterable[int]) -> dict[int, NDArray[np.int64]]:
-    """Read the hashed id of each document, by shard."""
+    """Read the hashes of the documents' ids, by shard."""
     return {
         index: np.concatenate([np.empty(0, np.int64), *(hashed for _, hashed in iter_ids(root, [index]))])
         for index in shards
@@ -385,7 +381,7 @@ def read_id_hashes(root: Path, shards: Iterable[int]) -> dict[int, NDArray[np.in
 
 
 def iter_ids(root: Path, shards: Iterable[int]) -> Iterator[tuple[Any, NDArray[np.int64]]]:
-    """Yield the ids of documents, an Arrow column at a time, with their hashes, which hold for this process."""
+    """Yield the ids of documents as Arrow columns, with their hashes, which are valid in this process only."""
     for index in shards:
         with reading(root, index):
             file = pq.ParquetFile(root / rows_name(index))

@@ -1,8 +1,7 @@
-"""Writes one table, row after row, to standard output or to a file: TSV, JSON lines or Parquet by the file's ending.
+"""Write a table of scores or a ranking to standard output or a file: TSV, JSON lines, Parquet, TREC.
 
-A file is written beside its final name and renamed when it is whole; leaving by an exception leaves nothing. TSV has
-no quoting, so a tab or line break in a cell becomes a blank, which is counted. A score that is not there (NaN) is an
-empty cell, null in JSON and Parquet.
+A file has a temporary name until it is complete; after an exception there is no file. TSV has no quoting: a tab or line
+break in a cell becomes a blank and is counted. A missing score (NaN) is an empty cell, and null in JSON and Parquet.
 """
 
 from __future__ import annotations
@@ -35,25 +34,25 @@ class TableWriter(Protocol):
     """An open table."""
 
     cleaned: int
-    "cells that lost a tab or a line break"
+    "cells in which a tab or line break was replaced"
 
     def append(self, rows: Sequence[Row], scores: Scores, *, raws: Sequence[bytes], batches: Sequence[Any]) -> None:
-        """Append rows with [rows] scores; `raws`: their JSON as it was read, `batches`: their Arrow batches, if any."""
+        """Append rows and their scores; `raws`: the rows' JSON, `batches`: their Arrow batches, if any."""
 
     def finish(self) -> None:
-        """Write what waits."""
+        """Write buffered rows."""
 
 
 def table_format(out: str | None) -> str:
-    """Return tsv, jsonl or parquet by a file's ending; tsv for standard output."""
+    """Return the table format of a file's suffix; tsv for standard output."""
     return choose_format(out, TABLE_FORMATS, stdout="tsv")
 
 
 def choose_format(out: str | None, formats: Mapping[str, str], *, stdout: str) -> str:
-    """Return what stands for a file's ending, or for standard output (None, '-').
+    """Return the format of a file's suffix, or `stdout` for standard output (None, '-').
 
     Raises:
-        UsageError: nothing does.
+        UsageError: the suffix is unknown.
     """
     if out is None or out == "-":
         return stdout
@@ -70,7 +69,7 @@ def open_table(
     """Open a table of the input's columns and the scores; `schema` is the input's pyarrow.Schema if it has one.
 
     Raises:
-        UsageError: no format has that ending, or an input's column has a score's name.
+        UsageError: the suffix is unknown, or a column of the input has the name of a score.
         OutputError: the file cannot be written.
     """
     kind = table_format(out)
@@ -96,7 +95,7 @@ def open_table(
 
 
 class TsvTable:
-    """Tab-separated values; the first line is a header."""
+    """Tab-separated values with a header."""
 
     def __init__(self, stream: BinaryIO, columns: Sequence[str], score_names: Sequence[str]) -> None:
         self.cleaned = 0
@@ -112,7 +111,7 @@ class TsvTable:
         self._stream.flush()
 
     def finish(self) -> None:
-        """Nothing waits."""
+        """Flush the stream."""
         self._stream.flush()
 
     def _write_line(self, cells: Sequence[str]) -> None:
@@ -126,7 +125,7 @@ class TsvTable:
 
 
 class JsonTable:
-    """One JSON object a line; a row that was read from JSON keeps its bytes, and the scores are added to them."""
+    """One JSON object per line; a row read from JSON keeps its bytes, and the scores are appended."""
 
     def __init__(self, stream: BinaryIO, columns: Sequence[str], score_names: Sequence[str]) -> None:
         self.cleaned = 0
@@ -145,7 +144,7 @@ class JsonTable:
         self._stream.flush()
 
     def finish(self) -> None:
-        """Nothing waits."""
+        """Do nothing: rows are not buffered."""
 
     def _plain(self, row: Row) -> dict[str, Any]:
         return {name: row.get(name) for name in (row or self._columns)}
@@ -186,12 +185,13 @@ class ParquetTable:
         return pa.table(columns)
 
 
-def _join_batches(places: Sequence[tuple[Any, int]]) -> pa.Table:
-    """Put the rows (batch, row in it) together again; neighbours of one batch are one slice."""
+def _join_batches(rows: Sequence[tuple[Any, int]]) -> pa.Table:
+    """Build a table of rows (batch, index in it); consecutive rows of a batch are one slice."""
     slices = []
-    for _, group in groupby(places, key=lambda place: id(place[0])):
-        run = list(group)
-        slices.append(run[0][0].slice(run[0][1], len(run)))
+    for _, group in groupby(rows, key=lambda row: id(row[0])):
+        batch_rows = list(group)
+        batch, first = batch_rows[0]
+        slices.append(batch.slice(first, len(batch_rows)))
     return pa.Table.from_batches(slices)
 
 
@@ -220,33 +220,33 @@ class RankingWriter(Protocol):
     """An open ranking."""
 
     blanks: int
-    "ids that hold blanks, counted as often as they were written"
+    "written lines with an id that has blanks"
 
     def write(self, hits: Sequence[QueryHits]) -> None:
-        """Write what was found for all queries."""
+        """Write the hits of all queries."""
 
 
 def ranking_format(out: str | None, *, typed: str | None = None) -> str:
-    """Return trec or jsonl: what was typed, or by a file's ending, or trec for standard output."""
+    """Return trec or jsonl: `typed`, or the format of the file's suffix; trec for standard output."""
     return typed or choose_format(out, RANKING_FORMATS, stdout="trec")
 
 
 @contextmanager
 def open_ranking(out: str | None, stdout: BinaryIO, *, kind: str, tag: str) -> Iterator[RankingWriter]:
-    """Open a ranking, `kind` being trec or jsonl; a file is there when it is whole.
+    """Open a ranking; `kind` is trec or jsonl.
 
     Raises:
         OutputError: the file cannot be written.
     """
     if out is None or out == "-":
-        yield _write_as(kind, stdout, tag)
+        yield _open_writer(kind, stdout, tag)
         stdout.flush()
         return
     with publish_outside(Path(out).absolute()) as file:
-        yield _write_as(kind, file, tag)
+        yield _open_writer(kind, file, tag)
 
 
-def _write_as(kind: str, stream: BinaryIO, tag: str) -> RankingWriter:
+def _open_writer(kind: str, stream: BinaryIO, tag: str) -> RankingWriter:
     return TrecRanking(stream, tag) if kind == "trec" else JsonRanking(stream)
 
 
@@ -258,10 +258,10 @@ class TrecRanking:
         self._stream, self._tag = stream, tag
 
     def write(self, hits: Sequence[QueryHits]) -> None:
-        """Write all lines, or none.
+        """Write all lines.
 
         Raises:
-            UsageError: an id that a line cannot hold.
+            UsageError: an id has a tab or line break; nothing is written.
         """
         for found in hits:
             _check_line_breaks(found)
@@ -282,12 +282,12 @@ def _check_line_breaks(found: QueryHits) -> None:
         if _BREAKS.search(name):
             raise UsageError(
                 f"the {what} {name[:80]!r}: a TREC run cannot hold ids with tabs or line breaks; write "
-                "--out NAME.jsonl, or say --format jsonl"
+                "--out NAME.jsonl, or give --format jsonl"
             )
 
 
 class JsonRanking:
-    """JSON lines, one object a query."""
+    """JSON lines, one object per query."""
 
     blanks = 0
 
@@ -297,21 +297,21 @@ class JsonRanking:
     def write(self, hits: Sequence[QueryHits]) -> None:
         """Write an object for each query."""
         for found in hits:
-            described = [_describe_hit(found, place) for place in range(len(found.ids))]
+            described = [_describe_hit(found, index) for index in range(len(found.ids))]
             document = {"id": found.query, "query": found.text, "hits": described}
             self._stream.write(orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE))
 
 
-def _describe_hit(found: QueryHits, place: int) -> dict[str, Any]:
+def _describe_hit(found: QueryHits, index: int) -> dict[str, Any]:
     hit: dict[str, Any] = {
-        "id": found.ids[place],
-        "rank": place + 1,
-        "score": float(found.scores[place]),
-        "scores": {name: float(values[place]) for name, values in found.parts.items()},
+        "id": found.ids[index],
+        "rank": index + 1,
+        "score": float(found.scores[index]),
+        "scores": {name: float(values[index]) for name, values in found.parts.items()},
     }
     known = {"chunk_index": found.chunk_index, "char_start": found.char_start, "char_end": found.char_end}
-    hit |= {name: int(values[place]) for name, values in known.items() if values is not None}
-    text = found.texts[place]
+    hit |= {name: int(values[index]) for name, values in known.items() if values is not None}
+    text = found.texts[index]
     if text is not None:
         hit["snippet"] = text[:SNIPPET_LENGTH]
     return hit

@@ -1,9 +1,9 @@
-"""Writes one shard, window by window, into the worker's tmp folder; nothing of it is believed before its commit.
+"""Write a shard, window by window, into the worker's tmp folder; `RunFolder.commit` publishes it.
 
-A window is a run of consecutive rows. The shard's rows are known before the first window, and its vectors too unless
-they were chosen, pooled or merged, so every file is written front to back once (in the npy format the header of vectors
-whose number is not known is mended at the end), and what is held is a window and at most one row group. Equal rows and
-vectors give equal bytes, in whatever windows they come: no clock, host, path or window border is in a file.
+A window is a slice of consecutive rows. Rows are known before the first window, and so is the number of vectors unless
+tokens are selected, pooled or merged. Every file is written once from start to end, except the header of npy files
+of an unknown number of vectors. Memory is bounded by a window and a row group. Equal rows and vectors give equal bytes,
+whatever the windows: no time, host or path is in a file.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Part(Protocol):
 
 
 class ShardWriter:
-    """A shard's open files. Left without `finish`, they are gone."""
+    """Open files of a shard; they are deleted unless `finish` is called."""
 
     def __init__(self, staging: Path, *, form: RowForm, text: ShardText, chunks: Chunks, source: str) -> None:
         self._staging = staging
@@ -80,10 +80,10 @@ class ShardWriter:
         return staged
 
     def append(self, embeddings: Embeddings) -> None:
-        """Append a window: the embeddings of the rows that follow those before."""
+        """Append a window: the embeddings of the next rows."""
         start, stop = self._next_row, self._next_row + len(embeddings.rows)
         if embeddings.rows.tolist() != list(range(start, stop)):
-            raise ValueError(f"a window must begin at row {start} and leave none out")
+            raise ValueError(f"a window must start at row {start} and have consecutive rows")
         _check_outputs(self._form, embeddings)
         if start == stop:
             return
@@ -93,7 +93,7 @@ class ShardWriter:
         self._next_row = stop
 
     def finish(self) -> DoneEntry:
-        """Complete the files and make their bytes durable; the entry is what `RunFolder.commit` takes."""
+        """Complete the files and make their bytes durable; return the entry for `RunFolder.commit`."""
         if self._next_row != self._chunks.num_rows:
             raise ValueError(f"{self._chunks.num_rows} rows were planned, {self._next_row} appended")
         for part in self._parts:
@@ -120,7 +120,7 @@ class ShardWriter:
         return entry
 
     def discard(self) -> None:
-        """Give the shard up; after `finish` there is nothing left to give up."""
+        """Close and delete the files; do nothing after `finish`."""
         for part in self._parts:
             part.discard()
         for staged in self._staged:
@@ -128,28 +128,28 @@ class ShardWriter:
         self._staged, self._parts = [], []
 
     def __enter__(self) -> ShardWriter:
-        """Own the open files."""
+        """Return the writer."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave nothing open; only `finish` makes files good."""
+        """Discard the shard unless it is finished."""
         self.discard()
 
 
 def _count_vectors(chunks: Chunks) -> int:
-    """Count the ColBERT vectors of rows that have one for every token but `<s>`; documents' own rows have none."""
+    """Return the number of ColBERT vectors: one per token except `<s>`, none for documents' own rows."""
     return int((chunks.num_tokens - 1)[chunks.chunk_index >= 0].sum())
 
 
 def _check_outputs(form: RowForm, embeddings: Embeddings) -> None:
-    given = {
+    values = {
         "dense": embeddings.dense_vecs,
         "sparse": embeddings.lexical_weights,
         "colbert": embeddings.colbert_vecs,
     }
-    if {name for name, value in given.items() if value is not None} != set(form.outputs):
+    if {name for name, value in values.items() if value is not None} != set(form.outputs):
         raise ValueError(f"a window must carry exactly the outputs {', '.join(form.outputs)}")
 
 
@@ -167,5 +167,5 @@ def _skipped_line(skipped: SkippedRow) -> bytes:
 
 
 def _printable(text: str) -> str:
-    # A lone surrogate may be the very fault the row is skipped for, and no UTF-8 can spell it.
+    # A lone surrogate, which may be why the row is skipped, has no UTF-8 form.
     return text.encode("utf-8", errors="backslashreplace").decode("utf-8")

@@ -289,7 +289,7 @@ def test_a_lock_is_not_opened_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "_m3").mkdir()
     (tmp_path / "home").write_text("mine")
     (tmp_path / "_m3/lock").symlink_to("../home")
-    with pytest.raises(OutputError, match="take the symbolic link away"), hold_lock(tmp_path, worker=0, num_workers=1):
+    with pytest.raises(OutputError, match="remove the symbolic link"), hold_lock(tmp_path, worker=0, num_workers=1):
         pass
     assert (tmp_path / "home").read_text() == "mine"
 

@@ -181,7 +181,7 @@ def test_touched_input_goes_on_and_changed_input_is_refused(
     os.utime(corpus)
     assert encode(corpus, begun, "--model", tiny_m3) == 10
     error = capsys.readouterr().err
-    assert "corpus.jsonl has changed since shard 0 of out was made from it" in error
+    assert "corpus.jsonl has changed since shard 0 of out was encoded" in error
     assert "use another --out" in error
 
 

@@ -121,7 +121,11 @@ def test_a_title_of_a_query_is_not_read_to_the_reranker(
         ({"--queries": "corpus.jsonl", "--query-field": "words"}, 4, "correct --query-field"),
         ({"--queries": "corpus.jsonl", "--query-id-field": "key"}, 4, "correct --query-id-field"),
         ({"--corpus": "corpus.jsonl", "--text-field": "words"}, 4, "correct --text-field"),
-        ({"--corpus": "corpus.jsonl", "--id-field": ""}, 2, "no field that is known for ids; name it with --id-field"),
+        (
+            {"--corpus": "corpus.jsonl", "--id-field": ""},
+            2,
+            "a known name for ids; name it with --id-field",
+        ),
     ],
 )
 def test_what_is_refused_ends_in_one_line(

@@ -40,8 +40,8 @@ def estimate(tiny_m3: Path, tmp_path: Path) -> Estimating:
             text_field="text",
             **flags,  # type: ignore[arg-type]
         )
-        settled = resolve_new_run(request, find_sources(request.inputs), None)
-        found = estimate_corpus(settled.run, settled.form, settled.tokenizer)
+        resolved = resolve_new_run(request, find_sources(request.inputs), None)
+        found = estimate_corpus(resolved.run, resolved.form, resolved.tokenizer)
         assert found is not None
         return found
 

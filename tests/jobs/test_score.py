@@ -1,4 +1,4 @@
-"""Scoring pairs of texts and pairs of ids in this process: rows, order, faults, and that each text is encoded once."""
+"""Scores of pairs of texts and of ids: rows, order, faults, one encoding per text; --explain."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from m3cli.cli.app import run
 from m3cli.corpus.streams import PeekableStream
@@ -21,6 +22,7 @@ from m3cli.errors import CorpusError, ForeignFolder, ModelError, UsageError
 from m3cli.jobs.score import from_folders as score_folders
 from m3cli.jobs.score import from_texts as score_texts
 from m3cli.jobs.score.command import ScoreRequest, score_pairs
+from m3cli.jobs.score.explain import explain_pairs
 from m3cli.progress import Progress
 from m3cli.retrieval.scores import MODES, score_rows
 from m3cli.store.reader import open_folder
@@ -54,8 +56,8 @@ class Scored:
 @pytest.fixture
 def score(tiny_m3: Path) -> Callable[..., Scored]:
     def run_score(pairs: Path | str, *, stdin: bytes | None = None, **typed: Any) -> Scored:
-        settings: dict[str, Any] = {"model": str(tiny_m3), "dtype": "float32", "device": "cpu"} | typed
-        return Scored(ScoreRequest(pairs=str(pairs), **settings), stdin)
+        options: dict[str, Any] = {"model": str(tiny_m3), "dtype": "float32", "device": "cpu"} | typed
+        return Scored(ScoreRequest(pairs=str(pairs), **options), stdin)
 
     return run_score
 
@@ -68,7 +70,7 @@ def pairs(tmp_path: Path) -> Path:
     return path
 
 
-def test_rows_and_order_are_the_input_s(score: Callable[..., Scored], pairs: Path) -> None:
+def test_rows_are_those_of_the_input_in_order(score: Callable[..., Scored], pairs: Path) -> None:
     made = score(pairs)
     assert made.code == 0
     assert made.lines[0].split("\t") == ["query", "passage", *MODES]
@@ -94,13 +96,13 @@ def test_windows_give_the_same_scores(
     assert other.lines[0] == usual.lines[0]
 
 
-def test_only_the_modes_asked_for(score: Callable[..., Scored], pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_given_modes_count(score: Callable[..., Scored], pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     made = BatchEncoder
 
-    def watch(model: Any, **settings: Any) -> Any:
-        asked.append(settings["outputs"])
-        return made(model, **settings)
+    def watch(model: Any, **options: Any) -> Any:
+        asked.append(options["outputs"])
+        return made(model, **options)
 
     monkeypatch.setattr(score_texts, "BatchEncoder", watch)
     assert score(pairs, modes=("sparse+dense",)).lines[0].split("\t") == ["query", "passage", "sparse+dense"]
@@ -135,11 +137,11 @@ def test_bad_rows_have_empty_cells_and_code_3(score: Callable[..., Scored], tmp_
     assert json.loads(written[4]) == {"dense": None}
 
 
-def test_a_score_that_is_no_number_is_a_counted_row(
+def test_a_score_that_is_not_finite_is_a_counted_fault(
     score: Callable[..., Scored], pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def break_first(*arguments: Any, **settings: Any) -> Any:
-        made = real(*arguments, **settings)
+    def break_first(*arguments: Any, **options: Any) -> Any:
+        made = real(*arguments, **options)
         made["dense"][0] = np.nan
         return made
 
@@ -150,7 +152,7 @@ def test_a_score_that_is_no_number_is_a_counted_row(
     assert "score is not a finite number" in made.said
 
 
-def test_texts_that_the_model_fails_on_are_counted_rows(
+def test_texts_that_cannot_be_encoded_are_counted_faults(
     score: Callable[..., Scored], pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Failing(BatchEncoder):
@@ -177,7 +179,7 @@ def test_parquet_keeps_types_and_order(score: Callable[..., Scored], tmp_path: P
     assert tsv.column("colbert")[:2] == pytest.approx(made.column("colbert").to_pylist()[:2], abs=1e-6)
 
 
-def test_tsv_cannot_hold_tabs_and_says_so(score: Callable[..., Scored], tmp_path: Path) -> None:
+def test_tabs_in_tsv_are_replaced_and_reported(score: Callable[..., Scored], tmp_path: Path) -> None:
     path = tmp_path / "p.csv"
     path.write_text('query,passage\n"a\nb","c\td"\n', encoding="utf-8")
     made = score(path)
@@ -202,14 +204,14 @@ def test_standard_input(score: Callable[..., Scored], pairs: Path) -> None:
         ({"out": "missing/o.tsv"}, Exception, "missing"),
     ],
 )
-def test_what_is_refused(
+def test_invalid_options_and_inputs_are_errors(
     score: Callable[..., Scored], pairs: Path, typed: dict[str, Any], kind: type[Exception], words: str
 ) -> None:
     with pytest.raises(kind, match=words):
         score(pairs, **typed)
 
 
-def test_an_input_column_named_like_a_score_is_refused(score: Callable[..., Scored], tmp_path: Path) -> None:
+def test_an_input_column_with_the_name_of_a_score_is_an_error(score: Callable[..., Scored], tmp_path: Path) -> None:
     path = tmp_path / "p.tsv"
     path.write_text("query\tpassage\tdense\na\tb\t1\n", encoding="utf-8")
     with pytest.raises(UsageError, match="'dense'"):
@@ -217,7 +219,7 @@ def test_an_input_column_named_like_a_score_is_refused(score: Callable[..., Scor
     assert score(path, modes=("sparse",)).code == 0
 
 
-def test_leaving_by_an_error_leaves_nothing(
+def test_after_an_error_there_is_no_file(
     score: Callable[..., Scored], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "p.csv"
@@ -231,16 +233,16 @@ def test_leaving_by_an_error_leaves_nothing(
 
 @pytest.fixture(scope="module", params=["parquet", "npy"])
 def folders(tiny_m3: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """Q.m3 with one row an id, C.m3 with documents of several chunks and one id twice."""
+    """Encode Q.m3 with one row per id, and C.m3 with documents of several chunks and one id twice."""
     root = tmp_path_factory.mktemp(request.param)
     long = " ".join(TEXTS)
     corpus = [*((f"d{number}", text) for number, text in enumerate(TEXTS)), ("long", long), ("d0", "again, another")]
     for name, rows in (("Q", [(f"q{number}", text) for number, text in enumerate(TEXTS[:2])]), ("C", corpus)):
         path = root / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"id": key, "text": text}) + "\n" for key, text in rows), encoding="utf-8")
-        settings = ("--dtype", "float32", "--max-length", "12", "--shard-size", "120", "--progress", "none")
+        options = ("--dtype", "float32", "--max-length", "12", "--shard-size", "120", "--progress", "none")
         out = str(root / f"{name}.m3")
-        arguments = ["encode", str(path), "--model", str(tiny_m3), "--out", out, "--format", request.param, *settings]
+        arguments = ["encode", str(path), "--model", str(tiny_m3), "--out", out, "--format", request.param, *options]
         assert run(arguments) == 0
     return root
 
@@ -250,8 +252,8 @@ def score_ids(folders: Path, tmp_path: Path) -> Callable[..., Scored]:
     def run_score(rows: list[tuple[str, str]], **typed: Any) -> Scored:
         path = tmp_path / "ids.tsv"
         path.write_text("".join(f"{query}\t{passage}\n" for query, passage in rows), encoding="utf-8")
-        settings: dict[str, Any] = {"queries": str(folders / "Q.m3"), "corpus": str(folders / "C.m3")} | typed
-        return Scored(ScoreRequest(pairs=str(path), **settings))
+        options: dict[str, Any] = {"queries": str(folders / "Q.m3"), "corpus": str(folders / "C.m3")} | typed
+        return Scored(ScoreRequest(pairs=str(path), **options))
 
     return run_score
 
@@ -271,7 +273,7 @@ def test_folders_give_the_scores_of_the_texts(
         assert made.column(mode) == pytest.approx(expected.column(mode), abs=2e-3), "float16 on disk"
 
 
-def test_held_in_turns_the_scores_are_the_same(
+def test_query_vectors_in_groups_give_the_same_scores(
     score_ids: Callable[..., Scored], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [(f"q{number % 2}", f"d{number % 6}") for number in range(12)] + [("q1", "long")]
@@ -280,7 +282,7 @@ def test_held_in_turns_the_scores_are_the_same(
     assert score_ids(rows).lines == usual.lines
 
 
-def test_unknown_ids_are_counted_rows(score_ids: Callable[..., Scored]) -> None:
+def test_unknown_ids_are_counted_faults(score_ids: Callable[..., Scored]) -> None:
     made = score_ids([("q0", "d1"), ("nobody", "d1"), ("q0", "nothing"), ("", "d1"), ("nobody", "nothing")])
     assert made.code == 3
     assert [row["dense"] != "" for row in made.rows()] == [True, False, False, False, False]
@@ -308,10 +310,10 @@ def test_chunks_of_a_document(score_ids: Callable[..., Scored]) -> None:
         ({"max_passage_length": 9}, "--max-passage-length 9"),
     ],
 )
-def test_flags_of_a_model_are_refused_beside_folders(
+def test_options_of_a_model_are_errors_with_folders(
     score_ids: Callable[..., Scored], monkeypatch: pytest.MonkeyPatch, typed: dict[str, Any], flag: str
 ) -> None:
-    monkeypatch.setenv("M3_MODEL", "not typed, so not refused")
+    monkeypatch.setenv("M3_MODEL", "not an option, so no error")
     with pytest.raises(UsageError, match=rf"{flag} with --queries .*Q.m3: the vectors of folders are there already"):
         score_ids([("q0", "d1")], **typed)
 
@@ -326,7 +328,7 @@ def test_a_trec_run_is_pairs(folders: Path, tmp_path: Path) -> None:
         Scored(ScoreRequest(pairs=str(path)))
 
 
-def test_folders_of_other_checkpoints_are_refused(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_different_checkpoints_are_an_error(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def other(path: Path) -> Any:
         opened = open_folder(path)
         if path.name == "Q.m3":
@@ -345,3 +347,32 @@ def test_folders_of_other_checkpoints_are_refused(folders: Path, monkeypatch: py
                 corpus=str(folders / "C.m3"),
             )
         )
+
+
+def test_shared_tokens_make_the_sparse_score_and_best_matches_the_colbert_score(tiny_m3: Path, tmp_path: Path) -> None:
+    path = tmp_path / "p.tsv"
+    path.write_text("hello quick world\ta quick quick world, hello\nhello\t \n", encoding="utf-8")
+    (tmp_path / "m").mkdir()
+    for file in tiny_m3.iterdir():
+        if file.name != "sparse_linear.pt":
+            (tmp_path / "m" / file.name).symlink_to(file)
+    # A head with a bias only: every token has the weight 0.5.
+    torch.save({"weight": torch.zeros(1, 64), "bias": torch.tensor([0.5])}, tmp_path / "m" / "sparse_linear.pt")
+    request = ScoreRequest(pairs=str(path), model=str(tmp_path / "m"), dtype="float32", device="cpu")
+    first, bad = explain_pairs(request, progress=Progress("none"))
+    shared = first["shared_tokens"]
+    assert {"quick", "world"} <= {each["token"] for each in shared}
+    assert all(each["product"] == 0.25 for each in shared)
+    assert sum(each["product"] for each in shared) == pytest.approx(first["scores"]["sparse"])
+    similar = [match["similarity"] for match in first["best_matches"]]
+    assert np.mean(similar) == pytest.approx(first["scores"]["colbert"], abs=1e-5)
+    by_token = {match["query_token"]: match["passage_token"] for match in first["best_matches"]}
+    assert by_token["</s>"] == "</s>"
+    assert bad["fault"] == "empty passage"
+    assert "shared_tokens" not in bad
+
+
+@pytest.mark.parametrize("typed", [{"queries": "Q.m3", "corpus": "C.m3"}, {"out": "o.tsv"}])
+def test_explain_needs_texts_and_standard_output(typed: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="--explain"):
+        next(explain_pairs(ScoreRequest(pairs="p.tsv", **typed), progress=Progress("none")))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Whole searches over folders of both formats against a naive ranking in float64, and what is read for them."""
+"""Searches over folders of both formats against a naive ranking in float64, and which rows they read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Parts = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Written:
-    """What was put into a folder: of each row the id and, as float64, what it has."""
+    """Rows of a folder: ids, and outputs as float64."""
 
     ids: list[str]
     chunk_index: list[int]
@@ -52,7 +52,7 @@ def write_folder(
     finish: bool = True,
     model: str = "1",
 ) -> Written:
-    """Write shards of documents, each an id and its number of chunks."""
+    """Write shards of documents; a document is an id and its number of chunks."""
     ids: list[str] = []
     index: list[int] = []
     made: list[Embeddings] = []
@@ -96,7 +96,7 @@ def _as_float64(made: list[Embeddings]) -> dict[str, Any]:
 
 
 def score_rows(queries: Written, corpus: Written, query: int) -> Parts:
-    """Scores of one query and all rows, by output."""
+    """Return the scores of one query and all rows, by output."""
     return {
         "dense": corpus.dense @ queries.dense[query],
         "sparse": corpus.sparse @ queries.sparse[query],
@@ -105,7 +105,7 @@ def score_rows(queries: Written, corpus: Written, query: int) -> Parts:
 
 
 def roll_up(scores: np.ndarray, ids: list[str]) -> dict[str, float]:
-    """The best row of each id, best first; of equal ones the first row's document."""
+    """Return the best score of each id, best first, equal scores in corpus order."""
     best: dict[str, float] = {}
     for row in sorted(range(len(ids)), key=lambda row: (-scores[row], row)):
         best.setdefault(ids[row], float(scores[row]))
@@ -141,7 +141,7 @@ def rank_naively(
 
 
 def run_search(folder: Path, queries: Path | str, **typed: Any) -> tuple[int, list[dict[str, Any]], str]:
-    """Run the job; return its exit code, what it found, and what it said."""
+    """Run a search; return its exit code, hits and messages."""
     said, out = io.StringIO(), folder.parent / "found.jsonl"
     device = None if typed.get("mode") == "bm25" else "cpu"
     request = SearchRequest(folder=str(folder), queries=str(queries), out=str(out), device=device, **typed)
@@ -150,7 +150,7 @@ def run_search(folder: Path, queries: Path | str, **typed: Any) -> tuple[int, li
 
 
 def check_hits(found: dict[str, Any], expected: dict[str, float], *, top_k: int) -> None:
-    """Same ids with the same scores: in the same order, but for scores that float32 cannot tell apart."""
+    """Check ids and scores, and their order except for scores that are equal in float32."""
     ranked = list(expected.items())[:top_k]
     hits = found["hits"]
     assert [hit["score"] for hit in hits] == pytest.approx([score for _, score in ranked], abs=1e-4)
@@ -212,20 +212,20 @@ def test_search_is_the_naive_ranking(
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Callable[..., Path]:
-    """A corpus of 3 shards with documents of 1 to 3 chunks, an id twice; 3 queries; in the format asked for."""
+    """Write a corpus of 3 shards, with documents of 1 to 3 chunks and one id twice, and 3 queries."""
 
-    def write(format: str = "parquet", **settled: Any) -> Path:  # noqa: A002
-        shards = [[(f"d{shard}{place}", 1 + place % 3) for place in range(5)] for shard in range(3)]
+    def write(format: str = "parquet", **options: Any) -> Path:  # noqa: A002
+        shards = [[(f"d{shard}{number}", 1 + number % 3) for number in range(5)] for shard in range(3)]
         shards[2][0] = ("d00", 2)
-        write_folder(tmp_path / "c.m3", shards, seed=3, format=format, **settled)
-        write_folder(tmp_path / "q.m3", [[("q0", 1), ("q1", 1), ("long", 3)]], seed=9, **settled)
+        write_folder(tmp_path / "c.m3", shards, seed=3, format=format, **options)
+        write_folder(tmp_path / "q.m3", [[("q0", 1), ("q1", 1), ("long", 3)]], seed=9, **options)
         return tmp_path
 
     return write
 
 
 @pytest.mark.parametrize("format", ["parquet", "npy"])
-def test_hits_say_where_they_are(folders: Callable[..., Path], format: str) -> None:  # noqa: A002
+def test_hits_have_spans(folders: Callable[..., Path], format: str) -> None:  # noqa: A002
     root = folders(format)
     _, found, said = run_search(root / "c.m3", root / "q.m3", mode="hybrid", top_k=5)
     hit = found[0]["hits"][0]
@@ -255,14 +255,14 @@ def test_a_run_reads_no_texts_and_no_spans(folders: Callable[..., Path]) -> None
     assert {name for names in read for name in names} == {"id", "chunk_index"}
 
 
-def test_of_texts_only_the_beginning_is_held(folders: Callable[..., Path]) -> None:
+def test_only_the_start_of_texts_is_in_memory(folders: Callable[..., Path]) -> None:
     root = folders()
-    with mock.patch("m3cli.jobs.search.command.vectors.SNIPPET_LENGTH", 3):
+    with mock.patch("m3cli.jobs.search.vectors.SNIPPET_LENGTH", 3):
         _, found, _ = run_search(root / "c.m3", root / "q.m3", mode="dense", top_k=1)
     assert len(found[0]["hits"][0]["snippet"]) == 3
 
 
-def test_fewer_candidates_than_hits_are_said(folders: Callable[..., Path]) -> None:
+def test_fewer_candidates_than_hits_are_reported(folders: Callable[..., Path]) -> None:
     root = folders()
     _, found, said = run_search(root / "c.m3", root / "q.m3", candidates=2, top_k=5)
     assert "--candidates 2: at most 4 hits of a query are ranked, not --top-k 5" in said
@@ -296,8 +296,7 @@ def test_equal_scores_come_in_corpus_order(folders: Callable[..., Path], tmp_pat
     assert [hit["id"] for hit in found[0]["hits"]] == ["d00", "d01", "d02", "d03", "d04", "d10", "d11"]
 
 
-def test_one_part_is_taken_after_the_other(folders: Callable[..., Path]) -> None:
-    """A part is let go of before the one after the next is read: no more than three are there at a time."""
+def test_at_most_three_row_groups_are_in_memory(folders: Callable[..., Path]) -> None:
     with mock.patch.object(parquet, "ROW_GROUP_BYTES", 200):
         root = folders()
     events: list[tuple[str, int]] = []
@@ -324,7 +323,7 @@ def test_one_part_is_taken_after_the_other(folders: Callable[..., Path]) -> None
             assert sum(each == "scored" for each, _ in events[:place]) >= number - 3
 
 
-def test_re_ranking_reads_only_parts_that_hold_candidates(folders: Callable[..., Path]) -> None:
+def test_re_ranking_reads_only_row_groups_with_candidates(folders: Callable[..., Path]) -> None:
     with mock.patch.object(parquet, "ROW_GROUP_BYTES", 200):
         root = folders()
     read: list[int] = []
@@ -333,7 +332,7 @@ def test_re_ranking_reads_only_parts_that_hold_candidates(folders: Callable[...,
     def watched(*given: Any, **named: Any) -> Iterator[Any]:
         for part in real(*given, **named):
             if named.get("wanted") is not None:
-                read.append(len(np.intersect1d(part.places, named["wanted"])))
+                read.append(len(np.intersect1d(part.positions, named["wanted"])))
             yield part
 
     with mock.patch("m3cli.jobs.search.command.vectors.iter_blocks", watched):
@@ -353,7 +352,7 @@ def test_candidates_of_dense_alone_are_re_ranked_by_all(folders: Callable[..., P
         assert scores == sorted(scores, reverse=True)
 
 
-def test_candidates_are_scored_some_at_a_time(folders: Callable[..., Path]) -> None:
+def test_candidates_are_scored_in_blocks(folders: Callable[..., Path]) -> None:
     root = folders()
     whole = run_search(root / "c.m3", root / "q.m3", mode="hybrid")
     sizes: list[int] = []
@@ -371,7 +370,7 @@ def test_candidates_are_scored_some_at_a_time(folders: Callable[..., Path]) -> N
     assert in_blocks[1] == whole[1]
 
 
-def test_an_unfinished_folder_is_searched_and_said_to_be_one(tmp_path: Path) -> None:
+def test_an_incomplete_folder_is_searched_and_reported(tmp_path: Path) -> None:
     write_folder(tmp_path / "c.m3", [[("a", 1), ("b", 2)]], seed=1, finish=False)
     code, found, said = run_search(tmp_path / "c.m3", tmp_path / "c.m3", mode="colbert")
     assert code == 0
@@ -379,7 +378,7 @@ def test_an_unfinished_folder_is_searched_and_said_to_be_one(tmp_path: Path) -> 
     assert [each["id"] for each in found] == ["a", "b"]
 
 
-def test_a_folder_without_colbert_is_searched_by_what_it_has(folders: Callable[..., Path]) -> None:
+def test_a_folder_without_colbert_is_searched_by_its_outputs(folders: Callable[..., Path]) -> None:
     root = folders(outputs=("dense", "sparse"))
     _, found, said = run_search(root / "c.m3", root / "q.m3")
     assert "hybrid: 3 queries" in said
@@ -413,7 +412,7 @@ def test_a_folder_without_colbert_is_searched_by_what_it_has(folders: Callable[.
         ({"input_format": "tsv"}, "--input-format tsv with --queries"),
     ],
 )
-def test_flags_that_would_change_nothing_are_refused(
+def test_options_without_effect_are_errors(
     folders: Callable[..., Path], typed: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("M3_MODEL", "not typed, so not refused")
@@ -422,14 +421,14 @@ def test_flags_that_would_change_nothing_are_refused(
         run_search(root / "c.m3", root / "q.m3", **typed)
 
 
-def test_queries_of_another_checkpoint_are_refused(folders: Callable[..., Path]) -> None:
+def test_queries_of_another_checkpoint_are_an_error(folders: Callable[..., Path]) -> None:
     root = folders()
     write_folder(root / "other.m3", [[("q", 1)]], seed=1, model="2")
     with pytest.raises(ForeignFolder, match="mean nothing"):
         run_search(root / "c.m3", root / "other.m3", mode="dense")
 
 
-def test_queries_of_one_id_are_refused_in_a_folder_too(folders: Callable[..., Path]) -> None:
+def test_folder_queries_of_one_id_are_an_error(folders: Callable[..., Path]) -> None:
     root = folders()
     write_folder(root / "twice.m3", [[("q", 1)], [("q", 2)]], seed=1)
     with pytest.raises(CorpusError, match=r"twice.m3: two queries have the id 'q'"):

@@ -1,4 +1,4 @@
-"""Shards made up from a seed: texts, chunks and vectors that agree with each other, no model."""
+"""Shards of texts, chunks and vectors that agree with each other, from a seed and without a model."""
 
 from __future__ import annotations
 
@@ -92,36 +92,36 @@ def make_run(
 
 
 def make_text(index: int = 0, *, documents: int = 5, skipped: int = 0, kept: bool = False) -> ShardText:
-    texts = [f"text {place} of shard {index}: été 中文" for place in range(documents)]
+    texts = [f"text {number} of shard {index}: été 中文" for number in range(documents)]
     table = None
     if kept:
         columns = {
-            "lang": ["fr" if place % 2 else None for place in range(documents)],
+            "lang": ["fr" if number % 2 else None for number in range(documents)],
             "year": list(range(2000, 2000 + documents)),
-            "tags": [["a"] * (place % 3) for place in range(documents)],
+            "tags": [["a"] * (number % 3) for number in range(documents)],
         }
         table = pa.table(columns, schema=KEPT)
     return ShardText(
         shard=Shard(index=index, source=0, start=index * 1000, stop=(index + 1) * 1000),
-        documents=tuple(_document(index, place, text) for place, text in enumerate(texts)),
+        documents=tuple(_document(index, number, text) for number, text in enumerate(texts)),
         kept=table,
-        skipped=tuple(_skipped(place) for place in range(skipped)),
+        skipped=tuple(_skipped(number) for number in range(skipped)),
         input_hash=f"{index:032x}",
     )
 
 
-def _document(index: int, place: int, text: str) -> Document:
+def _document(index: int, number: int, text: str) -> Document:
     digest = xxhash.xxh3_128_intdigest(text.encode())
     halves = (digest >> 64, digest & (2**64 - 1))
-    return Document(id=f"{index}-{place}", text=text, text_hash=halves, has_own_id=place % 2 == 0, position=place)
+    return Document(id=f"{index}-{number}", text=text, text_hash=halves, has_own_id=number % 2 == 0, position=number)
 
 
-def _skipped(place: int) -> SkippedRow:
+def _skipped(number: int) -> SkippedRow:
     return SkippedRow(
         source="corpus.jsonl",
-        position=place * 10,
-        byte_offset=place * 10,
-        id="\ud800" if place else None,
+        position=number * 10,
+        byte_offset=number * 10,
+        id="\ud800" if number else None,
         reason="invalid JSON",
         detail="",
         row=b"\xff" + b"x" * 70_000,
@@ -130,9 +130,9 @@ def _skipped(place: int) -> SkippedRow:
 
 def make_chunks(text: ShardText, *, lengths: Sequence[Sequence[int]]) -> Chunks:
     """Give each document chunks of these lengths in tokens."""
-    document = [place for place, chunks in enumerate(lengths) for _ in chunks]
+    document = [number for number, chunks in enumerate(lengths) for _ in chunks]
     flat = [length for chunks in lengths for length in chunks]
-    sizes = [len(text.documents[place].text) for place in document]
+    sizes = [len(text.documents[number].text) for number in document]
     return Chunks(
         input_ids=np.arange(sum(flat), dtype=np.int32) % VOCABULARY,
         cu_seqlens=np.concatenate([[0], np.cumsum(flat)]).astype(np.int64),
@@ -147,7 +147,7 @@ def make_chunks(text: ShardText, *, lengths: Sequence[Sequence[int]]) -> Chunks:
 
 
 def make_embeddings(chunks: Chunks, *, outputs: Sequence[Output] = ALL_OUTPUTS, seed: int = 0) -> Embeddings:
-    """Embeddings of all rows of a shard."""
+    """Return embeddings of all rows of a shard."""
     random = np.random.default_rng(seed)
     rows, lengths = chunks.num_rows, chunks.num_tokens
     counts = np.array([random.integers(0, min(length, VOCABULARY)) for length in lengths], dtype=np.int64)
@@ -178,15 +178,15 @@ def cut_windows(embeddings: Embeddings, cuts: Sequence[int]) -> Iterator[Embeddi
 def take_rows(embeddings: Embeddings, first: int, last: int) -> Embeddings:
     dense, lexical, colbert = embeddings.dense_vecs, embeddings.lexical_weights, embeddings.colbert_vecs
     if lexical is not None:
-        run = slice(lexical.indptr[first], lexical.indptr[last])
+        span = slice(lexical.indptr[first], lexical.indptr[last])
         lexical = LexicalWeights(
-            indptr=lexical.indptr[first : last + 1] - run.start,
-            indices=lexical.indices[run],
-            values=lexical.values[run],
+            indptr=lexical.indptr[first : last + 1] - span.start,
+            indices=lexical.indices[span],
+            values=lexical.values[span],
         )
     if colbert is not None:
-        run = slice(colbert.indptr[first], colbert.indptr[last])
-        colbert = TokenMatrices(indptr=colbert.indptr[first : last + 1] - run.start, vectors=colbert.vectors[run])
+        span = slice(colbert.indptr[first], colbert.indptr[last])
+        colbert = TokenMatrices(indptr=colbert.indptr[first : last + 1] - span.start, vectors=colbert.vectors[span])
     return Embeddings(
         rows=embeddings.rows[first:last],
         dense_vecs=None if dense is None else dense[first:last],
@@ -198,8 +198,8 @@ def take_rows(embeddings: Embeddings, first: int, last: int) -> Embeddings:
 def same_embeddings(left: Embeddings, right: Embeddings) -> bool:
     """Whether two have the same rows and bit-equal outputs."""
     return all(
-        (mine is None) == (yours is None) and (mine is None or yours is None or np.array_equal(mine, yours))
-        for mine, yours in zip(_arrays(left), _arrays(right), strict=True)
+        (first is None) == (second is None) and (first is None or second is None or np.array_equal(first, second))
+        for first, second in zip(_arrays(left), _arrays(right), strict=True)
     )
 
 

@@ -1,4 +1,4 @@
-"""The order of durable steps, and what is left when they stop half way."""
+"""The order of durable steps, the state after a crash at each of them, and staged files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
+import xxhash
 
 from m3cli.config import Format
 from m3cli.errors import OutputError
 from m3cli.store import commit
+from m3cli.store.commit import StagedFile
+from m3cli.store.documents import hash_file
 from m3cli.store.folder import RunFolder, open_run_folder
 from m3cli.store.reader import open_folder
 from tests.crash import Crash, crash_at, folder_bytes
@@ -23,7 +27,7 @@ NUM_SHARDS = 2
 
 
 def encode(root: Path, *, format: Format = "npy", skipped: int = 1) -> None:  # noqa: A002 - the flag's name
-    """What a job does with a folder: write run.json, the missing shards, the manifest."""
+    """Write run.json, the missing shards and the manifest, as a job does."""
     with open_run_folder(root) as folder:
         if folder.run() is None:
             folder.write_run(samples.make_run())
@@ -45,7 +49,7 @@ def encode_shard(folder: RunFolder, index: int, *, format: Format = "npy", skipp
 
 
 @pytest.mark.parametrize("format", ["parquet", "npy"])
-def test_crash_at_any_durable_step_then_again_gives_the_same_bytes(tmp_path: Path, format: Format) -> None:  # noqa: A002
+def test_crash_at_any_durable_step_and_resume_give_the_same_bytes(tmp_path: Path, format: Format) -> None:  # noqa: A002
     with crash_at(None) as steps:
         encode(tmp_path / "whole", format=format)
     whole = folder_bytes(tmp_path / "whole")
@@ -56,20 +60,20 @@ def test_crash_at_any_durable_step_then_again_gives_the_same_bytes(tmp_path: Pat
             encode(root, format=format)
         assert crashed.dead
         if (root / "_m3/run.json").exists():
-            assert_nothing_false_is_believed(root, whole)
+            assert_existing_files_are_valid(root, whole)
         with crash_at(None):  # no fsync is waited for, but their order is still asserted
             encode(root, format=format)
         assert folder_bytes(root) == whole, steps.log[step]
         shutil.rmtree(root)
 
 
-def assert_nothing_false_is_believed(root: Path, whole: dict[str, bytes]) -> None:
-    there = folder_bytes(root)
-    assert {name: whole[name] for name in there} == there
+def assert_existing_files_are_valid(root: Path, whole: dict[str, bytes]) -> None:
+    existing = folder_bytes(root)
+    assert {name: whole[name] for name in existing} == existing
     for entry in open_folder(root).entries.values():
-        assert {record.name for record in entry.files} <= there.keys()
-    if "_m3/manifest.json" in there:
-        assert there == whole
+        assert {record.name for record in entry.files} <= existing.keys()
+    if "_m3/manifest.json" in existing:
+        assert existing == whole
 
 
 def test_data_is_durable_before_its_entry_and_entries_before_the_manifest(tmp_path: Path) -> None:
@@ -90,9 +94,9 @@ def test_data_is_durable_before_its_entry_and_entries_before_the_manifest(tmp_pa
         for stem in ("shard-0000000", "shard-0000001")
     ]
     assert renames == ["run.json", *shards[0], *shards[1], "manifest.json"]
-    for place, (step, _) in enumerate(steps.log):
+    for index, (step, _) in enumerate(steps.log):
         if step == "rename":  # whose fsync crash_at itself asserts
-            assert steps.log[place + 1][0] == "sync_folder"
+            assert steps.log[index + 1][0] == "sync_folder"
 
 
 def test_new_folders_are_durable_before_anything_is_published_in_them(tmp_path: Path) -> None:
@@ -103,10 +107,10 @@ def test_new_folders_are_durable_before_anything_is_published_in_them(tmp_path: 
     assert parents == [tmp_path.name, "deep", "out"]
 
 
-def test_leftover_list_of_skipped_rows_goes_if_nothing_is_skipped_any_more(tmp_path: Path) -> None:
+def test_previous_list_of_skipped_rows_is_removed_if_nothing_is_skipped(tmp_path: Path) -> None:
     with crash_at(None) as steps:
         encode(tmp_path / "count")
-    published = [place for place, (step, name) in enumerate(steps.log) if (step, name[-6:]) == ("rename", ".jsonl")]
+    published = [index for index, (step, name) in enumerate(steps.log) if (step, name[-6:]) == ("rename", ".jsonl")]
     with crash_at(published[0] + 2):
         encode(tmp_path / "out")
     assert (tmp_path / "out/_m3/skipped/shard-0000000.jsonl").exists()
@@ -114,8 +118,8 @@ def test_leftover_list_of_skipped_rows_goes_if_nothing_is_skipped_any_more(tmp_p
     assert not (tmp_path / "out/_m3/skipped/shard-0000000.jsonl").exists()
 
 
-def test_leaving_by_an_exception_publishes_nothing(tmp_path: Path) -> None:
-    def give_up(root: Path) -> None:
+def test_exception_publishes_nothing(tmp_path: Path) -> None:
+    def interrupt(root: Path) -> None:
         with open_run_folder(root) as folder:
             text = samples.make_text()
             chunks = samples.make_chunks(text, lengths=[[3]] * 5)
@@ -124,7 +128,7 @@ def test_leaving_by_an_exception_publishes_nothing(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        give_up(tmp_path / "out")
+        interrupt(tmp_path / "out")
     assert folder_bytes(tmp_path / "out") == {}
 
 
@@ -151,7 +155,7 @@ def test_any_failing_step_is_an_output_error_with_its_remedy(
         assert os.strerror(number) in str(caught.value)
 
 
-def test_crash_harness_refuses_a_rename_without_fsync(tmp_path: Path) -> None:
+def test_crash_harness_rejects_a_rename_without_fsync(tmp_path: Path) -> None:
     (tmp_path / "temp").write_bytes(b"x")
     with crash_at(None), pytest.raises(AssertionError, match="without fsync"):
         commit.publish_file(tmp_path / "temp", tmp_path / "final")
@@ -166,7 +170,7 @@ def test_crash_harness_loses_what_was_not_durable(tmp_path: Path) -> None:
     assert steps.dead
 
 
-def test_what_could_not_be_written_is_refused_beforehand(tmp_path: Path) -> None:
+def test_unwritable_paths_are_errors_before_the_work_starts(tmp_path: Path) -> None:
     for name, words in (
         ("no/such/x.trec", f"there is no folder {tmp_path}/no/such; make it"),
         (".", "it is a folder"),
@@ -182,26 +186,22 @@ def test_what_could_not_be_written_is_refused_beforehand(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written_to_is_refused_beforehand(tmp_path: Path) -> None:
+def test_unwritable_folder_is_an_error_before_the_work_starts(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(OutputError, match="Permission denied; check who may write there"):
         commit.check_writable(str(tmp_path / "x.trec"))
 
 
-def test_a_folder_that_may_not_be_looked_into_is_refused_beforehand(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Path.exists lets this error through."""
-
+def test_unreadable_folder_is_an_error_before_the_work_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stat(path: object, **_: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(Path, "stat", stat)  # where Python 3.10 asks, too
+    monkeypatch.setattr(Path, "stat", stat)  # Path.exists raises this error, also in Python 3.10
     with pytest.raises(OutputError, match="Permission denied; check who may write there"):
         commit.check_writable(str(tmp_path / "x.trec"))
 
 
-def test_a_link_stays_a_link_to_what_is_written(tmp_path: Path) -> None:
+def test_target_of_a_link_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("file")
     for content in (b"new", b"newer"):
         with commit.publish_outside(tmp_path / "link") as file:
@@ -213,3 +213,46 @@ def test_a_link_stays_a_link_to_what_is_written(tmp_path: Path) -> None:
 def make(folder: Path) -> Path:
     folder.mkdir()
     return folder
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [5, 0, 7], [3 << 20, 1]])
+def test_written_bytes_are_hashed_and_counted(tmp_path: Path, sizes: list[int]) -> None:
+    pieces = [bytes(np.arange(size, dtype=np.uint8)) for size in sizes]
+    with mock.patch.object(commit, "WRITEBACK", 1 << 20):
+        staged = StagedFile(tmp_path, "rows/x")
+        for piece in pieces:
+            assert staged.write(piece) == len(piece)
+        record = staged.seal()
+    content = b"".join(pieces)
+    assert (tmp_path / "rows--x").read_bytes() == content
+    assert (record.name, record.length) == ("rows/x", len(content))
+    assert record.xxh3_128 == xxhash.xxh3_128_hexdigest(content)
+    assert hash_file(tmp_path / "rows--x") == (record.length, record.xxh3_128)
+
+
+def test_short_writes_are_continued(tmp_path: Path) -> None:
+    staged = StagedFile(tmp_path, "x")
+    real = staged._file
+    with mock.patch.object(staged, "_file") as slow:
+        slow.write.side_effect = lambda view: real.write(view[:3])
+        staged.write(b"0123456789")
+    staged._file = real
+    staged.seal()
+    assert (tmp_path / "x").read_bytes() == b"0123456789"
+
+
+def test_discarded_file_is_deleted_and_ignores_later_writes(tmp_path: Path) -> None:
+    staged = StagedFile(tmp_path, "x")
+    staged.write(b"data")
+    staged.discard()
+    assert staged.write(b"footer") == 6
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_full_disk_names_path_reason_and_remedy(tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to("/dev/full")
+    staged = StagedFile(tmp_path, "x")
+    with pytest.raises(OutputError, match=r"cannot write .*/x: No space left on device; free some space"):
+        staged.write(b"data")
+    staged.discard()

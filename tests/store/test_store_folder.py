@@ -1,4 +1,4 @@
-"""Opening, creating and refusing folders; what a run reads in its own."""
+"""Open and create folders; read run.json, done entries and the manifest."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_entry(root: Path, index: int) -> Path:
 
 
 @pytest.mark.parametrize("existing", [[], ["_m3"], ["_m3", "_m3/lock", "rows"]])
-def test_new_empty_and_half_created_folders_are_taken(tmp_path: Path, existing: list[str]) -> None:
+def test_new_empty_and_incomplete_folders_are_opened(tmp_path: Path, existing: list[str]) -> None:
     root = tmp_path / "out"
     root.mkdir()
     for name in existing:
@@ -57,14 +57,14 @@ def test_new_empty_and_half_created_folders_are_taken(tmp_path: Path, existing: 
         assert folder.manifest() is None
 
 
-def test_foreign_folder_is_refused_and_not_written_to(tmp_path: Path) -> None:
+def test_foreign_folder_is_an_error_and_unchanged(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ForeignFolder, match="not an m3 folder: choose another --out"), open_run_folder(tmp_path):
         pass
     assert os.listdir(tmp_path) == ["thesis.txt"]  # noqa: PTH208
 
 
-def test_file_in_the_way_is_an_output_error(tmp_path: Path) -> None:
+def test_file_instead_of_a_folder_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(OutputError, match="is a file"), open_run_folder(tmp_path / "out"):
         pass
@@ -72,7 +72,7 @@ def test_file_in_the_way_is_an_output_error(tmp_path: Path) -> None:
         pass
 
 
-def test_run_document_comes_back_as_it_was_given(tmp_path: Path) -> None:
+def test_run_json_is_read_back(tmp_path: Path) -> None:
     document = samples.make_run(prefix="é\n")
     with open_run_folder(tmp_path / "out") as folder:
         folder.write_run(document)
@@ -86,7 +86,7 @@ def test_run_document_comes_back_as_it_was_given(tmp_path: Path) -> None:
     ]
 
 
-def test_entries_come_back_as_they_were_committed(tmp_path: Path) -> None:
+def test_done_entries_are_read_back(tmp_path: Path) -> None:
     with open_run_folder(tmp_path / "out") as folder:
         for index in (2, 0):
             write_entry(tmp_path / "out", index)
@@ -111,7 +111,7 @@ def test_manifest_only_when_every_shard_is_done(tmp_path: Path) -> None:
     assert manifest.counts == counts
 
 
-def test_shards_that_the_input_no_longer_has_are_not_left_out_of_a_manifest(tmp_path: Path) -> None:
+def test_more_done_shards_than_the_input_has_is_an_error(tmp_path: Path) -> None:
     with open_run_folder(tmp_path / "out") as folder:
         folder.write_run(samples.make_run())
         for index in range(3):
@@ -130,18 +130,18 @@ def test_folder_without_a_shard_is_complete(tmp_path: Path) -> None:
     assert list(folder_bytes(tmp_path / "out")) == ["_m3/manifest.json", "_m3/run.json"]
 
 
-@pytest.mark.parametrize("place", [0, 40, -3])
-def test_damaged_entry_is_an_output_error_that_names_check(tmp_path: Path, place: int) -> None:
+@pytest.mark.parametrize("position", [0, 40, -3])
+def test_damaged_entry_is_an_output_error_that_names_check(tmp_path: Path, position: int) -> None:
     with open_run_folder(tmp_path / "out") as folder:
         path = write_entry(tmp_path / "out", 0)
         raw = bytearray(path.read_bytes())
-        raw[place] ^= 1
+        raw[position] ^= 1
         path.write_bytes(raw)
         with pytest.raises(OutputError, match=r"shard-0000000\.json does not match its checksum; 'm3 check "):
             folder.done()
 
 
-def test_entry_of_another_shard_is_not_believed(tmp_path: Path) -> None:
+def test_entry_of_another_shard_is_an_error(tmp_path: Path) -> None:
     with open_run_folder(tmp_path / "out") as folder:
         write_entry(tmp_path / "out", 0).rename(tmp_path / "out" / done_name(1))
         with pytest.raises(OutputError, match=r"shard-0000001\.json is the entry of shard 0"):
@@ -172,12 +172,12 @@ def test_ten_thousand_entries_are_read_in_well_under_two_seconds(tmp_path: Path)
     with open_run_folder(tmp_path / "out") as folder:
         path = write_entry(tmp_path / "out", 0)
         raw = path.read_bytes()
-        # Each must carry its own number and checksum; no fsync, to be quick.
+        # Each has its own number and checksum; without fsync, which is slow.
         for index in range(1, 10_000):
             document = entry_document(number_entry(index))
             path.with_name(Path(done_name(index)).name).write_bytes(dumps_with_checksum(document))
         assert path.read_bytes() == raw
-        start = time.process_time()  # what a busy disk does is not the point
+        start = time.process_time()
         assert len(folder.done()) == 10_000
         assert time.process_time() - start < 1.5
 
@@ -190,6 +190,6 @@ def test_unwritable_folder_is_an_output_error(tmp_path: Path) -> None:
         pass
 
 
-def test_sealed_document_is_read_without_its_checksum(tmp_path: Path) -> None:
+def test_document_is_read_without_its_checksum(tmp_path: Path) -> None:
     publish_json({"a": [1, {"b": None}]}, tmp_path / "x.json", staging=tmp_path)
     assert read_json(tmp_path / "x.json") == {"a": [1, {"b": None}]}

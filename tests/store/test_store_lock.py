@@ -1,4 +1,4 @@
-"""Who may be in a folder together, and who is let in after a death."""
+"""Locks: which runs may use a folder at the same time, and after a run was killed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def enter(root: Path, worker: int = 0, num_workers: int = 1) -> None:
         pass
 
 
-def test_second_run_is_refused_naming_pid_and_host(tmp_path: Path) -> None:
+def test_second_run_is_an_error_that_names_pid_and_host(tmp_path: Path) -> None:
     with another_process(tmp_path / "out") as holder:
         with pytest.raises(FolderLocked, match=f"in use: pid {holder.pid} on {os.uname().nodename}, since 2"):
             enter(tmp_path / "out")
@@ -59,7 +59,7 @@ def test_second_run_is_refused_naming_pid_and_host(tmp_path: Path) -> None:
     assert (tmp_path / "out/_m3/lock").read_bytes() == b""
 
 
-def test_killed_holder_never_blocks(tmp_path: Path) -> None:
+def test_killed_holder_does_not_block(tmp_path: Path) -> None:
     with another_process(tmp_path / "out") as holder:
         leftover = tmp_path / "out/_m3/tmp/0-of-1/rows--shard-0000000.parquet"
         leftover.write_bytes(b"half")
@@ -70,7 +70,7 @@ def test_killed_holder_never_blocks(tmp_path: Path) -> None:
             assert str(os.getpid()) in (tmp_path / "out/_m3/lock").read_text()
 
 
-def test_workers_share_and_the_same_worker_twice_is_refused(tmp_path: Path) -> None:
+def test_workers_share_and_the_same_worker_twice_is_an_error(tmp_path: Path) -> None:
     with another_process(tmp_path / "out", 0, 2) as first:
         enter(tmp_path / "out", 1, 2)
         with pytest.raises(FolderLocked, match=f"worker 0/2 of .* is already running: pid {first.pid} "):
@@ -79,7 +79,7 @@ def test_workers_share_and_the_same_worker_twice_is_refused(tmp_path: Path) -> N
             enter(tmp_path / "out")
 
 
-def test_refusal_does_not_name_a_dead_worker(tmp_path: Path) -> None:
+def test_error_does_not_name_a_killed_worker(tmp_path: Path) -> None:
     with another_process(tmp_path / "out", 0, 2) as first, another_process(tmp_path / "out", 1, 2) as second:
         first.send_signal(signal.SIGKILL)
         first.wait()
@@ -91,14 +91,14 @@ def test_worker_clears_its_own_tmp_only_and_a_plain_run_all(tmp_path: Path) -> N
     enter(tmp_path / "out")
     for name in ("0-of-2", "1-of-2"):
         (tmp_path / "out/_m3/tmp" / name).mkdir()
-        (tmp_path / "out/_m3/tmp" / name / "left").write_bytes(b"")
+        (tmp_path / "out/_m3/tmp" / name / "leftover").write_bytes(b"")
     enter(tmp_path / "out", 0, 2)
     assert [path.name for path in (tmp_path / "out/_m3/tmp").iterdir()] == ["1-of-2"]
     enter(tmp_path / "out")
     assert list((tmp_path / "out/_m3/tmp").iterdir()) == []
 
 
-def test_only_one_worker_initialises_and_the_other_finds_it_done(tmp_path: Path) -> None:
+def test_only_one_worker_initialises_and_the_other_reads_the_result(tmp_path: Path) -> None:
     with another_process(tmp_path / "out", 0, 2, "init") as first:
         with open_run_folder(tmp_path / "out", worker=1, num_workers=2) as folder:
             with pytest.raises(FolderLocked, match=r"set up by another worker for more than 0\.1 s"):

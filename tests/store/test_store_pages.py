@@ -1,8 +1,8 @@
-"""Dense vectors taken from Parquet pages are what Arrow reads, and what is not plainly there is left to Arrow."""
+"""Dense vectors from Parquet pages are equal to what Arrow reads; other pages are left to Arrow."""
 
 from __future__ import annotations
 
-import tempfile  # noqa: TID251 - hypothesis wants a fresh folder an example
+import tempfile  # noqa: TID251 - hypothesis needs a new folder for each example
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from m3cli.store.pages import DensePages
 
 def write(path: Path, vectors: NDArray[Any], *, groups: int = 1, **options: Any) -> pq.ParquetFile:
     column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-    # Columns before and behind, nested too, so that a column's place is not its number in the schema.
+    # Nested columns before and after, so that the index of a leaf is not that of its column.
     table = pa.table({"first": [[1, 2]] * len(vectors), "dense_vecs": column, "last": ["x"] * len(vectors)})
     size = -(-len(vectors) // groups) or None
     pq.write_table(table, path, row_group_size=size, **{"compression": "none", "use_dictionary": False, **options})
@@ -73,15 +73,15 @@ def test_missing_values_are_left_to_arrow(tmp_path: Path, missing: str) -> None:
 
 @given(damage=st.lists(st.tuples(st.integers(0, 79), st.integers(0, 255)), min_size=1, max_size=8))
 def test_a_damaged_page_is_no_error(damage: list[tuple[int, int]]) -> None:
-    """What is not understood is left to Arrow, whatever it is; never is anything else than the values' places read."""
+    """Whatever the damage is: the result is None or has the right shape."""
     vectors = draw(30, 4)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.parquet"
         with write(path, vectors) as file:
             first = file.metadata.row_group(0).column(1).data_page_offset
             content = bytearray(path.read_bytes())
-            for place, byte in damage:
-                content[first + place] = byte
+            for offset, byte in damage:
+                content[first + offset] = byte
             path.write_bytes(content)
             read = DensePages(file, path).read(0)
     assert read is None or read.shape == vectors.shape

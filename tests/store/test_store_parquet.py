@@ -1,4 +1,4 @@
-"""A shard whose ColBERT vectors are more than 2^31 bytes, as long texts make them; windows bound what is held."""
+"""Shards and matrices of 2^31 bytes and more."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VECTOR_BYTES = DIM * 2
 
 
 def make_windows() -> Iterator[Embeddings]:
-    """Row r is full of r."""
+    """Yield windows in which the vectors of row r are r."""
     for start in range(0, ROWS, AT_ONCE):
         rows = np.arange(start, start + AT_ONCE)
         matrices = TokenMatrices(

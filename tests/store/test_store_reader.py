@@ -1,4 +1,4 @@
-"""Folders read back: in parts, by column, unfinished, and not there at all."""
+"""Read folders: by row group, by column, incomplete, missing, damaged."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_parts_in_order_are_all_rows(tmp_path: Path, format: Format) -> None:  #
     assert (len(parts) > 2) == (format == "parquet")
 
 
-def test_a_run_that_finishes_while_a_folder_is_opened_does_not_make_it_complete(tmp_path: Path) -> None:
+def test_a_folder_completed_while_it_is_opened_is_read_as_incomplete(tmp_path: Path) -> None:
     root = tmp_path / "out"
     write_shards(root, format="parquet", shards=1, finish=False)
 
@@ -70,7 +70,7 @@ def test_a_run_that_finishes_while_a_folder_is_opened_does_not_make_it_complete(
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_only_the_outputs_asked_for_are_read(tmp_path: Path, format: Format) -> None:  # noqa: A002
+def test_only_requested_outputs_are_read(tmp_path: Path, format: Format) -> None:  # noqa: A002
     made = write_shards(tmp_path / "out", format=format)
     back = read_shard(open_folder(tmp_path / "out"), 2, outputs=["sparse"], columns=[]).embeddings
     assert back.dense_vecs is None
@@ -89,7 +89,7 @@ def test_npy_vectors_are_memory_mapped(tmp_path: Path) -> None:
     assert isinstance(back.colbert_vecs.vectors, np.memmap)
 
 
-def test_unfinished_folder_reads_as_far_as_it_is_done(tmp_path: Path) -> None:
+def test_done_shards_of_an_incomplete_folder_are_read(tmp_path: Path) -> None:
     write_shards(tmp_path / "out", format="parquet", shards=2, finish=False)
     folder = open_folder(tmp_path / "out")
     assert folder.run == samples.make_run()
@@ -117,7 +117,7 @@ def test_damage_is_found_on_opening(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_description_adds_up(tmp_path: Path, format: Format) -> None:  # noqa: A002
+def test_description_has_all_counts_and_bytes(tmp_path: Path, format: Format) -> None:  # noqa: A002
     write_shards(tmp_path / "out", format=format)
     folder = open_folder(tmp_path / "out")
     seen = describe(folder)
@@ -133,14 +133,14 @@ def test_description_adds_up(tmp_path: Path, format: Format) -> None:  # noqa: A
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("fault", ["gone", "cut", "longer", "garbled"])
-def test_a_damaged_shard_is_said_to_be_so(tmp_path: Path, format: Format, fault: str) -> None:  # noqa: A002
+@pytest.mark.parametrize("fault", ["missing", "cut", "longer", "garbled"])
+def test_a_damaged_shard_is_an_error(tmp_path: Path, format: Format, fault: str) -> None:  # noqa: A002
     write_shards(tmp_path / "out", format=format)
     folder = open_folder(tmp_path / "out")
     for record in folder.entries[0].files:
         path = folder.path / record.name
         whole = path.read_bytes()
-        if fault == "gone":
+        if fault == "missing":
             path.unlink()
         elif fault == "garbled":
             if "_m3" in record.name:

@@ -1,9 +1,9 @@
-"""One shard, written and read back."""
+"""A shard, written and read back; its columns and sizes."""
 
 from __future__ import annotations
 
 import errno
-import tempfile  # noqa: TID251 - hypothesis wants a fresh folder an example
+import tempfile  # noqa: TID251 - hypothesis needs a new folder for each example
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
@@ -19,12 +19,12 @@ import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3cli.config import Format
+from m3cli.config import ColbertForm, Format
 from m3cli.errors import OutputError
 from m3cli.records import Embeddings, Output
 from m3cli.store import parquet
 from m3cli.store.folder import open_run_folder
-from m3cli.store.layout import RowForm
+from m3cli.store.layout import RESERVED_COLUMNS, RowForm, estimate_bytes, row_schema
 from m3cli.store.reader import ShardArrays, open_folder, read_shard
 from tests.crash import crash_at, folder_bytes
 from tests.store import samples
@@ -73,7 +73,7 @@ def test_any_windows_give_the_same_arrays_and_bytes_in_both_formats(
     with (
         tempfile.TemporaryDirectory() as tmp,
         mock.patch.object(parquet, "ROW_GROUP_BYTES", group_bytes),
-        crash_at(None),  # waits for no fsync
+        crash_at(None),  # without fsync
     ):
         for chosen in FORMATS:
             schema = samples.KEPT if kept else None
@@ -101,7 +101,7 @@ def test_rows_carry_ids_spans_kept_fields_and_text(tmp_path: Path, format: str) 
     assert rows["text"][2] == text.documents[1].text[rows["char_start"][2] : rows["char_end"][2]]
 
 
-def test_parquet_row_is_one_frombuffer_away(tmp_path: Path) -> None:
+def test_parquet_matrix_is_read_with_frombuffer(tmp_path: Path) -> None:
     embeddings = write_folder(tmp_path / "out", samples.make_form())
     table = pq.read_table(tmp_path / "out/rows/shard-0000000.parquet")
     field = table.schema.field("colbert_vecs")
@@ -204,7 +204,7 @@ def test_skipped_rows_and_hashes(tmp_path: Path) -> None:
     assert hashes.tolist() == [list(document.text_hash) for document in samples.make_text().documents]
 
 
-def test_entry_answers_for_every_file_and_counts(tmp_path: Path) -> None:
+def test_entry_lists_every_file_and_counts(tmp_path: Path) -> None:
     write_folder(tmp_path / "out", samples.make_form("npy"), skipped=1)
     entry = open_folder(tmp_path / "out").entries[0]
     data = {name for name in folder_bytes(tmp_path / "out") if not name.endswith(".json")}
@@ -213,7 +213,7 @@ def test_entry_answers_for_every_file_and_counts(tmp_path: Path) -> None:
     assert (entry.counts.skipped, entry.counts.truncated, entry.counts.missing_ids) == (1, 3, 2)
 
 
-def test_finish_refuses_missing_rows_and_append_refuses_gaps(tmp_path: Path) -> None:
+def test_missing_rows_and_gaps_are_errors(tmp_path: Path) -> None:
     text = samples.make_text(documents=2)
     chunks = samples.make_chunks(text, lengths=[[3], [4]])
     embeddings = samples.make_embeddings(chunks)
@@ -229,13 +229,45 @@ def test_finish_refuses_missing_rows_and_append_refuses_gaps(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("format", ["parquet", "npy"])
 def test_full_disk_is_an_output_error_and_leaves_nothing(tmp_path: Path, format: str) -> None:  # noqa: A002
-    def refuse(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     form = samples.make_form(format)  # type: ignore[arg-type]
     with (
-        mock.patch("m3cli.store.commit.StagedFile._write_piece", refuse),
+        mock.patch("m3cli.store.commit.StagedFile._write_piece", fail),
         pytest.raises(OutputError, match="No space left on device; free some space"),
     ):
         write_folder(tmp_path / "out", form)
     assert list(folder_bytes(tmp_path / "out")) == ["_m3/run.json"]
+
+
+def test_columns_come_in_the_order_of_the_contract() -> None:
+    kept = pa.schema([pa.field("lang", pa.string(), metadata={"PARQUET:field_id": "3"})], metadata={"pandas": "{}"})
+    schema = row_schema(samples.make_form(kept=kept, keep_text=True))
+    columns = ["id", "chunk_index", "num_chunks", "char_start", "char_end", "num_tokens", "truncated"]
+    assert schema.names == [*columns, "lang", "text", "dense_vecs", "lexical_weights", "colbert_vecs"]
+    assert schema.field("dense_vecs").type == pa.list_(pa.float16(), samples.DIM)
+    lists = [("indices", pa.list_(pa.uint32())), ("values", pa.list_(pa.float32()))]
+    assert schema.field("lexical_weights").type == pa.struct(lists)
+    assert schema.field("lang").metadata is None
+    assert schema.metadata is None
+
+
+def test_npy_rows_have_no_vector_columns() -> None:
+    assert not {"dense_vecs", "lexical_weights", "colbert_vecs"} & set(row_schema(samples.make_form("npy")).names)
+
+
+def test_every_column_of_m3_is_reserved() -> None:
+    form = replace(samples.make_form(keep_text=True), colbert=ColbertForm(dtype="int8"))
+    assert set(row_schema(form).names) == RESERVED_COLUMNS
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+def test_estimate_is_near_the_written_size(tmp_path: Path, format: str) -> None:  # noqa: A002
+    form = samples.make_form(format, outputs=("dense", "colbert"))  # type: ignore[arg-type]
+    write_folder(tmp_path / "out", form, lengths=[[40]] * 2000)
+    written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("shard-*") if "_m3" not in path.parts)
+    guess = estimate_bytes(form, documents=2000, rows=2000, weights=0, vectors=78_000)
+    assert list(guess) == ["rows", "dense", "colbert", "_m3"]
+    assert guess.pop("_m3") == 2000 * 16
+    assert 0.9 < sum(guess.values()) / written < 1.1

@@ -1,4 +1,4 @@
-"""What `m3 check` finds: in shards that were sealed as they are (a writer's fault), and in what a disk changed."""
+"""Faults of wrong writers, with right hashes, and of changed files; repair."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ def make_shard(index: int) -> tuple[ShardText, Chunks, Embeddings]:
     return text, chunks, replace(made, dense_vecs=unit(made.dense_vecs), colbert_vecs=matrices)
 
 
-def as_it_is(text: ShardText, chunks: Chunks, made: Embeddings) -> tuple[ShardText, Chunks, Embeddings]:
+def unchanged(text: ShardText, chunks: Chunks, made: Embeddings) -> tuple[ShardText, Chunks, Embeddings]:
     return text, chunks, made
 
 
 def write_folder(
-    root: Path, *, chosen: Format = "npy", num_shards: int = NUM_SHARDS, change: Change = as_it_is
+    root: Path, *, chosen: Format = "npy", num_shards: int = NUM_SHARDS, change: Change = unchanged
 ) -> Path:
-    """A finished folder; `change` changes what shard 0 is made of."""
+    """Write a complete folder; `change` changes the contents of shard 0."""
     with open_run_folder(root) as folder:
         if folder.run() is None:
             folder.write_run(samples.make_run())
         done = folder.done()
         for index in range(num_shards):
             if index not in done:
-                text, chunks, made = (change if index == 0 else as_it_is)(*make_shard(index))
+                text, chunks, made = (change if index == 0 else unchanged)(*make_shard(index))
                 form = samples.make_form(chosen)
                 with folder.open_shard(form=form, text=text, chunks=chunks, source="s") as writer:
                     writer.append(made)
@@ -92,7 +92,7 @@ def read_entry(root: Path, index: int = 0) -> DoneEntry:
 
 
 def reseal(root: Path, entry: DoneEntry) -> None:
-    """Publish an entry whose hashes are those of the files as they are now."""
+    """Publish an entry with the hashes of the files as they are now."""
     files = []
     for record in entry.files:
         length, digest = hash_file(root / record.name)
@@ -106,7 +106,7 @@ def reseal(root: Path, entry: DoneEntry) -> None:
 
 @pytest.mark.parametrize("chosen", FORMATS)
 @pytest.mark.parametrize("documents", [0, 5])
-def test_what_the_writers_write_has_no_fault(tmp_path: Path, chosen: Format, documents: int) -> None:
+def test_folders_of_the_writers_have_no_fault(tmp_path: Path, chosen: Format, documents: int) -> None:
     def change(text: ShardText, chunks: Chunks, made: Embeddings) -> tuple[ShardText, Chunks, Embeddings]:
         if documents:
             return text, chunks, made
@@ -130,10 +130,10 @@ def test_any_flipped_bits_are_found_and_their_file_is_named(
 ) -> None:
     root, files = sound
     name = data.draw(st.sampled_from(sorted(files)))
-    place = data.draw(st.integers(0, len(files[name]) - 1))
+    position = data.draw(st.integers(0, len(files[name]) - 1))
     mask = data.draw(st.integers(1, 255))
     raw = bytearray(files[name])
-    raw[place] ^= mask
+    raw[position] ^= mask
     try:
         (root / name).write_bytes(raw)
         assert [fault.file for fault in find_faults(root)] == [name]
@@ -141,21 +141,21 @@ def test_any_flipped_bits_are_found_and_their_file_is_named(
         (root / name).write_bytes(files[name])
 
 
-def with_dense(place: int, value: float) -> Change:
+def with_dense(row: int, value: float) -> Change:
     def change(text: ShardText, chunks: Chunks, made: Embeddings) -> tuple[ShardText, Chunks, Embeddings]:
         assert made.dense_vecs is not None
         dense = made.dense_vecs.copy()
-        dense[place, 1] = value
+        dense[row, 1] = value
         return text, chunks, replace(made, dense_vecs=dense)
 
     return change
 
 
-def with_matrix(place: int, value: float) -> Change:
+def with_matrix(vector: int, value: float) -> Change:
     def change(text: ShardText, chunks: Chunks, made: Embeddings) -> tuple[ShardText, Chunks, Embeddings]:
         assert made.colbert_vecs is not None
         vectors = made.colbert_vecs.vectors.copy()
-        vectors[place] *= np.float16(value)
+        vectors[vector] *= np.float16(value)
         return text, chunks, replace(made, colbert_vecs=replace(made.colbert_vecs, vectors=vectors))
 
     return change
@@ -169,7 +169,7 @@ def with_matrix_rows(text: ShardText, chunks: Chunks, made: Embeddings) -> tuple
 
 
 def with_weights(indices: list[int], values: list[float]) -> Change:
-    """Give row 1, of 5 tokens, these weights, and no other row any."""
+    """Give these weights to row 1, of 5 tokens, and none to other rows."""
 
     def change(text: ShardText, chunks: Chunks, made: Embeddings) -> tuple[ShardText, Chunks, Embeddings]:
         weights = LexicalWeights(
@@ -199,7 +199,7 @@ def with_chunks(**columns: list[int]) -> Change:
         (with_dense(2, float("inf")), "dense", "row 2: the dense vector's norm is not 1"),
         (with_matrix(2, 1.01), "colbert", "row 1: a ColBERT vector's norm is not 1"),
         (with_matrix(15, 0.0), "colbert", "row 5: a ColBERT vector's norm is not 1"),
-        (with_matrix_rows, "colbert", "row 1 (and 1 more): not one ColBERT vector a token but <s>"),
+        (with_matrix_rows, "colbert", "row 1 (and 1 more): not one ColBERT vector per token except <s>"),
         (with_weights([3, 4], [0.5, 0.0]), "sparse", "row 1: a lexical weight is not finite and above 0"),
         (with_weights([3, 4], [0.5, -1.0]), "sparse", "row 1: a lexical weight is not finite and above 0"),
         (with_weights([3, 4], [float("nan"), 1]), "sparse", "row 1: a lexical weight is not finite and above 0"),
@@ -211,16 +211,14 @@ def with_chunks(**columns: list[int]) -> Change:
         (with_chunks(chunk_index=[0, 0, 0, 0, 0, 0]), "rows", "row 2 (and 1 more): chunk_index or num_chunks does not"),
         (with_chunks(chunk_index=[0, 1, 1, 0, 0, 0]), "rows", "row 1 (and 1 more): chunk_index or num_chunks does not"),
         (with_chunks(chunk_index=[1, 0, 1, 0, 0, 0]), "rows", "row 0: chunk_index not below num_chunks"),
-        (with_chunks(num_chunks=[1, 2, 2, 1, 1, 2]), "rows", "the last document is cut off"),
+        (with_chunks(num_chunks=[1, 2, 2, 1, 1, 2]), "rows", "the last document is incomplete"),
         (with_chunks(num_chunks=[1, 3, 3, 1, 1, 1]), "rows", "row 3: chunk_index or num_chunks does not follow"),
         (with_chunks(document=[0, 0, 1, 2, 3, 4]), "rows", "row 2: chunk_index or num_chunks does not follow"),
         (with_chunks(char_start=[0, 0, 0, 0, 0, 999]), "rows", "row 5: char_end before char_start"),
-        (with_chunks(char_start=[0, 9, 5, 0, 0, 0]), "rows", "row 2: begins or ends before the chunk before it"),
+        (with_chunks(char_start=[0, 9, 5, 0, 0, 0]), "rows", "row 2: span before the previous chunk's"),
     ],
 )
-def test_what_should_not_have_been_written_is_found(
-    tmp_path: Path, chosen: Format, change: Change, output: str, what: str
-) -> None:
+def test_wrong_contents_are_found(tmp_path: Path, chosen: Format, change: Change, output: str, what: str) -> None:
     root = write_folder(tmp_path / "out", chosen=chosen, change=change)
     faults = find_faults(root, chosen=chosen)
     assert any(fault.what.startswith(what) for fault in faults), faults
@@ -233,7 +231,7 @@ def test_what_should_not_have_been_written_is_found(
 @pytest.mark.parametrize(
     ("name", "value"), [("documents", 4), ("chunks", 7), ("tokens", 24), ("truncated", 0), ("skipped", 2)]
 )
-def test_counts_that_are_not_what_is_there_are_found(tmp_path: Path, name: str, value: int) -> None:
+def test_wrong_counts_are_found(tmp_path: Path, name: str, value: int) -> None:
     root = write_folder(tmp_path / "out")
     entry = read_entry(root, 1)
     check = check_contents(root, replace(entry, counts=replace(entry.counts, **{name: value})), expect("npy"))
@@ -242,7 +240,7 @@ def test_counts_that_are_not_what_is_there_are_found(tmp_path: Path, name: str, 
 
 @pytest.mark.parametrize("name", ["dense_vecs/shard-0000000.npy", "_m3/hashes/shard-0000000.npy"])
 @pytest.mark.parametrize("content", ["longer", "shorter", "no array", "another type", "another shape"])
-def test_arrays_that_are_not_what_they_should_be_are_found(tmp_path: Path, name: str, content: str) -> None:
+def test_wrong_arrays_are_found(tmp_path: Path, name: str, content: str) -> None:
     root = write_folder(tmp_path / "out")
     path = root / name
     raw, array = path.read_bytes(), np.load(path)
@@ -257,7 +255,7 @@ def test_arrays_that_are_not_what_they_should_be_are_found(tmp_path: Path, name:
     assert [fault.file for fault in check_contents(root, read_entry(root), expect("npy")).faults] == [name]
 
 
-def test_weights_and_rows_that_are_no_such_files_are_found(tmp_path: Path) -> None:
+def test_invalid_weights_and_rows_are_found(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "out")
     weights = root / "lexical_weights/shard-0000000.npz"
     np.savez(weights, data=np.zeros(1), indices=np.zeros(1))
@@ -276,7 +274,7 @@ def test_rows_of_another_form_are_found(tmp_path: Path) -> None:
     assert "column dense_vecs is" in check_contents(root, entry, replace(expect("parquet"), form=form)).faults[0].what
     kept = replace(expect("parquet"), kept=("lang",))
     assert "has columns id, chunk_index" in check_contents(root, entry, kept).faults[0].what
-    assert "is no file of such a shard" not in str(check_contents(root, entry, expect("parquet")).faults)
+    assert "does not belong to such a shard" not in str(check_contents(root, entry, expect("parquet")).faults)
     named = {fault.what for fault in check_contents(root, entry, expect("npy")).faults}
     assert named == {"is missing in the done entry"}
 
@@ -293,7 +291,7 @@ def test_manifest_of_other_entries_and_another_run_are_found(tmp_path: Path) -> 
     assert all("is not the one that _m3/manifest.json was written for" in fault.what for fault in faults)
 
 
-def test_folder_may_hold_other_things_beside_ours(tmp_path: Path) -> None:
+def test_other_files_in_a_folder_are_no_faults(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "out")
     (root / "README.md").write_text("a dataset card")
     (root / "_m3/run.log").write_text("a log")
@@ -306,17 +304,17 @@ def test_folder_may_hold_other_things_beside_ours(tmp_path: Path) -> None:
     assert set(find_unknown(root)) == {"rows/.hidden", "_m3/more", "_m3/done/deeper"}
 
 
-def test_run_json_alone_and_nothing_at_all_are_no_damage(tmp_path: Path) -> None:
+def test_empty_folder_is_no_damage_and_a_missing_run_json_is(tmp_path: Path) -> None:
     assert read_ledger(tmp_path).faults == ()
     write_folder(tmp_path / "out")
     (tmp_path / "out" / RUN_NAME).unlink()
     assert [fault.what for fault in find_faults(tmp_path / "out")] == ["is missing"]
 
 
-def test_unreadable_disk_is_damage_and_a_forbidden_file_is_none(tmp_path: Path) -> None:
+def test_unreadable_disk_is_damage_and_a_forbidden_file_is_not(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="cannot be read: Input/output error"), read_errors(tmp_path):
         raise OSError(5, "Input/output error")
-    with pytest.raises(OutputError, match="check it as who may read it"), read_errors(tmp_path):
+    with pytest.raises(OutputError, match="run m3 as a user who may read it"), read_errors(tmp_path):
         raise OSError(13, "Permission denied")
 
 
@@ -334,7 +332,7 @@ def test_duplicate_ids_are_named(tmp_path: Path) -> None:
     assert find_duplicate_ids(root, {}).count == 0
 
 
-def test_norms_are_held_to_float16s_rounding() -> None:
+def test_norms_allow_for_the_rounding_of_float16() -> None:
     random = np.random.default_rng(0)
     for dim in (8, 384, 1024):
         vectors = unit(random.standard_normal((3000, dim)).astype(np.float16))
@@ -344,7 +342,7 @@ def test_norms_are_held_to_float16s_rounding() -> None:
 
 
 @pytest.mark.parametrize("chosen", FORMATS)
-def test_repair_that_dies_at_any_step_leaves_nothing_false(tmp_path: Path, chosen: Format) -> None:
+def test_repair_that_stops_at_any_step_leaves_a_valid_folder(tmp_path: Path, chosen: Format) -> None:
     whole = write_folder(tmp_path / "whole", chosen=chosen)
 
     def damage(root: Path) -> list[Fault]:
@@ -358,7 +356,7 @@ def test_repair_that_dies_at_any_step_leaves_nothing_false(tmp_path: Path, chose
     faults = damage(tmp_path / "count")
     with crash_at(None) as steps:
         repair(tmp_path / "count", faults)
-    first_data = next(place for place, (step, name) in enumerate(steps.log) if step == "remove" and "json" not in name)
+    first_data = next(index for index, (step, name) in enumerate(steps.log) if step == "remove" and "json" not in name)
     assert steps.log[:2] == [("remove", "manifest.json"), ("sync_folder", "_m3")]
     assert steps.log[2:5] == [
         ("remove", "shard-0000001.json"),
@@ -371,10 +369,10 @@ def test_repair_that_dies_at_any_step_leaves_nothing_false(tmp_path: Path, chose
         damage(root)
         with crash_at(step):
             repair(root, faults)
-        left = find_faults(root, chosen=chosen)
-        assert {fault.file for fault in left} <= {fault.file for fault in faults}
+        remaining = find_faults(root, chosen=chosen)
+        assert {fault.file for fault in remaining} <= {fault.file for fault in faults}
         assert (root / MANIFEST_NAME).exists() is (step < 2)
-        repair(root, left)
+        repair(root, remaining)
         assert find_faults(root, chosen=chosen) == []
         assert folder_bytes(write_folder(root, chosen=chosen)) == folder_bytes(whole)
         shutil.rmtree(root)

@@ -1,9 +1,9 @@
-"""`m3 score`: pairs of texts through the model, or pairs of ids from encoded folders, to a table of scores.
+"""`m3 score`: a table of scores of pairs, from texts by the model or from ids by encoded folders.
 
-    pairs -> window -> scorer -> table            window by window, rows in the input's order
+    pairs -> window -> scorer -> table            window by window, in the input's order
 
-What scores a window is one of two: `score_texts` (a model), `score_folders` (vectors on disk). Every row of the input
-is a row of the output; one that is no pair has empty scores and is counted, and the exit code is 3.
+`TextScorer` scores texts, `FolderScorer` ids. Every row of the input is a row of the output. A row that cannot be
+scored has empty scores and is counted; the exit code is then 3.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from m3cli.corpus.pairs import (
 )
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError, count_noun
-from m3cli.jobs.idle_flags import check_ignored_options
-from m3cli.jobs.paths import check_paths
+from m3cli.jobs.paths import check_ignored_options, check_paths
 from m3cli.progress import Progress
 from m3cli.records import Output
 from m3cli.retrieval.scores import DEFAULT_WEIGHTS, PARTS, Weights, check_weights, combine_scores, modes_of, parts_of
@@ -39,12 +38,12 @@ from m3cli.store.results import TableWriter, open_table, table_format
 
 NOT_FINITE = "score is not a finite number"
 _ROWS_NAMED = 5
-_SECONDS_BETWEEN_WORDS = 30.0
+_MESSAGE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
-    """What a user typed; None is a flag that was not given."""
+    """Options of `m3 score`; None: not given."""
 
     pairs: str
     out: str | None = None
@@ -52,7 +51,7 @@ class ScoreRequest:
     query_field: str | None = None
     passage_field: str | None = None
     modes: tuple[str, ...] | None = None
-    "in the order of the output's columns; None: all that can be had"
+    "in the order of the output's columns; None: all modes available"
     weights: Weights = DEFAULT_WEIGHTS
     model: str | None = None
     revision: str | None = None
@@ -71,36 +70,36 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowScores:
-    """What a scorer makes of a window of W pairs."""
+    """Scores of a window of W pairs."""
 
     scores: dict[Output, NDArray[np.float32]]
-    "[W] each; NaN where there is a fault"
+    "[W] each; NaN for a pair with a fault"
     faults: list[str]
-    "[W], empty where there is a score"
+    "[W], empty for a pair with scores"
 
 
 class Scorer(Protocol):
-    """What gives the scores of a window's pairs."""
+    """Source of the scores of a window's pairs."""
 
     outputs: tuple[Output, ...]
-    "what it can score by"
+    "available outputs"
     limits: WindowLimits
     ids: bool
-    "whether pairs are ids, not texts"
+    "whether pairs are ids instead of texts"
 
     def load(self, wanted: Sequence[Output]) -> None:
-        """Load what scoring by these takes."""
+        """Load the model or vectors for these outputs."""
 
     def score_window(self, window: Sequence[Pair]) -> WindowScores:
         """Score the pairs of a window."""
 
     def describe(self) -> str:
-        """Say what scoring took."""
+        """Return what was read or encoded, for the last message."""
 
 
 @dataclass(slots=True)
 class ScoreTally:
-    """What a run came to."""
+    """Number of pairs, and the faults of those without scores."""
 
     pairs: int = 0
     faults: Counter[str] = field(default_factory=Counter)
@@ -113,26 +112,26 @@ class ScoreTally:
         for pair, fault in zip(window, faults, strict=True):
             if fault:
                 self.faults[fault] += 1
-                named = self.rows.setdefault(fault, [])
-                if len(named) < _ROWS_NAMED:
-                    named.append(pair.number)
+                rows = self.rows.setdefault(fault, [])
+                if len(rows) < _ROWS_NAMED:
+                    rows.append(pair.number)
 
     def describe(self) -> str:
-        """Say how many rows have no scores and why."""
+        """Return how many rows have no scores and why."""
         reasons = ", ".join(
             f"{count:,} {fault} ({self._name_rows(fault)})" for fault, count in self.faults.most_common()
         )
         return f"{self.faults.total():,} of {count_noun(self.pairs, 'row has', 'rows have')} no scores: {reasons}"
 
     def _name_rows(self, fault: str) -> str:
-        named = self.rows[fault]
-        more = ", ..." if self.faults[fault] > len(named) else ""
-        return f"row{'s' if len(named) > 1 else ''} {', '.join(f'{row:,}' for row in named)}{more}"
+        rows = self.rows[fault]
+        more = ", ..." if self.faults[fault] > len(rows) else ""
+        return f"row{'s' if len(rows) > 1 else ''} {', '.join(f'{row:,}' for row in rows)}{more}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenPairs:
-    """A pairs file whose columns are known."""
+    """A pairs file and its columns."""
 
     source: PairSource
     columns: PairColumns
@@ -147,10 +146,10 @@ def score_pairs(
         the exit code: 0, or 3 if some rows have no scores.
 
     Raises:
-        UsageError: flags that cannot be meant together, weights that sum to 0.
+        UsageError: options conflict, or the weights sum to 0.
         CorpusError: the pairs cannot be read.
-        ModelError: a mode that the checkpoint has no head for.
-        OutputError: `out` cannot be written, found out before anything is scored.
+        ModelError: the checkpoint has no head for a mode.
+        OutputError: `out` cannot be written; raised before anything is scored.
     """
     read: dict[str, Sequence[str | None]] = {
         "PAIRS": [request.pairs],
@@ -170,7 +169,7 @@ def score_pairs(
     with open_table(request.out, stdout, columns=columns.names, schema=columns.schema, score_names=modes) as table:
         scorer.load(parts_of(modes))
         if not scorer.ids:
-            progress.start(shards_todo=None)  # it counts tokens
+            progress.start(shards_todo=None)  # the bar counts tokens
         try:
             rows = read_pairs(pairs.source, columns, ids=scorer.ids, stdin=stdin)
             tally = write_scores(rows, scorer, table, modes, weights=request.weights, progress=progress)
@@ -199,7 +198,7 @@ def write_scores(
 ) -> ScoreTally:
     """Score window after window and append each to the table."""
     tally = ScoreTally()
-    began = said = time.perf_counter()
+    began = reported = time.perf_counter()
     for window in cut_windows(rows, scorer.limits):
         scores, faults = finish_scores(scorer.score_window(window), modes, weights=weights)
         table.append(
@@ -209,17 +208,17 @@ def write_scores(
             batches=[pair.batch for pair in window],
         )
         tally.add(window, faults)
-        if scorer.ids and time.perf_counter() - said > _SECONDS_BETWEEN_WORDS:
-            said = time.perf_counter()
-            progress.say(f"{count_noun(tally.pairs, 'pair')} so far, {tally.pairs / (said - began):,.0f}/s")
+        if scorer.ids and time.perf_counter() - reported > _MESSAGE_SECONDS:
+            reported = time.perf_counter()
+            progress.say(f"{count_noun(tally.pairs, 'pair')} so far, {tally.pairs / (reported - began):,.0f}/s")
     return tally
 
 
 def open_pairs(request: ScoreRequest, *, ids: bool, stdin: PeekableStream | None) -> OpenPairs:
     """Find the pairs file and its columns."""
     if (request.queries is None) != (request.corpus is None):
-        given, missing = ("--queries", "--corpus") if request.queries is not None else ("--corpus", "--queries")
-        raise UsageError(f"{given} without {missing}: pairs of ids need both folders (they may be one and the same)")
+        option, missing = ("--queries", "--corpus") if request.queries is not None else ("--corpus", "--queries")
+        raise UsageError(f"{option} without {missing}: pairs of ids need both folders (they may be the same)")
     _check_options(request)
     source = find_pairs(request.pairs, input_format=request.input_format, stdin=stdin)
     if source.format == "trec" and not ids:
@@ -233,7 +232,7 @@ def open_pairs(request: ScoreRequest, *, ids: bool, stdin: PeekableStream | None
 def _check_options(request: ScoreRequest) -> None:
     if request.queries is None:
         check_ignored_options(
-            {"--chunks": request.chunks}, beside="pairs of texts", reason="only documents of folders have chunks"
+            {"--chunks": request.chunks}, other="pairs of texts", reason="only documents of folders have chunks"
         )
         return
     typed = {
@@ -246,14 +245,14 @@ def _check_options(request: ScoreRequest) -> None:
         "--max-passage-length": request.max_passage_length,
     }
     check_ignored_options(
-        typed, beside=f"--queries {request.queries}", reason="the vectors of folders are there already"
+        typed, other=f"--queries {request.queries}", reason="the vectors of folders are there already"
     )
 
 
 def open_scorer(request: ScoreRequest, progress: Progress) -> Scorer:
-    """Choose what gives the scores: folders if there are any, else the model."""
+    """Return a scorer of folders if they are given, else of the model."""
     if request.queries is not None:
-        from m3cli.jobs.score.from_folders import FolderScorer  # noqa: PLC0415  each loads what the other does not need
+        from m3cli.jobs.score.from_folders import FolderScorer  # noqa: PLC0415  without torch
 
         return FolderScorer(request, progress)
     from m3cli.jobs.score.from_texts import TextScorer  # noqa: PLC0415
@@ -262,35 +261,31 @@ def open_scorer(request: ScoreRequest, progress: Progress) -> Scorer:
 
 
 def resolve_modes(request: ScoreRequest, outputs: Sequence[Output]) -> tuple[str, ...]:
-    """Return the modes to write: those that were asked for, or all that can be had.
-
-    Raises:
-        UsageError: one was asked for that cannot be had.
-    """
+    """Return --modes, or all modes of the outputs; raise UsageError for a mode without its outputs."""
     if request.modes is None:
         return modes_of(outputs)
     for mode in request.modes:
         missing = [part for part in PARTS[mode] if part not in outputs]
         if missing:
-            raise UsageError(f"--modes {mode}: there is no {missing[0]} here, only {', '.join(outputs)}")
+            raise UsageError(f"--modes {mode}: {missing[0]} is missing here, only {', '.join(outputs)}")
     return request.modes
 
 
 def finish_scores(
-    made: WindowScores, modes: Sequence[str], *, weights: Weights
+    window: WindowScores, modes: Sequence[str], *, weights: Weights
 ) -> tuple[dict[str, NDArray[np.float32]], list[str]]:
-    """Add the weighted scores; a pair with a score that is no finite number has none at all."""
-    scores = combine_scores(made.scores, modes, weights=weights)
-    finite = np.ones(len(made.faults), np.bool_)
+    """Add the weighted scores; a pair with a score that is not finite has none."""
+    scores = combine_scores(window.scores, modes, weights=weights)
+    finite = np.ones(len(window.faults), np.bool_)
     for values in scores.values():
         finite &= np.isfinite(values)
-    faults = [fault or ("" if good else NOT_FINITE) for fault, good in zip(made.faults, finite, strict=True)]
+    faults = [fault or ("" if good else NOT_FINITE) for fault, good in zip(window.faults, finite, strict=True)]
     bad = np.array([bool(fault) for fault in faults], np.bool_)
     return {mode: np.where(bad, np.float32(np.nan), values) for mode, values in scores.items()}, faults
 
 
 def number_distinct(values: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
-    """Return the distinct values as they first came, and which of them each value is."""
+    """Return the distinct values in order of first occurrence, and the index of each value among them."""
     numbers: dict[str, int] = {}
-    places = np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
-    return list(numbers), places
+    indices = np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int64)
+    return list(numbers), indices

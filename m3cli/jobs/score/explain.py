@@ -1,7 +1,7 @@
-"""`m3 score --explain`: which tokens make a pair's scores.
+"""`m3 score --explain`: the tokens that contribute to a pair's scores.
 
-Sparse: the tokens that both sides have, each with its weights and their product. ColBERT: for each vector of the query
-the token of the passage that it matches best, and how well; `</s>` is a vector too, as the score counts it.
+Sparse: the shared tokens with their weights and products. ColBERT: for each vector of the query the best token of the
+passage and its similarity; `</s>` has a vector, which counts in the score.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def explain_pairs(
     """Yield for each row of the pairs file its scores, shared tokens and best matches, as plain JSON values.
 
     Raises:
-        UsageError: pairs of ids, whose texts and tokens no folder keeps.
+        UsageError: the pairs are ids; folders have no tokens.
     """
     if request.queries is not None or request.corpus is not None:
         raise UsageError("--explain needs the texts of the pairs: leave --queries and --corpus out")
     if request.out is not None:
-        raise UsageError("--explain prints to standard output: leave --out out, and redirect if need be")
+        raise UsageError("--explain prints to standard output: leave --out out and redirect the output")
     pairs = open_pairs(request, ids=False, stdin=stdin)
     scorer = TextScorer(request, progress)
     modes = resolve_modes(request, scorer.outputs)
@@ -43,8 +43,8 @@ def explain_pairs(
     for window in cut_windows(read_pairs(pairs.source, pairs.columns, ids=False, stdin=stdin), LIMITS):
         scores, faults = finish_scores(scorer.score_window(window), modes, weights=request.weights)
         sides = _Sides(scorer, [pair for pair, fault in zip(window, faults, strict=True) if not fault])
-        for place, (pair, fault) in enumerate(zip(window, faults, strict=True)):
-            found = {mode: None if fault else round(float(scores[mode][place]), 6) for mode in modes}
+        for index, (pair, fault) in enumerate(zip(window, faults, strict=True)):
+            found = {mode: None if fault else round(float(scores[mode][index]), 6) for mode in modes}
             yield {
                 "row": pair.number,
                 "query": pair.query,
@@ -56,7 +56,7 @@ def explain_pairs(
 
 
 class _Sides:
-    """The embeddings and tokens of some pairs' texts."""
+    """Embeddings and tokens of the texts of some pairs."""
 
     def __init__(self, scorer: TextScorer, pairs: list[Pair]) -> None:
         self._scorer = scorer
@@ -81,20 +81,20 @@ class _Sides:
             best = similarity.argmax(axis=1)
             found["best_matches"] = [
                 {
-                    "query_token": self._scorer.format_token(int(left_ids[query][1 + place])),
+                    "query_token": self._scorer.format_token(int(left_ids[query][1 + position])),
                     "passage_token": self._scorer.format_token(int(right_ids[passage][1 + match])),
                     "passage_position": int(1 + match),
-                    "similarity": round(float(similarity[place, match]), 6),
+                    "similarity": round(float(similarity[position, match]), 6),
                 }
-                for place, match in enumerate(best.tolist())
+                for position, match in enumerate(best.tolist())
             ]
         return found
 
     def _share(self, left: LexicalWeights, query: int, right: LexicalWeights, passage: int) -> list[dict[str, Any]]:
-        mine = slice(left.indptr[query], left.indptr[query + 1])
-        other = slice(right.indptr[passage], right.indptr[passage + 1])
-        tokens, at_left, at_right = np.intersect1d(left.indices[mine], right.indices[other], return_indices=True)
-        weights = left.values[mine][at_left], right.values[other][at_right]
+        first = slice(left.indptr[query], left.indptr[query + 1])
+        second = slice(right.indptr[passage], right.indptr[passage + 1])
+        tokens, at_left, at_right = np.intersect1d(left.indices[first], right.indices[second], return_indices=True)
+        weights = left.values[first][at_left], right.values[second][at_right]
         shared = [
             {
                 "token": self._scorer.format_token(token),

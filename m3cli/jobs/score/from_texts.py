@@ -1,9 +1,8 @@
-"""Pairs of texts, scored by the model: each distinct text of a window is encoded once.
+"""Score pairs of texts by the model: each distinct text of a window is encoded once.
 
-Of a window's two sides the one with less text is held: its texts are encoded first, in packed batches sorted by
-length. Then the texts of the other side go through the model the same way, and the pairs of a batch are scored as soon
-as it is there, so that the vectors of one side and of one batch are all that is in memory. A text that stands on both
-sides (and is cut at the same length on both) is held.
+The side of a window with less text is encoded first and kept in memory. Then the other side is encoded, and the pairs
+of each batch are scored at once: in memory are the vectors of one side and of one batch. A text on both sides (cut at
+the same length on both) is encoded with the first side.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ WINDOW_LIMITS = {
     "cpu": WindowLimits(pairs=50_000, text_bytes=8 << 20, side_bytes=256 << 10),
     "cuda": WindowLimits(pairs=200_000, text_bytes=32 << 20, side_bytes=1 << 20),
 }
-"256 KiB of text are about 64,000 tokens, whose ColBERT vectors 1024 wide take 256 MiB in float32"
+"256 KiB of text are about 64,000 tokens: 256 MiB of ColBERT vectors of 1,024 float32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredPairs:
-    """Some pairs of a window with their scores."""
+    """Scores of P pairs of a window."""
 
     pairs: Rows
     "[P]"
@@ -51,7 +50,7 @@ class ScoredPairs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailedPairs:
-    """Some pairs of a window, one side of which the model cannot encode."""
+    """Pairs of a window with a text that cannot be encoded."""
 
     pairs: Rows
     reason: str
@@ -109,7 +108,7 @@ class TextScorer:
         return self._tokenizer.serialisation_hash
 
     def describe(self) -> str:
-        """Say what was encoded."""
+        """Return what was encoded, for the last message."""
         texts = count_noun(self.texts, "distinct text")
         return f"{texts} encoded, {count_noun(self.tokens, 'token')}, {self.truncated:,} truncated"
 
@@ -118,9 +117,9 @@ class TextScorer:
         return tokenise_texts(texts, self._tokenizer, max_length=max_length)
 
     def format_token(self, token_id: int) -> str:
-        """Return a token as the model card spells it: decoded by itself, without the mark of a word's beginning.
+        """Return a token as the model card prints it: decoded alone, without the mark for the start of a word.
 
-        The mark alone, which is a token too, stays as it is.
+        The mark alone is a token too and is returned unchanged.
         """
         decoded = self._tokenizer.backend.decode([token_id], skip_special_tokens=False)
         return str(decoded).strip() or self._tokenizer.token(token_id)
@@ -141,7 +140,7 @@ class TextScorer:
     ) -> tuple[Embeddings | None, list[FailedRow], TokenisedTexts]:
         """Return the embeddings of those texts that can be encoded, in order, those that cannot, and all tokens.
 
-        The rows of the embeddings are places in `texts`; there are no embeddings if no text can be encoded.
+        The rows of the embeddings are positions in `texts`; there are no embeddings if no text can be encoded.
         """
         tokenised = self.tokenise(texts, max_length=max_length)
         parts: list[Embeddings] = []
@@ -161,21 +160,24 @@ class TextScorer:
     def score_window(self, window: Sequence[Pair]) -> WindowScores:
         """Score the pairs of a window."""
         faults = [pair.fault for pair in window]
-        places = np.array([place for place, fault in enumerate(faults) if not fault], np.int64)
+        positions = np.array([position for position, fault in enumerate(faults) if not fault], np.int64)
         scores = {output: np.full(len(window), np.nan, np.float32) for output in self._wanted}
-        if len(places):
-            sides = [window[place].query for place in places], [window[place].passage for place in places]
+        if len(positions):
+            sides = (
+                [window[position].query for position in positions],
+                [window[position].passage for position in positions],
+            )
             for made in self._score_sides(sides):
                 if isinstance(made, FailedPairs):
-                    for place in places[made.pairs]:
-                        faults[place] = made.reason
+                    for position in positions[made.pairs]:
+                        faults[position] = made.reason
                 else:
                     for output, values in made.scores.items():
-                        scores[output][places[made.pairs]] = values
+                        scores[output][positions[made.pairs]] = values
         return WindowScores(scores=scores, faults=faults)
 
     def _score_sides(self, sides: tuple[list[str], list[str]]) -> Iterator[ScoredPairs | FailedPairs]:
-        """Yield some pairs at a time, with their scores or without any."""
+        """Yield pairs in groups, with scores or with the reason that they have none."""
         held_side = _lighter(sides)
         held, held_rows = number_distinct(sides[held_side])
         other = sides[1 - held_side]
@@ -183,38 +185,38 @@ class TextScorer:
         other_rows = np.array([known.get(text, -1) for text in other], np.int64)
 
         parts = list(self._encode(held, self.lengths[held_side]))
-        place_of = np.full(len(held), -1, np.int64)  # of each held text; -1 where it could not be encoded
+        position_of = np.full(len(held), -1, np.int64)  # index of each held text, -1 if it could not be encoded
         made = [part for part in parts if isinstance(part, Embeddings)]
         for failed in (part for part in parts if isinstance(part, FailedRow)):
-            touched = (held_rows == failed.row) | (other_rows == failed.row)
-            yield FailedPairs(pairs=np.flatnonzero(touched), reason=failed.reason)
+            failed_pairs = (held_rows == failed.row) | (other_rows == failed.row)
+            yield FailedPairs(pairs=np.flatnonzero(failed_pairs), reason=failed.reason)
         if not made:
             return
         kept = concat_embeddings(made)
-        place_of[kept.rows] = np.arange(len(kept.rows))
-        held_places = place_of[held_rows]
+        position_of[kept.rows] = np.arange(len(kept.rows))
+        held_positions = position_of[held_rows]
 
-        whole = (other_rows >= 0) & (held_places >= 0) & (place_of[other_rows] >= 0)
-        pairs = np.flatnonzero(whole)
+        both_held = (other_rows >= 0) & (held_positions >= 0) & (position_of[other_rows] >= 0)
+        pairs = np.flatnonzero(both_held)
         if len(pairs):
-            yield self._score(kept, kept, pairs, held_places[pairs], place_of[other_rows[pairs]], held_side)
+            yield self._score(kept, kept, pairs, held_positions[pairs], position_of[other_rows[pairs]], held_side)
         yield from self._score_fresh(
-            kept, held_places, other, np.flatnonzero((other_rows < 0) & (held_places >= 0)), held_side
+            kept, held_positions, other, np.flatnonzero((other_rows < 0) & (held_positions >= 0)), held_side
         )
 
     def _score_fresh(
-        self, kept: Embeddings, held_places: Rows, other: list[str], pairs: Rows, held_side: int
+        self, kept: Embeddings, held_positions: Rows, other: list[str], pairs: Rows, held_side: int
     ) -> Iterator[ScoredPairs | FailedPairs]:
-        """Encode what is not held, and score the pairs of each batch as it comes."""
+        """Encode texts that are not held, and score the pairs of each batch."""
         texts, rows = number_distinct([other[pair] for pair in pairs])
-        pairs = pairs[np.argsort(rows, kind="stable")]  # those of text i lie at begins[i] : begins[i + 1]
+        pairs = pairs[np.argsort(rows, kind="stable")]  # pairs of text i: begins[i] : begins[i + 1]
         begins = np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=len(texts)))))
         for made in self._encode(texts, self.lengths[1 - held_side]):
             if isinstance(made, FailedRow):
                 yield FailedPairs(pairs=pairs[begins[made.row] : begins[made.row + 1]], reason=made.reason)
                 continue
             take, owner = expand_rows(begins[made.rows], np.diff(begins)[made.rows])
-            yield self._score(kept, made, pairs[take], held_places[pairs[take]], owner, held_side)
+            yield self._score(kept, made, pairs[take], held_positions[pairs[take]], owner, held_side)
 
     def _score(
         self, held: Embeddings, made: Embeddings, pairs: Rows, held_rows: Rows, rows: Rows, held_side: int
@@ -223,7 +225,7 @@ class TextScorer:
         return ScoredPairs(pairs=pairs, scores=score_rows(*sides, outputs=self._wanted))
 
     def _encode(self, texts: list[str], max_length: int) -> Iterator[Embeddings | FailedRow]:
-        """Yield the embeddings of texts, longest first; their rows are places in `texts`."""
+        """Yield the embeddings of texts, longest first; rows are indices into `texts`."""
         if not texts:
             return
         tokenised = tokenise_texts(texts, self._tokenizer, max_length=max_length)
@@ -236,6 +238,6 @@ class TextScorer:
 
 
 def _lighter(sides: tuple[list[str], list[str]]) -> int:
-    """Return the side whose distinct texts are shorter together: 0 the queries, 1 the passages."""
+    """Return the side with less distinct text: 0 for queries, 1 for passages."""
     sizes = [sum(map(len, set(side))) for side in sides]
     return int(sizes[1] < sizes[0])

@@ -1,1 +1,1 @@
-"""`m3 search`: queries against a folder, by vectors or by words."""
+"""`m3 search`: exact search of an encoded folder."""

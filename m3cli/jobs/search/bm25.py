@@ -1,4 +1,4 @@
-"""BM25 over a folder's kept text, or over the corpus itself: the baseline that vectors are compared with."""
+"""BM25 over a folder's kept text, or over the corpus itself: the baseline for vectors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from m3cli.store.reader import OutputFolder, iter_ids
 
 
 def open_terms(folder: OutputFolder, request: SearchRequest) -> Terms:
-    """Return what cuts texts into terms.
+    """Return the function that splits texts into terms.
 
     Raises:
         UsageError: bm25s is not installed, or there is no text to search.
@@ -38,7 +38,7 @@ def open_terms(folder: OutputFolder, request: SearchRequest) -> Terms:
         )
     if request.tokenizer == "plain":
         return plain_terms
-    from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415  a second
+    from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415  takes a second
 
     tokenizer = load_tokenizer(open_corpus_checkpoint(folder, request))
     return lambda texts: (ids[1:-1].tolist() for ids in tokenizer.encode(list(texts)))
@@ -46,12 +46,12 @@ def open_terms(folder: OutputFolder, request: SearchRequest) -> Terms:
 
 def search_texts(folder: OutputFolder, queries: Queries, terms: Terms, request: SearchRequest) -> Found:
     """Rank a folder's rows by BM25 over their kept text."""
-    index, places, keys = Bm25Index(terms), [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    index, positions, keys = Bm25Index(terms), [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for texts, some, owners in iter_texts(folder, chunks=request.level == "chunk"):
         index.add(texts)
-        places.append(some)
+        positions.append(some)
         keys.append(owners)
-    ranked = _rank(index, queries, request, places=np.concatenate(places), keys=np.concatenate(keys))
+    ranked = _rank(index, queries, request, positions=np.concatenate(positions), keys=np.concatenate(keys))
     return Found(ranked=ranked, parts={"bm25": ranked.score})
 
 
@@ -64,36 +64,34 @@ def search_input(
     *,
     stdin: PeekableStream | None = None,
 ) -> list[QueryHits]:
-    """Rank the documents of the corpus itself, whole ones, by BM25; those that the folder lacks are left out.
-
-    How many of either the other lacks is said.
+    """Rank complete documents of the corpus by BM25; report documents that only the corpus or only the folder has.
 
     Raises:
-        ForeignFolder: the folder has none of them.
+        ForeignFolder: folder and corpus share no document.
     """
-    index, ids, strange = Bm25Index(terms), list[str](), 0
-    there = {name for names, _ in iter_ids(folder.path, folder.entries) for name in names.to_pylist()}
+    index, ids, unknown = Bm25Index(terms), list[str](), 0
+    existing = {name for names, _ in iter_ids(folder.path, folder.entries) for name in names.to_pylist()}
     for names, texts in _read_input(folder, request, stdin):
-        mine = [number for number, name in enumerate(names) if name in there]
-        strange += len(names) - len(mine)
-        ids += [names[number] for number in mine]
-        index.add([texts[number] for number in mine])
-    given = f"--input {' '.join(request.corpus_inputs)}"
+        known = [number for number, name in enumerate(names) if name in existing]
+        unknown += len(names) - len(known)
+        ids += [names[number] for number in known]
+        index.add([texts[number] for number in known])
+    corpus = f"--input {' '.join(request.corpus_inputs)}"
     if not ids:
         raise ForeignFolder(
-            f"{given} has none of the documents of {folder.path.name}: give the corpus that it was encoded from"
+            f"{corpus} has none of the documents of {folder.path.name}: give the corpus that it was encoded from"
         )
-    if strange:
-        progress.say(f"{count_noun(strange, 'document')} of {given} not in {folder.path.name}: not searched")
-    lacking = len(there.difference(ids))
-    if lacking:
+    if unknown:
+        progress.say(f"{count_noun(unknown, 'document')} of {corpus} not in {folder.path.name}: not searched")
+    missing = len(existing.difference(ids))
+    if missing:
         progress.say(
-            f"{count_noun(lacking, 'document')} of {folder.path.name} not in {given}: not searched; name all "
+            f"{count_noun(missing, 'document')} of {folder.path.name} not in {corpus}: not searched; name all "
             "inputs that it was encoded from, --input once for each"
         )
     numbers: dict[str, int] = {}
     keys = np.array([numbers.setdefault(name, len(numbers)) for name in ids], np.int64)
-    ranked = _rank(index, queries, request, places=np.arange(len(ids)), keys=keys)
+    ranked = _rank(index, queries, request, positions=np.arange(len(ids)), keys=keys)
     bounds = np.searchsorted(ranked.query, np.arange(len(queries.ids) + 1))
     hits = []
     for number, (first, last) in enumerate(pairwise(bounds.tolist())):
@@ -114,19 +112,19 @@ def search_input(
     return hits
 
 
-def _rank(index: Bm25Index, queries: Queries, request: SearchRequest, *, places: Rows, keys: Rows) -> Ranked:
+def _rank(index: Bm25Index, queries: Queries, request: SearchRequest, *, positions: Rows, keys: Rows) -> Ranked:
     texts = [text for text in queries.texts if text is not None]
     top = TopRows(len(texts), limit=request.top_k, floor=0.0)
-    index.search(texts, top, places=places, keys=keys)
+    index.search(texts, top, places=positions, keys=keys)
     return top.finish()
 
 
 def _read_input(
     folder: OutputFolder, request: SearchRequest, stdin: PeekableStream | None
 ) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield ids and texts of the corpus, read as the folder says it was read."""
+    """Yield ids and texts of the corpus, read with the folder's config."""
     config = folder.run.config
-    fields = replace(config.fields, kept=())  # what was copied beside the texts is no part of them
+    fields = replace(config.fields, kept=())
     sources = find_sources(request.corpus_inputs, stdin=stdin, format_flag=None)
     plan = plan_shards(
         sources,

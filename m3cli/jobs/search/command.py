@@ -1,6 +1,6 @@
-"""`m3 search`: queries against an encoded folder, exactly, to a ranking of its documents.
+"""`m3 search`: rank an encoded folder's documents for queries, exactly.
 
-queries (texts, encoded here; or vectors) -> one pass over the folder -> hits -> TREC run, JSON lines or a table
+queries (texts encoded here, or vectors) -> one pass over the folder -> hits -> TREC run, JSON lines or a table
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import BinaryIO, get_args
 from m3cli.config import ALL_OUTPUTS, Mode, SearchRequest
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError, count_noun
-from m3cli.jobs.idle_flags import check_ignored_options
-from m3cli.jobs.paths import check_paths
+from m3cli.jobs.paths import check_ignored_options, check_paths
 from m3cli.jobs.search.queries import Queries, encode_queries, open_queries, read_vectors
 from m3cli.progress import Progress
 from m3cli.records import Output, QueryHits
@@ -26,7 +25,7 @@ from m3cli.store.results import open_ranking, ranking_format
 CANDIDATES = 200
 CANDIDATE_OUTPUTS: tuple[Output, ...] = ("dense", "sparse")
 MOST_SHOWN = 20
-"queries whose hits are a table on a terminal; of more it is a run"
+"queries up to which hits are shown as a table on a terminal"
 
 
 Show = Callable[[Sequence[QueryHits]], None]
@@ -43,25 +42,25 @@ def search_corpus(
     """Search a folder.
 
     Args:
-        request: what was typed.
-        progress: where words go.
-        stdout: where the ranking goes without `out`.
-        stdin: standard input, if the queries or the corpus come from there.
-        show: what draws a table of a few queries in place of a run, on a terminal.
+        request: the options.
+        progress: messages and progress bar.
+        stdout: output of the ranking without `out`.
+        stdin: standard input, if queries or corpus are read from it.
+        show: shows the hits of few queries as a table, on a terminal.
 
     Returns:
-        the exit code: 0, or 3 if some rows are no queries.
+        the exit code: 0, or 3 if rows were skipped.
 
     Raises:
-        UsageError: flags that cannot be meant together, or a folder without what they need.
-        CorpusError: no queries.
-        ForeignFolder: the queries' model is another than the corpus'.
-        OutputError: `out` cannot be written, found out before anything is read.
+        UsageError: options conflict, or the folder lacks what they need.
+        CorpusError: there are no queries.
+        ForeignFolder: queries and corpus are of different models.
+        OutputError: `out` cannot be written; raised before anything is read.
     """
     if request.queries == "-" and "-" in request.corpus_inputs:
         raise UsageError("--queries - with --input -: standard input can be read once; give one of them a file")
     kind = ranking_format(request.out, typed=request.format)
-    files = [request.queries] if os.path.exists(request.queries) else []  # noqa: PTH110  False of words too long
+    files = [request.queries] if os.path.exists(request.queries) else []  # noqa: PTH110  False for texts longer than a path
     read: dict[str, Sequence[str | None]] = {
         "DIR": [request.folder],
         "--queries": files,
@@ -71,18 +70,18 @@ def search_corpus(
     check_writable(request.out)
     folder = open_corpus(request, progress)
     mode = resolve_mode(request, folder)
-    given = open_queries(request, progress=progress, stdin=stdin)
-    if isinstance(given, OutputFolder):
+    source = open_queries(request, progress=progress, stdin=stdin)
+    if isinstance(source, OutputFolder):
         _check_text_options(request)
     began = time.perf_counter()
     drawn = show is not None and request.out is None and request.format is None
     shown = kind == "jsonl" or drawn
-    queries, hits = _search(request, folder, mode, given, shown=shown, progress=progress, stdin=stdin)
+    queries, hits = _search(request, folder, mode, source, shown=shown, progress=progress, stdin=stdin)
     seconds = time.perf_counter() - began
-    unfound = sum(not found.ids for found in hits)
-    words = f"; {unfound:,} without a hit" if unfound else ""
+    without_hits = sum(not found.ids for found in hits)
+    remark = f"; {without_hits:,} without a hit" if without_hits else ""
     counted = f"{count_noun(len(hits), 'query', 'queries')}, {count_noun(folder.counts.chunks, 'row')}"
-    progress.say(f"{mode}: {counted}, {seconds:.1f} s in all{words}")
+    progress.say(f"{mode}: {counted}, {seconds:.1f} s in all{remark}")
     if show is not None and drawn and len(hits) <= MOST_SHOWN:
         show(hits)
     else:
@@ -96,7 +95,7 @@ def search_corpus(
 
 
 def open_corpus(request: SearchRequest, progress: Progress) -> OutputFolder:
-    """Open the folder; one that holds no rows is refused."""
+    """Open the folder; raise UsageError if it has no rows."""
     folder = open_folder(Path(request.folder))
     if not folder.counts.chunks:
         raise UsageError(f"{request.folder}: nothing has been encoded there yet; run m3 encode")
@@ -106,10 +105,10 @@ def open_corpus(request: SearchRequest, progress: Progress) -> OutputFolder:
 
 
 def resolve_mode(request: SearchRequest, folder: OutputFolder) -> Mode:
-    """Return the mode: what was asked for, or hybrid where the folder has several outputs.
+    """Return the mode: --mode, or hybrid if the folder has several outputs.
 
     Raises:
-        UsageError: the folder lacks the output, or flags are for another mode.
+        UsageError: the folder lacks the output, or options are for another mode.
     """
     outputs = outputs_of(folder)
     mode: Mode = request.mode or ("hybrid" if len(outputs) > 1 else outputs[0])
@@ -140,7 +139,7 @@ def resolve_mode(request: SearchRequest, folder: OutputFolder) -> Mode:
 
 
 def _check_text_options(request: SearchRequest) -> None:
-    """Refuse flags that say how texts are read and encoded, where the queries are vectors."""
+    """Raise UsageError for options of reading and encoding texts, if the queries are vectors."""
     typed = {
         "--query-prefix": request.query_prefix,
         "--max-query-length": request.max_query_length,
@@ -153,12 +152,12 @@ def _check_text_options(request: SearchRequest) -> None:
         "--max-batch-tokens": request.max_batch_tokens,
     }
     check_ignored_options(
-        typed, beside=f"--queries {request.queries}", reason="the queries of a folder are encoded already"
+        typed, other=f"--queries {request.queries}", reason="the queries of a folder are encoded already"
     )
 
 
 def _check_vector_options(request: SearchRequest) -> None:
-    """Refuse flags that say how queries are encoded, where their words are what counts."""
+    """Raise UsageError for options of encoding queries in bm25 mode."""
     typed = {
         "--query-prefix": request.query_prefix,
         "--max-query-length": request.max_query_length,
@@ -166,14 +165,14 @@ def _check_vector_options(request: SearchRequest) -> None:
         "--device": request.device,
         "--max-batch-tokens": request.max_batch_tokens,
     }
-    check_ignored_options(typed, beside="--mode bm25", reason="no model runs")
+    check_ignored_options(typed, other="--mode bm25", reason="no model runs")
     if request.tokenizer == "plain":
         typed = {"--model": request.model, "--revision": request.revision}
-        check_ignored_options(typed, beside="--tokenizer plain", reason="no checkpoint is read")
+        check_ignored_options(typed, other="--tokenizer plain", reason="no checkpoint is read")
 
 
 def outputs_of(folder: OutputFolder) -> tuple[Output, ...]:
-    """Return what a folder has, in the order dense, sparse, colbert."""
+    """Return the outputs of a folder in the order dense, sparse, colbert."""
     return folder.run.config.outputs
 
 
@@ -181,15 +180,15 @@ def _search(
     request: SearchRequest,
     folder: OutputFolder,
     mode: Mode,
-    given: Queries | OutputFolder,
+    source: Queries | OutputFolder,
     *,
     shown: bool,
     progress: Progress,
     stdin: PeekableStream | None,
 ) -> tuple[Queries, list[QueryHits]]:
     if mode == "bm25":
-        return _search_terms(request, folder, given, shown=shown, progress=progress, stdin=stdin)
-    # torch: not before all that can be wrong with flags and folder has been said
+        return _search_terms(request, folder, source, shown=shown, progress=progress, stdin=stdin)
+    # torch, which is slow to import: only after options and folder have been checked
     from m3cli.encoder.device import resolve_device  # noqa: PLC0415
     from m3cli.jobs.search.vectors import Blend, Target, describe_hits, search_hybrid, search_single  # noqa: PLC0415
     from m3cli.retrieval.scores import resolve_weights  # noqa: PLC0415
@@ -204,7 +203,7 @@ def _search(
     )
     if mode == "hybrid":
         weights = resolve_weights(request.weights, outputs_of(folder))
-        # Dense and sparse find candidates whatever they weigh; ColBERT, the dearest to read, only ranks them.
+        # Dense and sparse find candidates whatever their weights; ColBERT, the largest to read, only ranks them.
         outputs = tuple(output for output in outputs_of(folder) if output != "colbert" or weights[2])
         blend = Blend(
             outputs=outputs,
@@ -219,22 +218,18 @@ def _search(
                 f"--candidates {blend.candidates}: at most {most:,} hits of a query are ranked, not --top-k "
                 f"{request.top_k}"
             )
-        queries = _embed(request, folder, given, outputs, progress)
+        queries = _embed(request, folder, source, outputs, progress)
         assert queries.embeddings is not None
         found = search_hybrid(target, queries.embeddings, blend)
     else:
-        queries = _embed(request, folder, given, (mode,), progress)
+        queries = _embed(request, folder, source, (mode,), progress)
         assert queries.embeddings is not None
         found = search_single(target, queries.embeddings, mode)
     return queries, describe_hits(found, folder, ids=queries.ids, texts=queries.texts, chunks=chunks, shown=shown)
 
 
 def _resolve_sources(request: SearchRequest, outputs: tuple[Output, ...]) -> tuple[Output, ...]:
-    """Return what candidates are found by.
-
-    Raises:
-        UsageError: the folder does not have it.
-    """
+    """Return the outputs that find candidates; raise UsageError if the folder lacks one."""
     for output in request.candidates_by or ():
         if output not in outputs:
             raise UsageError(f"--candidates-by {output}: the folder has no {output}, only {', '.join(outputs)}")
@@ -244,19 +239,19 @@ def _resolve_sources(request: SearchRequest, outputs: tuple[Output, ...]) -> tup
 def _embed(
     request: SearchRequest,
     folder: OutputFolder,
-    given: Queries | OutputFolder,
+    source: Queries | OutputFolder,
     outputs: tuple[Output, ...],
     progress: Progress,
 ) -> Queries:
-    if isinstance(given, OutputFolder):
-        return read_vectors(given, folder, outputs, progress)
-    return encode_queries(given, folder, outputs, request, progress)
+    if isinstance(source, OutputFolder):
+        return read_vectors(source, folder, outputs, progress)
+    return encode_queries(source, folder, outputs, request, progress)
 
 
 def _search_terms(
     request: SearchRequest,
     folder: OutputFolder,
-    given: Queries | OutputFolder,
+    source: Queries | OutputFolder,
     *,
     shown: bool,
     progress: Progress,
@@ -265,11 +260,11 @@ def _search_terms(
     from m3cli.jobs.search.bm25 import open_terms, search_input, search_texts  # noqa: PLC0415
     from m3cli.jobs.search.vectors import describe_hits  # noqa: PLC0415
 
-    if isinstance(given, OutputFolder):
+    if isinstance(source, OutputFolder):
         raise UsageError("--mode bm25 searches words: give --queries a file of texts or the words of a query")
     terms = open_terms(folder, request)
     if request.corpus_inputs:
-        return given, search_input(folder, given, terms, request, progress, stdin=stdin)
-    found = search_texts(folder, given, terms, request)
+        return source, search_input(folder, source, terms, request, progress, stdin=stdin)
+    found = search_texts(folder, source, terms, request)
     chunks = request.level == "chunk"
-    return given, describe_hits(found, folder, ids=given.ids, texts=given.texts, chunks=chunks, shown=shown)
+    return source, describe_hits(found, folder, ids=source.ids, texts=source.texts, chunks=chunks, shown=shown)

@@ -1,4 +1,4 @@
-"""Queries of a search: one text, a file of texts, or an encoded folder; and their vectors, made as the corpus' were."""
+"""Queries of a search: one text, a file of texts or an encoded folder; encode them like the corpus."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 LITERAL_ID = "query"
-"id of a query that was typed"
+"id of a query given on the command line"
 _FLAGS = FieldFlags(text="--query-field", id="--query-id-field")
 _SHARD_BYTES = 8 << 20
 _PATH_LIKE = re.compile(r"(\.{0,2}|~)/\S*|\S+\.m3/?")
@@ -38,31 +38,31 @@ class Queries:
     """Q queries."""
 
     ids: tuple[str, ...]
-    "[Q], none twice"
+    "[Q] distinct"
     texts: tuple[str | None, ...]
-    "[Q]; None: they came as vectors"
+    "[Q]; None: read as vectors"
     embeddings: Embeddings | None = None
     "[Q] rows; None until they are encoded"
     skipped: int = 0
-    "rows of the file that are no queries"
+    "rows of the file that were skipped"
 
 
 def open_queries(request: SearchRequest, *, progress: Progress, stdin: PeekableStream | None) -> Queries | OutputFolder:
-    """Tell what the queries are, and read texts.
+    """Read a text or a file of texts, or open an encoded folder.
 
     Raises:
-        UsageError: what looks like a path is none.
-        CorpusError: a file without queries, or with two of one id.
+        UsageError: the value looks like a path that does not exist.
+        CorpusError: a file has no queries, or two with one id.
     """
-    given = request.queries
-    if not given.strip():
+    value = request.queries
+    if not value.strip():
         raise UsageError("--queries is empty: give a file, an encoded folder, or the words of a query")
-    path = Path(given)
-    if given != "-" and not _exists(path):
-        if _PATH_LIKE.fullmatch(given) or (has_known_ending(given) and not re.search(r"\s", given)):
-            raise UsageError(f"--queries {given}: no such file or folder; give one, or the words of a query")
-        return Queries(ids=(LITERAL_ID,), texts=(given,))
-    if path.is_dir() and given != "-":
+    path = Path(value)
+    if value != "-" and not _exists(path):
+        if _PATH_LIKE.fullmatch(value) or (has_known_ending(value) and not re.search(r"\s", value)):
+            raise UsageError(f"--queries {value}: no such file or folder; give one, or the words of a query")
+        return Queries(ids=(LITERAL_ID,), texts=(value,))
+    if path.is_dir() and value != "-":
         return open_folder(path)
     return _read_texts(request, progress=progress, stdin=stdin)
 
@@ -70,7 +70,7 @@ def open_queries(request: SearchRequest, *, progress: Progress, stdin: PeekableS
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # words too long to be a file's name
+    except OSError:  # a text longer than a file name
         return False
 
 
@@ -106,25 +106,25 @@ def _read_texts(request: SearchRequest, *, progress: Progress, stdin: PeekableSt
 def read_vectors(
     queries: OutputFolder, corpus: OutputFolder, outputs: tuple[Output, ...], progress: Progress
 ) -> Queries:
-    """Read the queries of an encoded folder: of each document the first chunk.
+    """Read the queries of an encoded folder: the first chunk of each document.
 
     Raises:
-        ForeignFolder: another checkpoint made it.
-        UsageError: it lacks an output, or holds no queries.
+        ForeignFolder: the checkpoints differ.
+        UsageError: the folder lacks an output or has no rows.
         CorpusError: two documents have one id.
     """
     check_same_model(queries, corpus)
-    there = queries.run.config.outputs
+    stored = queries.run.config.outputs
     for output in outputs:
-        if output not in there:
-            raise UsageError(f"{queries.path.name} has no {output}, only {', '.join(there)}: encode it with --outputs")
+        if output not in stored:
+            raise UsageError(f"{queries.path.name} has no {output}, only {', '.join(stored)}: encode it with --outputs")
     ids: dict[str, None] = {}
     parts: list[Embeddings] = []
     more = 0
     for part in iter_parts(queries, outputs=outputs, columns=("id", "chunk_index", "num_chunks")):
         names = part.rows.column("id").to_pylist()
         index = part.rows.column("chunk_index").to_numpy()
-        rows = np.flatnonzero(index == 0)  # a document's own row has -1, and stands beside its chunks
+        rows = np.flatnonzero(index == 0)
         for row in rows.tolist():
             if names[row] in ids:
                 raise CorpusError(
@@ -149,11 +149,11 @@ def read_vectors(
 def encode_queries(
     queries: Queries, corpus: OutputFolder, outputs: tuple[Output, ...], request: SearchRequest, progress: Progress
 ) -> Queries:
-    """Encode texts with the checkpoint that the corpus was encoded with; those that it cannot encode are left out.
+    """Encode texts with the checkpoint of the corpus; texts that cannot be encoded are skipped.
 
     Raises:
-        ForeignFolder: the checkpoint or its tokenizer is another.
-        ModelError: it cannot be loaded, or encodes none of the texts.
+        ForeignFolder: the checkpoint or its tokenizer differs from the corpus'.
+        ModelError: the checkpoint cannot be loaded, or no text can be encoded.
     """
     from m3cli.jobs.score.command import ScoreRequest  # noqa: PLC0415
     from m3cli.jobs.score.from_texts import DEFAULT_LENGTH, TextScorer  # noqa: PLC0415  torch
@@ -180,19 +180,19 @@ def encode_queries(
     embeddings, failed, tokenised = scorer.try_texts(texts, max_length=length)
     if tokenised.truncated:
         remedy = "" if length > DEFAULT_LENGTH else "; --max-query-length sets another length"
-        given = count_noun(len(texts), "query", "queries")
-        progress.say(f"{tokenised.truncated:,} of {given} cut at {length} tokens{remedy}")
+        total = count_noun(len(texts), "query", "queries")
+        progress.say(f"{tokenised.truncated:,} of {total} cut at {length} tokens{remedy}")
     if failed:
         first = min(failed, key=lambda each: each.row)
-        words = (
+        message = (
             f"{len(failed):,} of {count_noun(len(texts), 'query', 'queries')} cannot be encoded; the first, "
             f"{queries.ids[first.row][:80]!r}: "
             f"{first.reason} ({first.detail})"
         )
         if embeddings is None:
-            raise ModelError(words)
-        progress.say(words)
-    assert embeddings is not None, "there is a query, and none failed"
+            raise ModelError(message)
+        progress.say(message)
+    assert embeddings is not None
     kept = embeddings.rows.tolist()
     return Queries(
         ids=tuple(queries.ids[row] for row in kept),
@@ -203,7 +203,7 @@ def encode_queries(
 
 
 def resolve_model(corpus: OutputFolder, request: SearchRequest) -> str | None:
-    """Return the model that was typed, or that $M3_MODEL names, or the hub id of the corpus' own; None: it has none."""
+    """Return --model, or $M3_MODEL, or the hub id of the corpus' checkpoint, or None."""
     from m3cli.jobs.encode.resolve import name_model  # noqa: PLC0415
 
     name = corpus.run.checkpoint.name
@@ -212,11 +212,11 @@ def resolve_model(corpus: OutputFolder, request: SearchRequest) -> str | None:
 
 
 def open_corpus_checkpoint(corpus: OutputFolder, request: SearchRequest) -> Checkpoint:
-    """Open the checkpoint for queries; one whose content is another than the corpus' makes scores that mean nothing.
+    """Open the checkpoint for queries; scores have no meaning unless it is that of the corpus.
 
     Raises:
-        ForeignFolder: it is another.
-        UsageError: none was named, and the corpus' own is not to be found by its name.
+        ForeignFolder: the checkpoints differ.
+        UsageError: no checkpoint is given, and that of the corpus has no hub id.
     """
     from m3cli.jobs.encode.resolve import find_other_file, open_checkpoint  # noqa: PLC0415
 
@@ -224,7 +224,7 @@ def open_corpus_checkpoint(corpus: OutputFolder, request: SearchRequest) -> Chec
     model = resolve_model(corpus, request)
     if model is None:
         raise UsageError(
-            f"{corpus.path.name} was encoded with a checkpoint called {made.name!r}: say where it lies with --model "
+            f"{corpus.path.name} was encoded with a checkpoint called {made.name!r}: give its path with --model "
             "(or M3_MODEL), or give --queries an encoded folder"
         )
     checkpoint = open_checkpoint(EncodeRequest(inputs=(), model=model, revision=request.revision))

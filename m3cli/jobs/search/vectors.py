@@ -1,10 +1,10 @@
-"""A folder searched in one pass: part after part is scored against all queries, and the best rows are remembered.
+"""Search a folder in one pass: score row group after row group against all queries, and keep the best rows.
 
-    parts (read ahead) -> scan by one output, or by dense and sparse at once -> lists of the best
-    hybrid: the lists' documents -> their rows, read again -> scores by all outputs -> one list
+    row groups (prefetched) -> scan by one output, or by dense and sparse at once -> lists of the best
+    hybrid: documents of the lists -> read their rows again -> scores by all outputs -> one list
 
-What is held: one part, the one being read, the queries, and the lists; never the corpus. Candidates are scored where
-their rows come by, so that of those too nothing is held but the best chunk of each.
+In memory are the queries, two row groups and the lists, never the corpus. Candidates are scored as their rows are read;
+only the best chunk of each is kept.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from m3cli.store.reader import OutputFolder
 from m3cli.store.results import SNIPPET_LENGTH
 
 BLOCK_PAIRS = 1 << 20
-"queries and rows that are scored together when candidates are ranked again"
+"pairs of a query and a row that are scored together when candidates are ranked"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What is searched, and how."""
+    """The folder that is searched, and the options that all modes share."""
 
     folder: OutputFolder
     vocabulary: int
@@ -43,21 +43,21 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blend:
-    """How a hybrid search makes one list."""
+    """Options of a hybrid search."""
 
     outputs: tuple[Output, ...]
-    "that the scores are made of"
+    "scored"
     sources: tuple[Output, ...]
-    "that candidates are found by, some of the outputs"
+    "outputs that find candidates"
     candidates: int
-    "of a query by each of the sources"
+    "per query and source"
     fusion: Fusion
     weights: Weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """The hits of all queries; H of them, sorted by query, best first."""
+    """H hits of all queries, sorted by query, best first."""
 
     ranked: Ranked
     parts: dict[str, Scores]
@@ -71,52 +71,52 @@ def search_single(target: Target, queries: Embeddings, output: Output) -> Found:
 
 
 def scan_folder(target: Target, queries: Embeddings, outputs: Sequence[Output], *, limit: int) -> dict[Output, Ranked]:
-    """Pass the folder once; return the `limit` best of each query by each output.
+    """Read the folder once; return the `limit` best of each query by each output.
 
-    A row without a token in common with the query is never found by sparse.
+    Sparse finds only rows that share a token with the query.
     """
     scans = {
         output: open_scan(output, queries, vocabulary=target.vocabulary, device=target.device) for output in outputs
     }
-    floors = {output: 0.0 if output == "sparse" else -np.inf for output in outputs}
-    tops = {output: TopRows(len(queries.rows), limit=limit, floor=floor) for output, floor in floors.items()}
+    lowest = {output: 0.0 if output == "sparse" else -np.inf for output in outputs}
+    tops = {output: TopRows(len(queries.rows), limit=limit, floor=lowest[output]) for output in outputs}
     parts = prefetch(iter_blocks(target.folder, outputs=outputs, chunks=target.chunks), depth=1, name="read ahead")
     seen = 0
     for part in parts:
         for output, scan in scans.items():
-            scan_part(scan, part.embeddings, tops[output], rows=part.places, find_keys=part.find_keys, seen=seen)
-        seen += len(part.places)
+            scan_part(scan, part.embeddings, tops[output], rows=part.positions, find_keys=part.find_keys, seen=seen)
+        seen += len(part.positions)
     return {output: top.finish() for output, top in tops.items()}
 
 
 def search_hybrid(target: Target, queries: Embeddings, blend: Blend) -> Found:
-    """Rank the best candidates by dense, sparse or both by all outputs together, as the M3 paper does."""
+    """Find candidates by dense, sparse or both, and rank them by all outputs, as in the M3 paper."""
     lists = scan_folder(target, queries, blend.sources, limit=blend.candidates)
     stacked = np.concatenate([np.stack([found.query, found.key], axis=1) for found in lists.values()])
     pairs, numbers = np.unique(stacked, axis=0, return_inverse=True)
     query, key = pairs[:, 0], pairs[:, 1]
-    best_place, parts = score_candidates(target, queries, blend, query=query, key=key)
+    best_position, parts = score_candidates(target, queries, blend, query=query, key=key)
     if blend.fusion == "weighted":
         score = average_scores(parts, blend.weights)
     else:
         ends = np.cumsum([len(found.query) for found in lists.values()])
         ranks = {}
-        for (output, found), mine in zip(lists.items(), np.split(numbers.ravel(), ends[:-1]), strict=True):
+        for (output, found), candidates in zip(lists.items(), np.split(numbers.ravel(), ends[:-1]), strict=True):
             ranks[output] = np.full(len(query), -1, np.int64)
-            ranks[output][mine] = found.rank
+            ranks[output][candidates] = found.rank
         for output in set(blend.outputs) - set(lists):
-            ranks[output] = _rank_candidates(query, best_place, parts[output], limit=blend.candidates)
+            ranks[output] = _rank_candidates(query, best_position, parts[output], limit=blend.candidates)
         score = fuse_ranks(ranks, blend.weights)
-    by_place = np.lexsort((best_place, query))  # so that the number of a candidate stands for its place
-    ranked = rank_rows(query[by_place], np.arange(len(query)), key[by_place], score[by_place], limit=target.top_k)
-    chosen = by_place[ranked.row]
-    ranked = Ranked(query=ranked.query, row=best_place[chosen], key=ranked.key, score=ranked.score)
+    order = np.lexsort((best_position, query))  # equal scores are ranked by position
+    ranked = rank_rows(query[order], np.arange(len(query)), key[order], score[order], limit=target.top_k)
+    chosen = order[ranked.row]
+    ranked = Ranked(query=ranked.query, row=best_position[chosen], key=ranked.key, score=ranked.score)
     return Found(ranked=ranked, parts={output: values[chosen] for output, values in parts.items()})
 
 
-def _rank_candidates(query: Rows, place: Rows, score: Scores, *, limit: int) -> Rows:
+def _rank_candidates(query: Rows, position: Rows, score: Scores, *, limit: int) -> Rows:
     """Return [C] ranks of candidates by one output, -1 beyond `limit`."""
-    order = np.lexsort((place, -score, query))
+    order = np.lexsort((position, -score, query))
     ranks = np.empty(len(query), np.int64)
     ranks[order] = number_runs(query[order])
     return np.where(ranks < limit, ranks, -1)
@@ -125,34 +125,34 @@ def _rank_candidates(query: Rows, place: Rows, score: Scores, *, limit: int) -> 
 def score_candidates(
     target: Target, queries: Embeddings, blend: Blend, *, query: Rows, key: Rows
 ) -> tuple[Rows, dict[Output, Scores]]:
-    """Score candidates, pairs of a query and a document's key, by all outputs; parts without any are not read.
+    """Score candidates, pairs of a query and a document's key, by all outputs.
 
     Returns:
-        [C] the place of each candidate's best chunk by the weighted average, and [C] scores by each output, each the
-        best of the document's chunks.
+        the position [C] of each candidate's best chunk by the weighted average, and the best score [C] of its chunks by
+        each output.
     """
-    places, owners = find_rows(target.folder, key, chunks=target.chunks)
-    by_key = np.argsort(key, kind="stable")  # the candidates of a row's document are neighbours
+    positions, owners = find_rows(target.folder, key, chunks=target.chunks)
+    by_key = np.argsort(key, kind="stable")  # the candidates of a document are consecutive
     begins = np.searchsorted(key[by_key], owners)
     counts = np.searchsorted(key[by_key], owners, side="right") - begins
     best = _Best(len(key), blend)
-    wanted = iter_blocks(target.folder, outputs=blend.outputs, chunks=target.chunks, wanted=places)
+    wanted = iter_blocks(target.folder, outputs=blend.outputs, chunks=target.chunks, wanted=positions)
     for part in prefetch(wanted, depth=1, name="read ahead"):
-        first, last = np.searchsorted(places, [part.first, part.first + len(part.places)])
-        for run in cut_runs(np.concatenate(([0], np.cumsum(counts[first:last]))), most=BLOCK_PAIRS):
-            rows = slice(first + run.start, first + run.stop)
+        first, last = np.searchsorted(positions, [part.first, part.first + len(part.positions)])
+        for span in cut_runs(np.concatenate(([0], np.cumsum(counts[first:last]))), most=BLOCK_PAIRS):
+            rows = slice(first + span.start, first + span.stop)
             take, row = expand_rows(begins[rows], counts[rows])
-            candidate, place = by_key[take], places[rows][row]
-            made = score_rows(queries, part.embeddings, query[candidate], place - part.first, outputs=blend.outputs)
-            best.offer(candidate, place, made)
-    return best.place, best.scores
+            candidate, position = by_key[take], positions[rows][row]
+            made = score_rows(queries, part.embeddings, query[candidate], position - part.first, outputs=blend.outputs)
+            best.offer(candidate, position, made)
+    return best.position, best.scores
 
 
 class _Best:
-    """The best of each of C candidates' chunks so far."""
+    """Best chunk and best scores of each of C candidates so far."""
 
     def __init__(self, num_candidates: int, blend: Blend) -> None:
-        self.place: Rows = np.zeros(num_candidates, np.int64)
+        self.position: Rows = np.zeros(num_candidates, np.int64)
         "[C] of the best chunk by the weighted average"
         self.scores: dict[Output, Scores] = {
             output: np.full(num_candidates, -np.inf, np.float32) for output in blend.outputs
@@ -161,40 +161,40 @@ class _Best:
         self._weights = blend.weights
         self._average: Scores = np.full(num_candidates, -np.inf, np.float32)
 
-    def offer(self, candidate: Rows, place: Rows, scores: dict[Output, Scores]) -> None:
-        """Take in some chunks, which come later in the corpus than those before: [P] each."""
+    def offer(self, candidate: Rows, position: Rows, scores: dict[Output, Scores]) -> None:
+        """Add P scored chunks, which follow the previous ones in the corpus."""
         scores = {output: np.nan_to_num(values, nan=0.0) for output, values in scores.items()}  # no ColBERT vectors
         average = average_scores(scores, self._weights)
-        order = np.lexsort((place, -average, candidate))
+        order = np.lexsort((position, -average, candidate))
         starts = np.flatnonzero(np.diff(candidate[order], prepend=-1))
         firsts = order[starts]
-        mine = candidate[firsts]
-        better = average[firsts] > self._average[mine]
-        self._average[mine[better]] = average[firsts[better]]
-        self.place[mine[better]] = place[firsts[better]]
+        owners = candidate[firsts]
+        better = average[firsts] > self._average[owners]
+        self._average[owners[better]] = average[firsts[better]]
+        self.position[owners[better]] = position[firsts[better]]
         for output, values in scores.items():
-            self.scores[output][mine] = np.maximum(
-                self.scores[output][mine], np.maximum.reduceat(values[order], starts)
+            self.scores[output][owners] = np.maximum(
+                self.scores[output][owners], np.maximum.reduceat(values[order], starts)
             )
 
 
 def describe_hits(
     found: Found, folder: OutputFolder, *, ids: Sequence[str], texts: Sequence[str | None], chunks: bool, shown: bool
 ) -> list[QueryHits]:
-    """Read what the hits' rows say, and return the hits of each query, those without any included.
+    """Read the rows of the hits; return the hits of each query, also of queries without hits.
 
-    A run is names and scores; where more is shown (`shown`), spans are read and the beginnings of kept texts.
+    A TREC run needs ids and scores only; with `shown`, spans and the start of kept texts are read too.
     """
     ranked = found.ranked
-    places, numbers = np.unique(ranked.row, return_inverse=True)
+    positions, numbers = np.unique(ranked.row, return_inverse=True)
     length = SNIPPET_LENGTH if shown and folder.run.config.keep_text else 0
-    words = read_metadata(folder, places, spans=shown, length=length)
+    rows = read_metadata(folder, positions, spans=shown, length=length)
     bounds = np.searchsorted(ranked.query, np.arange(len(ids) + 1))
     hits: list[QueryHits] = []
     for query, (first, last) in enumerate(pairwise(bounds.tolist())):
-        mine = numbers[first:last]
-        index = words.chunk_index[mine]
-        names = [words.ids[row] for row in mine]
+        own = numbers[first:last]
+        index = rows.chunk_index[own]
+        names = [rows.ids[row] for row in own]
         if chunks:
             names = [f"{name}#{chunk}" for name, chunk in zip(names, index, strict=True)]
         hits.append(
@@ -205,9 +205,9 @@ def describe_hits(
                 scores=ranked.score[first:last],
                 parts={name: values[first:last] for name, values in found.parts.items()},
                 chunk_index=index,
-                char_start=None if words.char_start is None else words.char_start[mine],
-                char_end=None if words.char_end is None else words.char_end[mine],
-                texts=(None,) * len(names) if words.texts is None else tuple(words.texts[row] for row in mine),
+                char_start=None if rows.char_start is None else rows.char_start[own],
+                char_end=None if rows.char_end is None else rows.char_end[own],
+                texts=(None,) * len(names) if rows.texts is None else tuple(rows.texts[row] for row in own),
             )
         )
     return hits

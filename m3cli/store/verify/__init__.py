@@ -1,11 +1,10 @@
-"""Reads an output folder back and lists all that is wrong with it; takes away what is to be done again.
+"""Check an output folder and repair it: list all faults, remove the files of damaged shards.
 
-    ledger.py    run.json, done entries, manifest: do they agree with their checksums and with each other
-    listing.py   what lies in the folder that no entry names
-    files.py     every file that an entry names: there, of its length, of its hash
-    shard.py     what the files of a shard say, read with no code of the writers': rows.py, vectors.py, arrays.py
-    repair.py    manifest, entries and data of damaged shards taken away, in that order
+    ledger.py      run.json, done entries and manifest: checksums and agreement; length and hash of every file
+    listing.py     files that no done entry names; repair
+    contents.py    contents of a shard's files, read without the code that writes them
+    rows.py        columns of the rows; duplicate ids
 
-Files are hashed before anything in them is believed: a damaged one is never parsed. Nothing here needs the model, the
-input, or more memory than a row group, a block of vectors, and the shard's lexical weights.
+Files are hashed first: a damaged file is never parsed. No model or input is needed. Memory is bounded by a row group,
+a block of vectors and the lexical weights of a shard.
 """

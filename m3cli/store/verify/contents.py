@@ -1,7 +1,7 @@
-"""What the files of one shard say, whose hashes are true: columns, rows, vectors, hashes and skipped rows agree.
+"""Check the contents of a shard's files: columns, rows, vectors, hashes and skipped rows agree.
 
-A fault here is not the disk's but a writer's, or a hand's that sealed what it changed. The Parquet file is read a row
-group at a time, the arrays of the npy format along with it (arrays.py).
+The hashes of the files are known to be right: a fault here comes from a writer or a manual change. The Parquet file is
+read by row group, together with the same rows of the npy arrays.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from m3cli.store.verify.rows import Mask, RowsCheck, name_rows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """What every shard of the folder is to be like, as run.json says."""
+    """What run.json requires of every shard."""
 
     form: RowForm
-    "without the kept fields, whose types only the input knows"
+    "without kept fields, whose types depend on the input"
     kept: tuple[str, ...]
     max_length: int
     merged: bool
-    "whether a row is a document, of any length"
+    "whether a row is a complete document, of any length"
 
 
 def check_contents(root: Path, entry: DoneEntry, expected: Expected) -> ShardCheck:
-    """Check what the files of a shard say."""
+    """Check the contents of a shard's files."""
     check = ShardCheck(entry.shard.index)
     index, form = check.index, expected.form
     named = {record.name for record in entry.files}
@@ -69,7 +69,7 @@ def check_contents(root: Path, entry: DoneEntry, expected: Expected) -> ShardChe
         wanted.update(name for output in form.outputs for name in names[output])
     if named != wanted:
         odd = sorted(named ^ wanted)
-        check.say(odd[0], "is missing in the done entry" if odd[0] in wanted else "is no file of such a shard")
+        check.add(odd[0], "is missing in the done entry" if odd[0] in wanted else "does not belong to such a shard")
         return check
     with check.reading(rows_name(index)):
         _check_rows(check, root, entry, expected)
@@ -88,22 +88,22 @@ def _check_rows(check: ShardCheck, root: Path, entry: DoneEntry, expected: Expec
     with pq.ParquetFile(root / name, pre_buffer=False) as file:
         odd = _compare_columns(file.schema_arrow, expected)
         if odd:
-            check.say(name, odd)
+            check.add(name, odd)
             return
         arrays = ArraysCheck(check, root, expected.form, num_rows=file.metadata.num_rows)
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, use_threads=False)
             found = rows.check(table)
-            check.say(name, *found)
+            check.add(name, *found)
             if any("nulls" in what for what in found):
                 return
             num_tokens = table.column("num_tokens").to_numpy().astype(np.int64)
             first_row = rows.counts.chunks - table.num_rows
             if expected.form.format == "parquet":
-                check.say(name, *_check_columns(table, expected.form, num_tokens=num_tokens, first_row=first_row))
+                check.add(name, *_check_columns(table, expected.form, num_tokens=num_tokens, first_row=first_row))
             else:
                 arrays.check(num_tokens, table.column("chunk_index").to_numpy(), first_row)
-        check.say(name, *rows.finish(entry.counts))
+        check.add(name, *rows.finish(entry.counts))
 
 
 def _compare_columns(schema: pa.Schema, expected: Expected) -> str | None:
@@ -154,7 +154,7 @@ def _check_blobs(table: pa.Table, form: RowForm, *, num_tokens: NDArray[Any], fi
     kind = np.dtype(dtype).newbyteorder("<")
     indptr, raw = read_blobs(table.column(VECTOR_COLUMNS["colbert"]).combine_chunks(), width * kind.itemsize)
     if raw is None:
-        return [f"colbert_vecs has values that are no rows of {width} {dtype}"]
+        return [f"colbert_vecs has values that are not rows of {width} {dtype}"]
     scales = None
     if form.scaled:
         scale_indptr, scale_bytes = read_blobs(table.column(SCALES_COLUMN).combine_chunks(), SCALE_BYTES)
@@ -177,7 +177,7 @@ def _check_skipped(check: ShardCheck, path: Path, expected: int) -> None:
             orjson.loads(line)
             count += 1
     if count != expected:
-        check.say(skipped_name(check.index), f"lists {count_noun(count, 'row')}, the done entry counts {expected:,}")
+        check.add(skipped_name(check.index), f"lists {count_noun(count, 'row')}, the done entry counts {expected:,}")
 
 
 NORM_TOLERANCE = 1e-3
@@ -185,7 +185,7 @@ BLOCK_BYTES = 1 << 20
 
 
 def check_norms(vectors: NDArray[Any], scales: NDArray[Any] | None = None) -> Mask:
-    """Tell which vectors [N, D], times their scales [N], are not of norm 1; NaN and infinity are not."""
+    """Tell which vectors [N, D], times their scales [N], do not have norm 1, NaN and infinity included."""
     bad = np.empty(len(vectors), np.bool_)
     step = max(1, BLOCK_BYTES // max(1, vectors.shape[1] * 4))
     for start in range(0, len(vectors), step):
@@ -215,7 +215,7 @@ def check_weights(
     """Check lexical weights as CSR: indptr [R + 1] from 0, indices and values [Z]."""
     lengths = np.diff(indptr)
     if len(lengths) != len(num_tokens) or indptr[0] != 0 or (lengths < 0).any() or indptr[-1] != len(indices):
-        return ["the places where rows begin do not ascend from 0 to the number of weights"]
+        return ["the row offsets do not ascend from 0 to the number of weights"]
     if len(indices) != len(values):
         return [f"{len(indices):,} token ids and {len(values):,} weights"]
     with np.errstate(invalid="ignore"):
@@ -242,19 +242,22 @@ def check_weights(
 def check_matrices(
     matrices: TokenMatrices, form: RowForm, *, num_tokens: NDArray[Any], chunk_index: NDArray[Any], first_row: int
 ) -> list[str]:
-    """Check ColBERT matrices of rows with so many tokens; a document's own row beside its chunks has none."""
+    """Check ColBERT matrices; a document's own row after its chunks has no vectors."""
     lengths, vectors = np.diff(matrices.indptr), matrices.vectors
     if len(lengths) != len(num_tokens) or (lengths < 0).any() or matrices.indptr[-1] != len(vectors):
-        return ["the places where rows begin do not ascend to the number of vectors"]
+        return ["the row offsets do not ascend to the number of vectors"]
     signs = form.colbert.dtype == "binary"
     bad = np.zeros(len(vectors), np.bool_) if signs else check_norms(vectors, matrices.scales)
     rows = np.zeros(len(lengths), np.bool_)
     rows[np.searchsorted(matrices.indptr, np.flatnonzero(bad), side="right") - 1] = True
     most = np.where(chunk_index >= 0, num_tokens - 1, 0)
     if form.exact_vectors:
-        wrong, what = lengths != most, "not one ColBERT vector a token but <s>"
+        wrong, what = lengths != most, "not one ColBERT vector per token except <s>"
     else:
-        wrong, what = (lengths > most) | (lengths < np.minimum(most, 1)), "no ColBERT vector, or more than tokens"
+        wrong, what = (
+            (lengths > most) | (lengths < np.minimum(most, 1)),
+            "no ColBERT vector, or too many",
+        )
     return [
         *name_rows(wrong, first_row=first_row, what=what),
         *name_rows(rows, first_row=first_row, what="a ColBERT vector's norm is not 1"),
@@ -266,7 +269,7 @@ _WEIGHT_MEMBERS = {"data", "indices", "indptr", "shape", "format"}
 
 
 class ArraysCheck:
-    """The arrays of one shard, opened once."""
+    """Check of a shard's npy arrays, which are opened once."""
 
     def __init__(self, check: ShardCheck, root: Path, form: RowForm, *, num_rows: int) -> None:
         self._check = check
@@ -314,19 +317,19 @@ class ArraysCheck:
     def _check_piece(self, num_tokens: NDArray[Any], chunk_index: NDArray[Any], first_row: int) -> None:
         index, stop = self._check.index, first_row + len(num_tokens)
         if self._dense is not None:
-            self._check.say(dense_name(index), *check_dense(self._dense.take(first_row, stop), first_row=first_row))
+            self._check.add(dense_name(index), *check_dense(self._dense.take(first_row, stop), first_row=first_row))
         if self._weights is not None:
             indptr = self._weights["indptr"][first_row : stop + 1]
-            run = slice(indptr[0], indptr[-1])
+            weights = slice(indptr[0], indptr[-1])
             found = check_weights(
                 indptr - indptr[0],
-                self._weights["indices"][run],
-                self._weights["data"][run],
+                self._weights["indices"][weights],
+                self._weights["data"][weights],
                 num_tokens=num_tokens,
                 vocabulary=self._form.vocabulary,
                 first_row=first_row,
             )
-            self._check.say(lexical_name(index), *found)
+            self._check.add(lexical_name(index), *found)
         if self._indptr is not None and self._vectors is not None and (self._scales is not None) == self._form.scaled:
             indptr = self._indptr[first_row : stop + 1]
             span = int(indptr[0]), int(indptr[-1])
@@ -338,12 +341,12 @@ class ArraysCheck:
             found = check_matrices(
                 matrices, self._form, num_tokens=num_tokens, chunk_index=chunk_index, first_row=first_row
             )
-            self._check.say(colbert_name(index), *found)
+            self._check.add(colbert_name(index), *found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Mapped:
-    """An array on disk, of which only what is looked at is mapped."""
+    """Array on disk, mapped slice by slice."""
 
     path: Path
     offset: int
@@ -360,7 +363,7 @@ class _Mapped:
 
 
 def open_array(path: Path, *, shape: tuple[int, ...], dtype: str) -> _Mapped:
-    """Open an array that must be of this shape and type, with nothing behind it; else raise ValueError."""
+    """Open an array; raise ValueError for another shape or type, or bytes after it."""
     array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     if array.shape != shape or array.dtype != np.dtype(dtype):
         raise ValueError(
@@ -368,14 +371,14 @@ def open_array(path: Path, *, shape: tuple[int, ...], dtype: str) -> _Mapped:
         )
     offset = getattr(array, "offset", 0)
     if offset + array.nbytes != path.stat().st_size:
-        raise ValueError("there is more in it than its array")
+        raise ValueError("there are bytes after its array")
     return _Mapped(path=path, offset=offset, shape=shape, dtype=array.dtype)
 
 
 def _open_indptr(path: Path, *, num_rows: int) -> NDArray[Any]:
     indptr = np.array(open_array(path, shape=(num_rows + 1,), dtype="<i8").take(0, num_rows + 1))
     if indptr[0] != 0 or (np.diff(indptr) < 0).any():
-        raise ValueError("the places where rows begin do not ascend from 0")
+        raise ValueError("the row offsets do not ascend from 0")
     return indptr
 
 
@@ -385,10 +388,10 @@ def _open_weights(path: Path, *, shape: tuple[int, int]) -> dict[str, NDArray[An
             raise ValueError(f"it holds {', '.join(sorted(archive.files))}")
         parts = {name: archive[name] for name in archive.files}
     if parts["format"] != np.array(b"csr") or tuple(parts["shape"].tolist()) != shape:
-        raise ValueError(f"it is no CSR matrix of shape {list(shape)}")
+        raise ValueError(f"it is not a CSR matrix of shape {list(shape)}")
     indptr = parts["indptr"]
     if len(indptr) != shape[0] + 1 or indptr[0] != 0 or (np.diff(indptr) < 0).any():
-        raise ValueError("the places where rows begin do not ascend from 0")
+        raise ValueError("the row offsets do not ascend from 0")
     if not indptr[-1] == len(parts["indices"]) == len(parts["data"]):
         raise ValueError("its arrays are of different lengths")
     return parts

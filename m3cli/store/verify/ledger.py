@@ -1,4 +1,4 @@
-"""What is wrong with a folder, and what mends it."""
+"""Faults of a folder's documents and files, and the remedy of each."""
 
 from __future__ import annotations
 
@@ -32,44 +32,44 @@ Cure = Literal["redo", "remove", "manifest", "none"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One thing that is wrong."""
+    """One fault of a folder."""
 
     file: str
     "path below the folder, with '/'"
     shard: int | None
-    "the shard it belongs to, None for what belongs to the folder"
+    "shard of the file, None for a file of the folder"
     what: str
-    "what is wrong, for people"
+    "message"
     cure: Cure
-    "redo: the shard is to be done again; remove: the file belongs to nothing; manifest: is written anew; none: no cure"
+    "redo: encode the shard again; remove: delete the file; manifest: write it again; none: m3 cannot repair it"
 
 
 @dataclass(slots=True)
 class ShardCheck:
-    """What was found in one shard."""
+    """Faults of a shard, and the hashes of its ids."""
 
     index: int
     faults: list[Fault] = field(default_factory=list)
     id_hashes: list[NDArray[np.int64]] = field(default_factory=list)
 
-    def say(self, name: str, *found: str) -> None:
-        """Note what is wrong with a file."""
+    def add(self, name: str, *found: str) -> None:
+        """Add faults of a file."""
         self.faults += [Fault(file=name, shard=self.index, what=what, cure="redo") for what in found]
 
     @contextmanager
     def reading(self, name: str) -> Iterator[None]:
-        """Note a file that cannot be read as what it is meant to be."""
+        """Add a fault if a file cannot be parsed."""
         try:
             yield
         except UNREADABLE as error:
-            self.say(name, f"cannot be read: {' '.join(str(error).split())}")
+            self.add(name, f"cannot be read: {' '.join(str(error).split())}")
 
 
 IS_LINK = "is a symbolic link, which m3 does not make"
 
 
 def check_files(root: Path, entry: DoneEntry) -> list[Fault]:
-    """Hash the files of a shard."""
+    """Return the faults of a shard's files: missing, of another length, of another hash."""
     faults = []
     for record in entry.files:
         what = _check_file(root / record.name, record)
@@ -99,21 +99,21 @@ _STEM = re.compile(r"shard-(\d{7,})\.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ledger:
-    """What a folder says of itself, as far as it can be believed."""
+    """Valid documents of a folder, and the faults of the others."""
 
     run: RunConfig | None
-    "None: not there, or damaged"
+    "None: missing or damaged"
     entries: dict[int, DoneEntry]
-    "those that can be believed, by shard number"
+    "valid entries, by shard number"
     manifest: Manifest | None
-    "None: not there, or damaged"
+    "None: missing or damaged"
     complete: bool
-    "whether the folder claims to be complete: there is a manifest, damaged or not"
+    "whether there is a manifest, damaged or not"
     faults: tuple[Fault, ...]
 
     @property
     def counts(self) -> ShardCounts:
-        """What the done shards hold together."""
+        """Sums over the done shards."""
         return sum((entry.counts for entry in self.entries.values()), ShardCounts())
 
 
@@ -193,14 +193,14 @@ def _list_entries(root: Path) -> list[int]:
 
 
 def _drop_unknown_shards(entries: dict[int, DoneEntry], faults: list[Fault], *, num_shards: int) -> list[Fault]:
-    """Forget the entries of shards that the manifest does not know: files like any other that belong to nothing."""
+    """Remove entries of shards that the manifest does not have; each becomes a fault with remedy `remove`."""
     what = f"is of no shard: there are {num_shards}"
     beyond = {index for index in entries if index >= num_shards}
     for index in beyond:
         del entries[index]
     beyond |= {fault.shard for fault in faults if fault.shard is not None and fault.shard >= num_shards}
-    strangers = [Fault(file=done_name(index), shard=index, what=what, cure="remove") for index in sorted(beyond)]
-    return [fault for fault in faults if fault.shard not in beyond] + strangers
+    unknown = [Fault(file=done_name(index), shard=index, what=what, cure="remove") for index in sorted(beyond)]
+    return [fault for fault in faults if fault.shard not in beyond] + unknown
 
 
 def _entry_fault(index: int, what: str) -> Fault:
@@ -215,7 +215,7 @@ def _compare(
     *,
     run: RunConfig | None,
 ) -> Iterator[Fault]:
-    """Hold the manifest against what it was written for."""
+    """Compare the manifest with run.json and the done entries."""
     if run is not None and hash_file(root / RUN_NAME)[1] != manifest.run:
         yield _run_fault(f"is not the one that {MANIFEST_NAME} was written for")
     num_shards = manifest.num_shards

@@ -1,9 +1,8 @@
-"""Files and folders that no done entry names.
+"""Files and folders that no done entry names, and the repair of a folder.
 
-Only the data folders and `_m3` are looked through; a folder may have other things next to them (a README, a dataset
-card). Data of a shard without an entry is not damage while work is left: its run died between the two, or is writing it
-now. A file whose name is not one of m3's is somebody else's: it is listed, and nothing removes it. The exception is a
-Parquet file in rows/, which every reader of that folder takes for rows.
+Only the data folders and `_m3` are listed; other files may be next to them (a README, a dataset card). Data of a shard
+without an entry is not damage while work remains: a run may be writing it. A file whose name m3 does not use is listed
+and never removed. A Parquet file in rows/ is a fault under any name, because readers take it for rows.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from m3cli.store.commit import withdraw_files
+from m3cli.store.commit import remove_files
 from m3cli.store.documents import find_links
 from m3cli.store.layout import (
     DATA_NAMES,
@@ -30,9 +29,9 @@ _META_FOLDERS = (TMP_FOLDER, f"{META}/logs", *SHARD_FOLDERS)
 
 
 def find_strays(root: Path, ledger: Ledger) -> Iterator[Fault]:
-    """List the files that have a name of m3's and that nothing names, and links in the place of its folders."""
+    """Yield faults: files with names of m3 that no done entry names, and links instead of its folders."""
     for name in find_links(root):
-        if shard_of(name) is None:  # a link in the place of a shard's file is a fault of the shard
+        if shard_of(name) is None:  # a link instead of a shard's file is a fault of the shard
             yield Fault(file=name, shard=None, what=IS_LINK, cure="none")
     for folder in SHARD_FOLDERS:
         for item in _scan(root / folder):
@@ -44,12 +43,12 @@ def find_strays(root: Path, ledger: Ledger) -> Iterator[Fault]:
                     yield Fault(file=name, shard=None, what=what, cure="none")
             elif item.is_dir(follow_symlinks=False):
                 yield Fault(file=name, shard=None, what="is a folder where only files belong", cure="none")
-            elif stray := _judge(name, index, ledger):
+            elif stray := _find_stray(name, index, ledger):
                 yield Fault(file=name, shard=index, what=stray, cure="remove")
 
 
 def find_unknown(root: Path) -> list[str]:
-    """List the files and folders in `_m3` and the data folders whose names are not m3's."""
+    """Return the files and folders in `_m3` and the data folders whose names m3 does not use."""
     found = []
     for item in _scan(root / META):
         name = f"{META}/{item.name}"
@@ -61,12 +60,12 @@ def find_unknown(root: Path) -> list[str]:
     return found
 
 
-def _judge(name: str, index: int, ledger: Ledger) -> str | None:
+def _find_stray(name: str, index: int, ledger: Ledger) -> str | None:
     entry = ledger.entries.get(index)
     if entry is not None:
         named = name == done_name(index) or any(record.name == name for record in entry.files)
         return None if named else f"is not named by the entry of shard {index}"
-    if name == done_name(index):  # not believed, which has been said already
+    if name == done_name(index):  # an invalid entry, which is a fault already
         return None
     if ledger.manifest is not None and index >= ledger.manifest.num_shards:
         return f"is of no shard: there are {ledger.manifest.num_shards}"
@@ -81,16 +80,16 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def shards_to_redo(faults: Sequence[Fault]) -> list[int]:
-    """Name the shards that are to be done again."""
+    """Return the shards to encode again."""
     return sorted({fault.shard for fault in faults if fault.cure == "redo" and fault.shard is not None})
 
 
 def repair(root: Path, faults: Sequence[Fault]) -> list[str]:
-    """Remove what is damaged, of files that m3 names itself; return the names of what was removed."""
+    """Remove damaged files of m3: the manifest, then done entries, then data; return their names."""
     shards = shards_to_redo(faults)
-    has_lost_manifest = shards or any(fault.cure == "manifest" for fault in faults)
-    gone = withdraw_files(root, [MANIFEST_NAME] if has_lost_manifest else [])
-    gone += withdraw_files(root, [done_name(index) for index in shards])
-    gone += withdraw_files(root, [spell(index) for index in shards for spell in DATA_NAMES])
-    gone += withdraw_files(root, [fault.file for fault in faults if fault.cure == "remove"])
-    return gone
+    outdated = shards or any(fault.cure == "manifest" for fault in faults)
+    removed = remove_files(root, [MANIFEST_NAME] if outdated else [])
+    removed += remove_files(root, [done_name(index) for index in shards])
+    removed += remove_files(root, [name_of(index) for index in shards for name_of in DATA_NAMES])
+    removed += remove_files(root, [fault.file for fault in faults if fault.cure == "remove"])
+    return removed

@@ -1,9 +1,8 @@
-"""The columns of a shard's rows that are no vectors: do they tell of whole documents, one after the other.
+"""Check the columns of a shard's rows other than vectors, one row group at a time.
 
-A document's chunks come in order; its own row, chunk_index -1, may follow them. A merged row is a document's only one.
-
-Rows come a row group at a time; the last row of each is kept for the first row of the next. Every check is a mask over
-a group; what is reported is the first row that fails it, and how many fail.
+The chunks of a document are consecutive and in order; its own row, chunk_index -1, may follow them. A merged row is the
+only one of its document. The last row of a row group is kept for the next one. A check is a mask over a row group; the
+message names the first row that fails and the number of rows.
 """
 
 from __future__ import annotations
@@ -24,12 +23,11 @@ from m3cli.store.documents import reading
 from m3cli.store.layout import ROW_COLUMNS, rows_name
 
 Mask = NDArray[np.bool_]
-MIN_TOKENS = 2
-"<s> and </s>"
+MIN_TOKENS = 2  # <s> and </s>
 
 
 def name_rows(bad: Mask, *, first_row: int, what: str) -> list[str]:
-    """Say which row fails first and how many do; nothing if none does."""
+    """Return a message that names the first failing row and the number of failing rows, or none."""
     count = int(np.count_nonzero(bad))
     if not count:
         return []
@@ -38,18 +36,18 @@ def name_rows(bad: Mask, *, first_row: int, what: str) -> list[str]:
 
 
 class RowsCheck:
-    """What has been seen of a shard's rows so far."""
+    """Check of a shard's rows, row group by row group."""
 
     def __init__(self, *, max_length: int, merged: bool) -> None:
         self._max_length = max_length
         self._merged = merged
-        self._before: pa.Table | None = None
+        self._previous: pa.Table | None = None
         self.counts = ShardCounts()
         self.id_hashes: list[NDArray[np.int64]] = []
-        "of each document's id; good for this process only"
+        "of each document's id; valid in this process only"
 
     def check(self, rows: pa.Table) -> list[str]:
-        """Check the rows that follow those before; say what is wrong with them."""
+        """Check the next rows; return what is wrong."""
         names = [name for name, _ in ROW_COLUMNS]
         rows = rows.select(names).combine_chunks()
         found = [f"column {name} has nulls" for name in names if rows.column(name).null_count]
@@ -64,18 +62,18 @@ class RowsCheck:
             tokens=int(columns["num_tokens"][columns["chunk_index"] >= 0].sum(dtype=np.int64)),
             truncated=int(columns["truncated"].sum()),
         )
-        self._before = rows.slice(rows.num_rows - 1)
+        self._previous = rows.slice(rows.num_rows - 1)
         return found
 
     def finish(self, counts: ShardCounts) -> list[str]:
-        """Compare with what the shard's entry counts."""
+        """Compare the sums with those of the done entry."""
         found = []
-        if self._before is not None and not _ends_document(self._before)[-1]:
-            found.append("the last document is cut off")
+        if self._previous is not None and not _ends_document(self._previous)[-1]:
+            found.append("the last document is incomplete")
         for name in ("documents", "chunks", "tokens", "truncated"):
-            seen, said = getattr(self.counts, name), getattr(counts, name)
-            if seen != said:
-                found.append(f"{seen:,} {name}, the done entry counts {said:,}")
+            actual, expected = getattr(self.counts, name), getattr(counts, name)
+            if actual != expected:
+                found.append(f"{actual:,} {name}, the done entry counts {expected:,}")
         return found
 
     def _check_each(self, columns: dict[str, Any], first_row: int) -> list[str]:
@@ -92,27 +90,27 @@ class RowsCheck:
         ]
 
     def _check_order(self, rows: pa.Table, first_row: int) -> list[str]:
-        """Hold each row against the one before it."""
-        known = self._before is not None
-        both = pa.concat_tables([self._before, rows]).combine_chunks() if self._before is not None else rows
+        """Compare each row with the previous one."""
+        known = self._previous is not None
+        both = pa.concat_tables([self._previous, rows]).combine_chunks() if self._previous is not None else rows
         index, number = both.column("chunk_index").to_numpy(), both.column("num_chunks").to_numpy()
         ids = both.column("id")
         same = pc.equal(ids.slice(1), ids.slice(0, len(ids) - 1)).to_numpy().astype(np.bool_)
         next_chunk = (index[1:] == index[:-1] + 1) & (index[:-1] >= 0)
         own_row = (index[1:] == -1) & (index[:-1] == number[:-1] - 1)
-        goes_on = (next_chunk | own_row) & (number[1:] == number[:-1]) & same
+        continues = (next_chunk | own_row) & (number[1:] == number[:-1]) & same
         begins = index[1:] == 0
-        wrong = ~goes_on & ~(begins & _ends_document(both)[:-1])
+        wrong = ~continues & ~(begins & _ends_document(both)[:-1])
         first_begins = np.array([index[0] == 0]) if not known else np.empty(0, np.bool_)
-        starts = np.concatenate([first_begins, ~goes_on])
+        starts = np.concatenate([first_begins, ~continues])
         self.counts += ShardCounts(documents=int(np.count_nonzero(starts)))
         own = both if not known else both.slice(1)
         self.id_hashes.append(hash_ids(own.column("id").filter(pa.array(starts))))
         second = first_row if known else first_row + 1
         return [
-            *name_rows(~first_begins, first_row=first_row, what="the first document has no beginning"),
-            *name_rows(wrong, first_row=second, what="chunk_index or num_chunks does not follow from the row before"),
-            *name_rows(goes_on & _goes_back(both), first_row=second, what="begins or ends before the chunk before it"),
+            *name_rows(~first_begins, first_row=first_row, what="the first document does not start with chunk 0"),
+            *name_rows(wrong, first_row=second, what="chunk_index or num_chunks does not follow from the previous row"),
+            *name_rows(continues & _moves_back(both), first_row=second, what="span before the previous chunk's"),
         ]
 
 
@@ -122,15 +120,15 @@ def _ends_document(rows: pa.Table) -> Mask:
     return ends
 
 
-def _goes_back(rows: pa.Table) -> Mask:
-    """Whether the second, third ... row begins or ends before the one before it."""
+def _moves_back(rows: pa.Table) -> Mask:
+    """Tell which rows after the first start or end before the previous one."""
     start, end = rows.column("char_start").to_numpy(), rows.column("char_end").to_numpy()
     later: Mask = (rows.column("chunk_index").to_numpy()[1:] > 0) & ((np.diff(start) < 0) | (np.diff(end) < 0))
     return later
 
 
 def hash_ids(ids: Any) -> NDArray[np.int64]:
-    """Hash ids to 64 bits: 8 bytes each are what a folder's ids take while they are compared."""
+    """Hash ids to 64 bits; ids of a folder are compared by these 8 bytes."""
     return np.fromiter(map(hash, ids.to_pylist()), np.int64, len(ids))
 
 
@@ -139,7 +137,7 @@ NUM_EXAMPLES = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DuplicateIds:
-    """What is to be said of them."""
+    """Number and examples of duplicate ids."""
 
     count: int
     "ids that occur more than once"
@@ -161,7 +159,7 @@ def _look_up(root: Path, shard: int, wanted: np.int64) -> list[str]:
     with reading(root, shard), pq.ParquetFile(root / rows_name(shard)) as file:
         for group in range(file.num_row_groups):
             ids = file.read_row_group(group, columns=["id"], use_threads=False).column("id")
-            places = np.flatnonzero(hash_ids(ids) == wanted)
-            if len(places):
-                return [ids[int(places[0])].as_py()]
+            found = np.flatnonzero(hash_ids(ids) == wanted)
+            if len(found):
+                return [ids[int(found[0])].as_py()]
     return []

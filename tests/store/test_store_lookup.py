@@ -1,4 +1,4 @@
-"""A document's chunks are put together again, whatever they share and whatever lies between them."""
+"""Texts of documents, joined from their chunks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_gap_is_a_blank() -> None:
 
 
 @pytest.mark.parametrize("form", ["parquet", "npy"])
-def test_a_document_with_a_row_of_its_own_is_given_once(
+def test_a_document_with_its_own_row_is_read_once(
     m3: Callable[..., Completed], tiny_m3: Path, tmp_path: Path, form: str
 ) -> None:
     (tmp_path / "c.jsonl").write_bytes(b"\n".join(orjson.dumps(row) for row in ROWS))
@@ -62,7 +62,7 @@ def test_a_document_with_a_row_of_its_own_is_given_once(
 
 
 @pytest.mark.parametrize("form", ["parquet", "npy"])
-def test_a_folder_gives_its_texts_back(m3: Callable[..., Completed], tiny_m3: Path, tmp_path: Path, form: str) -> None:
+def test_texts_are_read_back(m3: Callable[..., Completed], tiny_m3: Path, tmp_path: Path, form: str) -> None:
     (tmp_path / "c.jsonl").write_bytes(b"\n".join(orjson.dumps(row) for row in ROWS))
     flags = ("--outputs", "dense", "--max-length", 16, "--overlap", 3, "--format", form, "--model", tiny_m3)
     assert m3("encode", "c.jsonl", *flags, "--keep-text").returncode == 0
@@ -72,8 +72,8 @@ def test_a_folder_gives_its_texts_back(m3: Callable[..., Completed], tiny_m3: Pa
     assert [text for _, text in found[1:]] == ["short", "another with the same id"]
 
 
-def test_a_folder_without_texts_says_so(m3: Callable[..., Completed], tiny_m3: Path, tmp_path: Path) -> None:
+def test_a_folder_without_texts_is_an_error(m3: Callable[..., Completed], tiny_m3: Path, tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_bytes(b'{"_id": "b", "text": "short"}')
     assert m3("encode", "c.jsonl", "--outputs", "dense", "--model", tiny_m3).returncode == 0
-    with pytest.raises(UsageError, match=r"c\.m3 has kept no texts; .* --keep-text"):
+    with pytest.raises(UsageError, match=r"c\.m3 has no texts; .* --keep-text"):
         list(iter_passages(open_folder(tmp_path / "c.m3"), {"b"}))

@@ -1,4 +1,4 @@
-"""Rankings as they are written: columns, digits, ids that a line cannot hold."""
+"""Rankings: columns, digits, ids with tabs and line breaks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make_hits(query: str, ids: tuple[str, ...], scores: list[float]) -> QueryHit
     )
 
 
-def test_a_run_reads_back_as_it_was(tmp_path: Path) -> None:
+def test_a_ranking_is_read_back(tmp_path: Path) -> None:
     close = [0.7, float(np.nextafter(np.float32(0.7), np.float32(0)))]
     with open_ranking(str(tmp_path / "x.trec"), io.BytesIO(), kind="trec", tag="t") as ranking:
         ranking.write([make_hits("q", ("b", "a c"), close), make_hits("none", (), [])])
@@ -43,7 +43,7 @@ def test_a_run_reads_back_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a\tb", "a\nb", "a\u2028b"])
-def test_ids_that_break_lines_are_refused_and_leave_nothing(tmp_path: Path, name: str) -> None:
+def test_ids_with_line_breaks_are_errors_and_no_file_is_written(tmp_path: Path, name: str) -> None:
     with (
         pytest.raises(UsageError, match=r"cannot hold ids with tabs or line breaks; write --out NAME\.jsonl"),
         open_ranking(str(tmp_path / "x.trec"), io.BytesIO(), kind="trec", tag="t") as ranking,
@@ -52,7 +52,7 @@ def test_ids_that_break_lines_are_refused_and_leave_nothing(tmp_path: Path, name
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_is_written_whole_or_not_at_all() -> None:
+def test_a_ranking_is_written_completely_or_not_at_all() -> None:
     stdout = io.BytesIO()
     good, bad = make_hits("q1", ("a", "b"), [2.0, 1.0]), make_hits("q2", ("c", "d\te"), [2.0, 1.0])
     with (
@@ -66,7 +66,7 @@ def test_a_run_is_written_whole_or_not_at_all() -> None:
     assert stdout.getvalue() == b""
 
 
-def test_endings() -> None:
+def test_formats_of_suffixes() -> None:
     assert [ranking_format(out) for out in (None, "-", "x.RUN", "x.jsonl")] == ["trec", "trec", "trec", "jsonl"]
     assert ranking_format("x.whatever", typed="jsonl") == ranking_format(None, typed="jsonl") == "jsonl"
     with pytest.raises(UsageError, match=r"x.tsv: its ending tells the format"):
