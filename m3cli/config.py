@@ -1,13 +1,14 @@
-"""What a user can choose, and what a folder was made with. Defaults live here only.
+"""What a user can choose, and the config of a folder. Defaults and options are declared here only.
 
-`EncodeConfig` is fingerprinted and fixed for a folder. `auto` values are resolved once, written into `run.json` and
-kept by later runs.
+A field of a request that has an `Option` is an option of the command line: `m3cli.cli.options` makes the parameters of
+a command from them. `EncodeConfig` is fingerprinted and fixed for a folder. `auto` values are resolved once, written
+into `run.json` and kept by later runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -17,6 +18,7 @@ import m3cli
 from m3cli.records import Between, Count, Fields, Output, Positive, Source
 
 DEFAULT_MODEL = "BAAI/bge-m3"
+DEFAULT_RERANKER = "BAAI/bge-reranker-v2-m3"
 ALL_OUTPUTS: tuple[Output, ...] = ("dense", "sparse", "colbert")
 MAX_LENGTH_CEILING = 8192
 "tokens; what BGE-M3 was trained for, whatever more positions a checkpoint has"
@@ -32,16 +34,11 @@ ColbertDtype = Literal["float16", "int8", "binary"]
 VectorCompression = Literal["none", "zstd"]
 LongDocs = Literal["chunk", "merge", "both", "truncate"]
 Split = Literal["tokens", "sentence"]
+ProgressMode = Literal["auto", "bar", "log", "json", "none"]
 
-COLBERT_MEMBERS = ("colbert_dtype", "colbert_pool", "colbert_top_k")
-"members of EncodeConfig that say how ColBERT vectors are stored"
-OUTPUT_OF: dict[str, Output] = {"dense_dtype": "dense", **dict.fromkeys(COLBERT_MEMBERS, "colbert")}
-"of each member of EncodeConfig that says how an output is stored, that output"
-SHOWN_OPTIONS = (
-    *("long_docs", "split", "overlap", "mcls", "dense_dtype", *COLBERT_MEMBERS, "compression"),
-    *("title_sep", "prefix", "keep_text", "limit", "dedupe"),
-)
-"members of EncodeConfig that are shown where they are not the default"
+TEXT_NAMES = ("text", "contents", "content", "body", "passage", "document", "query")
+ID_NAMES = ("_id", "docid", "id", "doc_id", "query_id", "qid", "pid", "docno", "doc_no", "uuid", "key")
+TITLE_NAMES = ("title",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,83 +187,239 @@ class RunConfig:
         return {**version, **asdict(self)}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """How a field of a request is typed on the command line. Everything that is not here follows from its type."""
+
+    help: str
+    panel: str
+    "heading of the help it is listed under"
+    default: str | None = None
+    "words for a default that the field does not hold"
+    metavar: str | None = None
+    names: tuple[str, ...] = ()
+    "as they are typed, where not --name-of-the-field"
+    least: int | None = None
+    read: Literal["size", "share", "row limit", "weights", "auto", "each"] | None = None
+    "what the type does not tell: a form of text; auto: that word is no value; each: typed once for each value"
+    common: bool = True
+    "whether --help lists it; --help-all lists all"
+    argument: bool = False
+    needs: Output | None = None
+    "the output that it is about"
+    listed: bool = True
+    "whether a value that is not the default is shown with a folder"
+
+
+def option(help: str, panel: str, *, value: Any = None, **how: Any) -> Any:  # noqa: A002  as typer names it
+    """Return a field that is an option with a default value."""
+    return field(default=value, metadata={"option": Option(help=help, panel=panel, **how)})
+
+
+def required(help: str, panel: str, **how: Any) -> Any:  # noqa: A002
+    """Return a field that is an argument or an option without a default."""
+    return option(help, panel, value=MISSING, **how)
+
+
+def list_options(request: type) -> dict[str, Option]:
+    """Return the options of a request by the names of its fields."""
+    return {each.name: each.metadata["option"] for each in fields(request) if each.metadata}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelChoice:
+    """The checkpoint and the device of a command. None is an option that was not typed, as in all requests."""
+
+    model: str | None = option(
+        "Checkpoint folder or hub id.", "Model", default=f"$M3_MODEL or {DEFAULT_MODEL}", metavar="DIR|ID"
+    )
+    revision: str | None = option("Branch, tag or commit on the hub.", "Model", metavar="NAME", common=False)
+    device: str | None = option("cpu, cuda or cuda:N.", "Model", default="auto", metavar="NAME", read="auto")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions(ModelChoice):
+    """The checkpoint, how it computes, and what is shown of it."""
+
+    dtype: Dtype | None = option(
+        "auto: float16 on a GPU, bfloat16 on a CPU that has it. int8 is for CPUs.",
+        "Model",
+        default="auto",
+        read="auto",
+    )
+    max_batch_tokens: int | None = option(
+        "Tokens that go through the model together.", "Model", default="by device", least=1, common=False
+    )
+    progress: ProgressMode = option("auto: a bar on a terminal, else lines.", "Run", value="auto")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeRequest(RunOptions):
+    """Options of `m3 encode`. What is not typed is taken from the folder, or has the default of EncodeConfig."""
+
+    inputs: tuple[str, ...] = required(
+        "JSONL, TSV or text lines (also .gz, .zst), Parquet, folders, globs, or '-' for standard input.",
+        "Input",
+        metavar="INPUT",
+        argument=True,
+        read="each",
+    )
+    input_format: str = option(
+        "auto goes by the ending.", "Input", value="auto", metavar="auto|jsonl|tsv|text|parquet", common=False
+    )
+    id_field: str | None = option(
+        "Field of the id; '' for none.", "Input", default=f"first of {', '.join(ID_NAMES)}", metavar="NAME"
+    )
+    text_field: str | None = option(
+        "Field of the text.", "Input", default=f"first of {', '.join(TEXT_NAMES)}", metavar="NAME"
+    )
+    title_field: str | None = option(
+        "Field of the title; '' for none.", "Input", default=", ".join(TITLE_NAMES), metavar="NAME"
+    )
+    title_sep: str | None = option("Between title and text.", "Input", default="a line break", common=False)
+    keep_fields: tuple[str, ...] | None = option("Fields to copy into the output.", "Input", metavar="A,B")
+    keep_text: bool | None = option("Write the text of each chunk as column 'text'.", "Input")
+    prefix: str | None = option("Words before every chunk, such as 'query: '.", "Input", common=False)
+    limit: int | None = option("Only the first N rows of the input.", "Input", least=1)
+    dedupe: bool | None = option("Encode equal texts of a shard once.", "Input", common=False)
+    max_row_bytes: int | None = option(
+        "Skip rows that are longer.", "Input", default="64M", read="size", common=False, listed=False
+    )
+    max_skipped: int | float | None = option(
+        "End with exit code 4 if more rows are skipped.", "Input", metavar="N|P%", read="row limit", common=False
+    )
+    "an int counts rows, a float is the part of all rows"
+    since_run: str | None = option(
+        "Reuse the vectors of texts that an existing folder has, and encode the others.",
+        "Input",
+        metavar="OLD.m3",
+        common=False,
+    )
+    verify_input: bool = option(
+        "Hash the input of all finished shards again, even of files with an equal date.",
+        "Input",
+        value=False,
+        common=False,
+    )
+    out: str | None = option(
+        "Output folder.", "Output", default="the input's name with .m3", metavar="DIR", names=("--out", "-o")
+    )
+    outputs: tuple[Output, ...] | None = option("Some of dense,sparse,colbert.", "Output", default="all", metavar="A,B")
+    format: Format | None = option("Of the folder's files.", "Output", listed=False)
+    dense_dtype: VectorDtype | None = option("Of the dense vectors on disk.", "Output", needs="dense", common=False)
+    colbert_dtype: ColbertDtype | None = option(
+        "Of the ColBERT vectors on disk. int8 takes a half, binary (signs) a sixteenth.", "Output", needs="colbert"
+    )
+    colbert_pool: int | None = option(
+        "Merge similar ColBERT vectors of a row until one in K remains.",
+        "Output",
+        least=1,
+        metavar="K",
+        needs="colbert",
+        common=False,
+    )
+    colbert_top_k: int | None = option(
+        "Keep the N ColBERT vectors of a row that have the largest lexical weights.",
+        "Output",
+        least=1,
+        needs="colbert",
+        common=False,
+    )
+    compression: VectorCompression | None = option(
+        "Of the vectors in Parquet. zstd saves a tenth of float16.", "Output", common=False
+    )
+    gone: str | None = option(
+        "Write the ids of --since-run that the new folder lacks, as JSON lines.",
+        "Output",
+        metavar="FILE",
+        common=False,
+    )
+    space_check: bool = option("Begin even where the disk may be too small.", "Output", value=True, common=False)
+    max_length: int | None = option("Tokens of a chunk.", "Long documents", default="8192 or less, by model", least=8)
+    long_docs: LongDocs | None = option(
+        "chunk: a row for each chunk. merge: a row for each document, made of its chunks. both: chunks, and a row for "
+        "each document of several. truncate: the first chunk only.",
+        "Long documents",
+    )
+    split: Split | None = option(
+        "sentence: chunks of similar length that end after a paragraph, sentence or word. tokens: full chunks.",
+        "Long documents",
+        common=False,
+    )
+    overlap: int | None = option(
+        "Tokens of the previous chunk that a chunk repeats.", "Long documents", least=0, common=False
+    )
+    mcls: int | None = option(
+        "Put a <s> before every N tokens (256 in M3's paper); the dense vector is the mean of their states.",
+        "Long documents",
+        default="one for each row",
+        least=1,
+        needs="dense",
+        common=False,
+    )
+    shard_size: int | None = option(
+        "Bytes of text of a shard, such as 8M.",
+        "Run",
+        default="512K on a CPU, 8M or 32M on a GPU",
+        read="size",
+        common=False,
+    )
+    share: tuple[int, int] = option(
+        "Encode the shards of worker I of N (I from 0).",
+        "Run",
+        value=(0, 1),
+        names=("--worker",),
+        metavar="I/N",
+        read="share",
+    )
+    max_runtime: str | None = option(
+        "Stop after a time such as 55m or 7h30m, with exit code 75 if work remains.", "Run", metavar="TIME"
+    )
+    metrics: str | None = option(
+        "Write numbers of the run for Prometheus' textfile collector.", "Run", metavar="FILE", common=False
+    )
+    log_file: str | None = option(
+        "Append the messages of the run, with their time.", "Run", metavar="FILE", common=False
+    )
+
+    @property
+    def worker(self) -> int:
+        """Number of this worker, from 0."""
+        return self.share[0]
+
+    @property
+    def num_workers(self) -> int:
+        """Number of workers that share the input."""
+        return self.share[1]
+
+
+COMPARED_OPTIONS = tuple(
+    name for name in list_options(EncodeRequest) if name in {each.name for each in fields(EncodeConfig)}
+)
+"options of EncodeRequest that a folder keeps in its EncodeConfig"
+REQUIRED_OUTPUT = {name: each.needs for name, each in list_options(EncodeRequest).items() if each.needs is not None}
+"of each option that is about one output, that output"
+
+
 def list_non_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return, of an EncodeConfig's members as JSON, those that people choose and that are not what a new folder has."""
-    defaults = {each.name: each.default for each in fields(EncodeConfig)}
-    return {name: config[name] for name in SHOWN_OPTIONS if config[name] != defaults[name]}
+    """Return the options in an EncodeConfig's JSON that differ from the defaults of a new folder."""
+    listed = {name for name, each in list_options(EncodeRequest).items() if each.listed}
+    members = [each for each in fields(EncodeConfig) if each.name in listed and each.default is not MISSING]
+    return {each.name: config[each.name] for each in members if config[each.name] != each.default}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EncodeRequest:
-    """What a user typed; None is a flag that was not given. It is adopted from the folder, or else the default."""
+class CheckRequest(ModelChoice):
+    """Options of `m3 check`."""
 
-    inputs: tuple[str, ...]
-    out: str | None = None
-    model: str | None = None
-    revision: str | None = None
-    input_format: str = "auto"
-    outputs: tuple[Output, ...] | None = None
-    format: Format | None = None
-    id_field: str | None = None
-    text_field: str | None = None
-    title_field: str | None = None
-    title_sep: str | None = None
-    keep_fields: tuple[str, ...] | None = None
-    keep_text: bool | None = None
-    prefix: str | None = None
-    limit: int | None = None
-    max_length: int | None = None
-    long_docs: LongDocs | None = None
-    overlap: int | None = None
-    split: Split | None = None
-    mcls: int | None = None
-    dtype: Dtype | None = None
-    dense_dtype: VectorDtype | None = None
-    colbert_dtype: ColbertDtype | None = None
-    colbert_pool: int | None = None
-    colbert_top_k: int | None = None
-    compression: VectorCompression | None = None
-    shard_size: int | None = None
-    max_row_bytes: int | None = None
-    device: str | None = None
-    max_batch_tokens: int | None = None
-    worker: int = 0
-    num_workers: int = 1
-    max_skipped: int | float | None = None
-    "an int counts rows, a float is their part of all rows; None: no limit"
-    metrics: str | None = None
-    "file for Prometheus' textfile collector"
-    log_file: str | None = None
-    "file that lines with their time are appended to"
-    dedupe: bool | None = None
-    since_run: str | None = None
-    "an older folder to take vectors over from"
-    gone: str | None = None
-    "file for the ids of that folder which are not in the new one"
-    verify_input: bool = False
-    "hash the input of every finished shard, whatever its mtime says"
-    space_check: bool = True
-    "refuse to begin where the disk has no room for the estimate"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckRequest:
-    """What a user asked `m3 check`."""
-
-    folder: str
-    repair: bool = False
-    sample: int = 0
-    "rows to encode again"
-    seed: int = 0
-    "of which rows those are"
-    model: str | None = None
-    revision: str | None = None
-    device: str | None = None
-
-
-TEXT_NAMES = ("text", "contents", "content", "body", "passage", "document", "query")
-ID_NAMES = ("_id", "docid", "id", "doc_id", "query_id", "qid", "pid", "docno", "doc_no", "uuid", "key")
-TITLE_NAMES = ("title",)
+    folder: str = required("A folder that m3 encode wrote.", "Input", metavar="DIR", argument=True)
+    repair: bool = option(
+        "Remove the files of damaged shards, so that the next m3 encode writes them again. Other files than m3's stay.",
+        "Check",
+        value=False,
+    )
+    sample: int = option("Encode N rows again from the input and compare them.", "Check", value=0, least=0)
+    seed: int = option("Which rows --sample takes.", "Check", value=0, least=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,36 +442,192 @@ Fusion = Literal["weighted", "rrf"]
 Level = Literal["document", "chunk"]
 RankingFormat = Literal["trec", "jsonl"]
 Terms = Literal["m3", "plain"]
+ScoreMode = Literal["dense", "sparse", "colbert", "sparse+dense", "colbert+sparse+dense"]
+Weights = tuple[float, float, float]
+"of dense, sparse, colbert"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SearchRequest:
-    """What a user typed; None is a flag that was not given."""
+class SearchRequest(RunOptions):
+    """Options of `m3 search`."""
 
-    folder: str
-    queries: str
-    out: str | None = None
-    format: RankingFormat | None = None
-    "None: by the ending of `out`; on a terminal a table"
-    mode: Mode | None = None
-    top_k: int = 100
-    level: Level = "document"
-    weights: tuple[float, float, float] | None = None
-    candidates: int | None = None
-    candidates_by: tuple[Output, ...] | None = None
-    "of dense and sparse; None: both, as far as the folder has them"
-    fusion: Fusion | None = None
-    input_format: str = "auto"
-    query_field: str | None = None
-    query_id_field: str | None = None
-    query_prefix: str = ""
-    max_query_length: int | None = None
-    model: str | None = None
-    revision: str | None = None
-    dtype: Dtype | None = None
-    device: str | None = None
-    max_batch_tokens: int | None = None
-    tokenizer: Terms | None = None
-    "of BM25; None: 'm3'"
-    corpus_inputs: tuple[str, ...] = ()
-    "what the folder was encoded from, for BM25"
+    folder: str = required("A folder that m3 encode wrote.", "Input", metavar="DIR", argument=True)
+    queries: str = required(
+        "JSONL, TSV, Parquet or text lines of queries ('-': standard input), the words of one query, or an encoded "
+        "folder whose documents are the queries.",
+        "Queries",
+        names=("--queries", "-q"),
+        metavar="FILE|TEXT|DIR",
+    )
+    input_format: str = option("Of the queries.", "Queries", value="auto", metavar="auto|jsonl|tsv|text|parquet")
+    query_field: str | None = option("Field of the query's text.", "Queries", default="text, query", metavar="NAME")
+    query_id_field: str | None = option(
+        "Field of the query's id.", "Queries", default="_id, id, query_id", metavar="NAME"
+    )
+    query_prefix: str = option("Words before every query, such as 'query: '.", "Queries", value="")
+    max_query_length: int | None = option("Tokens of a query.", "Queries", default="512", least=3)
+    mode: Mode | None = option("What scores a row.", "Ranking", default="hybrid, or the only output there is")
+    top_k: int = option("Hits of a query.", "Ranking", value=100, least=1, names=("--top-k", "-k"), metavar="K")
+    weights: Weights | None = option(
+        "Weights of dense,sparse,colbert in a hybrid score.",
+        "Ranking",
+        default="1,1,1",
+        metavar="D,S,C",
+        read="weights",
+    )
+    candidates: int | None = option(
+        "Of hybrid: the best N by dense and the best N by sparse are scored by all outputs.",
+        "Ranking",
+        default="200, or --top-k if that is more",
+        least=1,
+    )
+    candidates_by: tuple[Literal["dense", "sparse"], ...] | None = option(
+        "Of hybrid: what finds candidates.", "Ranking", default="dense,sparse", metavar="A,B"
+    )
+    fusion: Fusion | None = option(
+        "Of hybrid: weighted is the average of scores, rrf the sum of reciprocal ranks.", "Ranking", default="weighted"
+    )
+    level: Level = option(
+        "document: a hit is a document, by its best chunk. chunk: a hit is a chunk, ID#NUMBER.",
+        "Ranking",
+        value="document",
+    )
+    out: str | None = option(
+        ".trec, .run or .jsonl.",
+        "Ranking",
+        default="a TREC run on stdout, a table on a terminal",
+        names=("--out", "-o"),
+        metavar="FILE",
+    )
+    format: RankingFormat | None = option("Also of stdout.", "Ranking", default="the ending of --out")
+    tokenizer: Terms | None = option(
+        "m3: the tokens of the checkpoint. plain: words. The index is held in memory.", "BM25", default="m3"
+    )
+    corpus_inputs: tuple[str, ...] = option(
+        "What the folder was encoded from, if it has no text (--keep-text). Repeat it for each input.",
+        "BM25",
+        value=(),
+        names=("--input",),
+        metavar="INPUT",
+        read="each",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRequest(RunOptions):
+    """Options of `m3 score`."""
+
+    pairs: str = required(
+        "TSV, CSV, JSONL or Parquet of query and passage, a TREC run of ids, or '-' for standard input.",
+        "Input",
+        metavar="PAIRS",
+        argument=True,
+    )
+    input_format: str = option("Of the pairs.", "Input", value="auto", metavar="auto|tsv|csv|jsonl|parquet|trec")
+    query_field: str | None = option(
+        "Column of the query.", "Input", default="found by its name, else the first", metavar="NAME"
+    )
+    passage_field: str | None = option(
+        "Column of the passage.", "Input", default="found by its name, else the second", metavar="NAME"
+    )
+    out: str | None = option(
+        ".tsv, .jsonl or .parquet.", "Scores", default="TSV on stdout", names=("--out", "-o"), metavar="FILE"
+    )
+    modes: tuple[ScoreMode, ...] | None = option(
+        "Some of dense,sparse,colbert,sparse+dense,colbert+sparse+dense.",
+        "Scores",
+        default="all that the outputs allow",
+        metavar="A,B",
+    )
+    "in the order of the output's columns"
+    weights: Weights = option(
+        "Weights of dense,sparse,colbert in the averages.",
+        "Scores",
+        value=(1.0, 1.0, 1.0),
+        default="1,1,1",
+        metavar="D,S,C",
+        read="weights",
+    )
+    max_query_length: int | None = option("Tokens of a query.", "Scores", default="512", least=3)
+    max_passage_length: int | None = option("Tokens of a passage.", "Scores", default="512", least=3)
+    queries: str | None = option("Encoded queries; the pairs are ids then.", "From encoded folders", metavar="DIR")
+    corpus: str | None = option("Encoded passages; the pairs are ids then.", "From encoded folders", metavar="DIR")
+    chunks: Literal["max", "mean", "first"] | None = option(
+        "How the chunks of a document make its score.", "From encoded folders", default="max"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RerankRequest(RunOptions):
+    """Options of `m3 rerank`."""
+
+    run: str = required("TREC run (also .gz, .zst), or '-' for standard input.", "Input", metavar="RUN", argument=True)
+    queries: str = required(
+        "Texts of the queries: what m3 encode reads, or its folder made with --keep-text.",
+        "Input",
+        metavar="FILE|DIR",
+    )
+    corpus: str = required("Texts of the documents, from the same kinds of input.", "Input", metavar="FILE|DIR")
+    query_field: str | None = option("Field of the query's text.", "Input", default="text, query", metavar="NAME")
+    query_id_field: str | None = option(
+        "Field of the query's id.", "Input", default="_id, id, query_id", metavar="NAME"
+    )
+    id_field: str | None = option("Field of the document's id.", "Input", default="found by its name", metavar="NAME")
+    text_field: str | None = option(
+        "Field of the document's text.", "Input", default="found by its name", metavar="NAME"
+    )
+    title_field: str | None = option(
+        "Field of the document's title; '' for none.", "Input", default="found by its name", metavar="NAME"
+    )
+    title_sep: str = option("Between title and text.", "Input", value="\n", default="a line break")
+    model: str | None = option(
+        "Cross-encoder, a folder or hub id.", "Model", default=DEFAULT_RERANKER, metavar="DIR|ID"
+    )
+    out: str | None = option("The new run.", "Ranking", default="stdout", names=("--out", "-o"), metavar="FILE")
+    top_k: int = option("The best K documents of each query.", "Ranking", value=100, least=1, metavar="K")
+    max_length: int | None = option("Tokens of a pair.", "Ranking", default="1024", least=32)
+    normalise: bool = option("Scores from 0 to 1 (sigmoid), not logits.", "Ranking", value=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferRequest:
+    """Options that `m3 export` and `m3 load` share."""
+
+    folder: str = required("A folder that m3 encode wrote.", "Input", metavar="DIR", argument=True)
+    to: str = required("What is written.", "Output", metavar="TARGET")
+    outputs: tuple[Output, ...] | None = option(
+        "Some of dense,sparse,colbert.", "Output", default="those that the folder has and --to holds", metavar="A,B"
+    )
+    fields: tuple[str, ...] | None = option("Kept fields, and 'text'.", "Output", default="all", metavar="A,B")
+    name: str | None = option("Of the collection, table or index.", "Output", default="that of the folder")
+    progress: Literal["auto", "none"] = option("auto: a bar on a terminal, else lines.", "Run", value="auto")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRequest(TransferRequest):
+    """Options of `m3 export`."""
+
+    to: str = required(
+        "parquet, npy, faiss, milvus, pgvector, lance, elasticsearch, opensearch or vespa.", "Output", metavar="TARGET"
+    )
+    out: str = required("Folder to write to.", "Output", names=("--out", "-o"), metavar="DIR")
+    space_check: bool = option("Begin even where the disk may be too small.", "Output", value=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadRequest(TransferRequest):
+    """Options of `m3 load`."""
+
+    to: str = required(
+        "milvus:URI (a file ending in .db: Milvus Lite), pgvector:DSN or qdrant:URL.",
+        "Output",
+        metavar="ENGINE:ADDRESS",
+    )
+    since: str | None = option(
+        "Write the rows that are new or changed since this folder was loaded, and delete those that it alone has.",
+        "Output",
+        metavar="OLD.m3",
+    )
+    left_out: str | None = option(
+        "List of what the engine cannot hold.", "Output", default="NAME.left-out.jsonl", metavar="FILE"
+    )

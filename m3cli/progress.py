@@ -18,11 +18,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from m3cli.config import ProgressMode
 from m3cli.errors import OutputError, count_noun, escape_unprintable
 from m3cli.paths import is_stream, open_to_append
 from m3cli.records import RunPlan, RunSummary
 
-Mode = Literal["auto", "bar", "log", "json", "none"]
 Stage = Literal["loading", "reading", "encoding", "writing"]
 
 _LOG_SECONDS = 30.0
@@ -52,12 +52,12 @@ class Stopwatch:
 class Progress:
     """Shows a run while it goes: fed by `advance`, quiet or loud as the mode says."""
 
-    def __init__(self, mode: Mode, *, stream: TextIO | None = None) -> None:
+    def __init__(self, mode: ProgressMode, *, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._log_file: Path | None = None
         self._log_failed = False
         terminal = self._stream.isatty()
-        self.mode: Mode = ("bar" if terminal else "log") if mode == "auto" else mode
+        self.mode: ProgressMode = ("bar" if terminal else "log") if mode == "auto" else mode
         self._bar: _Bar | None = None
         self._pulse = _RunRate()
 

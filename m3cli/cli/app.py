@@ -11,8 +11,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -21,12 +20,12 @@ import typer
 
 import m3cli
 from m3cli.cli.doctor import doctor
-from m3cli.cli.encode import encode, plan
+from m3cli.cli.encode import ENCODE_EXAMPLES, PLAN_EXAMPLES, encode, plan
 from m3cli.cli.eval import eval_runs
 from m3cli.cli.export import export
 from m3cli.cli.folders import check, info
+from m3cli.cli.help import Command
 from m3cli.cli.load import load
-from m3cli.cli.options import check_numbers
 from m3cli.cli.rerank import rerank
 from m3cli.cli.score import score
 from m3cli.cli.search import search
@@ -40,34 +39,24 @@ app = typer.Typer(
     epilog="Exit codes: 0 done; 1 error; 2 usage; 3 done, rows skipped; 4 corpus; 5 model; 6 output; 10 folder of "
     "another run; 11 locked; 12 damage; 75 stopped, run again; 130 Ctrl-C.",
     no_args_is_help=True,
+    rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-def _add_command(name: str, command: Callable[..., None]) -> None:
-    """Add a command, all of whose numbers are checked before it is run."""
-
-    @wraps(command)
-    def run_checked(**typed: Any) -> None:
-        check_numbers(typed)
-        command(**typed)
-
-    app.command(name)(run_checked)
-
-
-_add_command("encode", encode)
-_add_command("plan", plan)
-_add_command("info", info)
-_add_command("check", check)
-_add_command("score", score)
-_add_command("search", search)
-_add_command("eval", eval_runs)
-_add_command("rerank", rerank)
-_add_command("export", export)
-_add_command("load", load)
-_add_command("doctor", doctor)
+app.command("encode", cls=Command, epilog=ENCODE_EXAMPLES)(encode)
+app.command("plan", cls=Command, epilog=PLAN_EXAMPLES)(plan)
+app.command("info", cls=Command)(info)
+app.command("check", cls=Command)(check)
+app.command("score", cls=Command)(score)
+app.command("search", cls=Command)(search)
+app.command("eval", cls=Command)(eval_runs)
+app.command("rerank", cls=Command)(rerank)
+app.command("export", cls=Command)(export)
+app.command("load", cls=Command)(load)
+app.command("doctor", cls=Command)(doctor)
 
 # typer brings its own copy of click since 0.16; this is the base of its errors in every version.
 _TyperError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -149,7 +138,10 @@ def _describe_end(error: BaseException, arguments: Sequence[str]) -> tuple[str, 
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "m3"
         message = _describe_value(error, arguments) or cast(Any, error).format_message().strip()
-        return message and f"{message.removesuffix('.')}. See '{command} --help'.", UsageError.exit_code
+        if message.startswith("Usage: "):  # the help of a command line without a command
+            sys.stdout.write(f"{message}\n")
+            return "", UsageError.exit_code
+        return f"{message.removesuffix('.')}. See '{command} --help'.", UsageError.exit_code
     # Whatever writes files tells their names; what is left is standard output.
     if isinstance(error, OSError) and error.filename is None and error.errno in _FULL:
         _release_stdout()

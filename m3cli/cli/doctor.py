@@ -7,26 +7,21 @@ from typing import Any
 
 import typer
 
-from m3cli.cli import options
-from m3cli.cli.options import auto
+from m3cli.cli.options import AsJson, takes
 from m3cli.cli.terminal import print_json
+from m3cli.config import ModelChoice
 from m3cli.errors import EXIT_DONE, ModelError
 
 
-def doctor(
-    *,
-    model: options.Model = None,
-    revision: options.Revision = None,
-    device: options.Device = None,
-    as_json: options.AsJson = False,
-) -> None:
+@takes(ModelChoice)
+def doctor(request: ModelChoice, *, as_json: AsJson = False) -> None:
     """Say what this machine and this checkpoint can do, and recompute the model card's published scores.
 
     The exit code is 5 if a published figure is not reached.
     """
     from m3cli.jobs.doctor import examine  # noqa: PLC0415  torch, not for --help
 
-    report = examine(model=model, revision=revision, device=auto(device))
+    report = examine(model=request.model, revision=request.revision, device=request.device)
     if as_json:
         print_json(report)
     else:

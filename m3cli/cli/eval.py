@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from m3cli.cli import options
-from m3cli.cli.options import parse_names
+from m3cli.cli.options import AsJson, parse_names
 from m3cli.cli.terminal import open_stdin, print_json
 from m3cli.errors import UsageError, count_noun, escape_unprintable
 
@@ -30,7 +29,7 @@ def eval_runs(
     measures: Annotated[
         str, typer.Option(help="Any that trec_eval has, such as nDCG@10,P@5,Success@1,MAP@100.")
     ] = "nDCG@10,Recall@100,MRR@10,MAP",
-    as_json: options.AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure runs against judgements: nDCG@10, Recall@100, MRR@10, MAP, and whether a run differs from the first.
 
@@ -42,7 +41,7 @@ def eval_runs(
     *runs, qrels = files
     from m3cli.jobs.eval import evaluate_runs  # noqa: PLC0415  numpy, not for --help
 
-    found = evaluate_runs(runs, qrels, measures=parse_names(measures) or (), stdin=open_stdin(files))
+    found = evaluate_runs(runs, qrels, measures=parse_names(measures), stdin=open_stdin(files))
     for line in found.describe():
         sys.stderr.write(f"m3: {escape_unprintable(line)}\n")
     if as_json:

@@ -41,7 +41,7 @@ def _stop_at_once(reason: str) -> None:
 
 
 @contextmanager
-def limit_runtime(seconds: float | None, *, spelt: str) -> Iterator[None]:
+def limit_runtime(seconds: float | None, *, typed: str) -> Iterator[None]:
     """Ask what is inside to end after some time, and end it a little later."""
     if seconds is None:
         yield
@@ -49,7 +49,7 @@ def limit_runtime(seconds: float | None, *, spelt: str) -> Iterator[None]:
 
     def on_alarm(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         if stop.reason is None:
-            stop.reason = f"stopped after --max-runtime {spelt}"
+            stop.reason = f"stopped after --max-runtime {typed}"
             signal.setitimer(signal.ITIMER_REAL, GRACE)
         elif not stop.at_once:
             _stop_at_once(stop.reason)

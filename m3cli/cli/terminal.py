@@ -17,14 +17,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from m3cli.cli.options import check_choices
+from m3cli.config import ProgressMode
 from m3cli.errors import EXIT_INTERRUPTED, M3Error, escape_controls, escape_unprintable
 
 if TYPE_CHECKING:
     from m3cli.corpus.streams import PeekableStream
     from m3cli.progress import Progress
 
-PROGRESS_MODES = ("auto", "bar", "log", "json", "none")
 _log = logging.getLogger(__name__)
 
 
@@ -88,12 +87,11 @@ def print_json(document: Any) -> None:
 
 
 @contextmanager
-def show_run(mode: str) -> Iterator[Progress]:
+def show_run(mode: ProgressMode) -> Iterator[Progress]:
     """Show a run as `--progress` says; its warnings go the same way, and its log file has a bad end too."""
-    check_choices({"progress": mode}, {"progress": PROGRESS_MODES})
     from m3cli.progress import Progress  # noqa: PLC0415  tqdm and rich, not for --help
 
-    progress = Progress(mode)  # type: ignore[arg-type]
+    progress = Progress(mode)
     logger, handler = logging.getLogger("m3cli"), _ToProgress(progress)
     logger.addHandler(handler)
     logger.propagate = False

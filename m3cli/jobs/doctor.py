@@ -12,14 +12,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 import orjson
 
-from m3cli.config import Dtype, EncodeRequest
+from m3cli.config import Dtype, EncodeRequest, ScoreRequest
 from m3cli.corpus.pairs import Pair
 from m3cli.encoder import device as machine
 from m3cli.encoder.checkpoint import HEAD_FILES, Checkpoint
 from m3cli.encoder.device import count_flops, expect_tokens_per_second, list_devices, measure_matmul, name_attention
 from m3cli.errors import ModelError
 from m3cli.jobs.encode.resolve import open_checkpoint
-from m3cli.jobs.score.command import ScoreRequest, finish_scores
+from m3cli.jobs.score.command import finish_scores
 from m3cli.jobs.score.from_texts import TextScorer
 from m3cli.progress import Progress
 from m3cli.retrieval.scores import modes_of, parts_of, score_sparse

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3cli.concurrency import prefetch
+from m3cli.config import ExportRequest, TransferRequest
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, DamageFound, ForeignFolder, OutputError, Stopped, UsageError
 from m3cli.exporters.rows import (
     KEY_COLUMNS,
@@ -70,20 +71,6 @@ ROWS_EXPANSION = 4
 Repeats = dict[int, NDArray[np.int64]]
 "by shard the rows whose key an earlier row has"
 FindRepeats = Callable[[], Repeats]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportRequest:
-    """What a user asked `m3 export`, or `m3 load`, whose `out` is not used."""
-
-    folder: str
-    to: str
-    out: str = ""
-    outputs: tuple[Output, ...] | None = None
-    fields: tuple[str, ...] | None = None
-    "kept fields and text; None: all"
-    name: str | None = None
-    space_check: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +134,7 @@ def open_finished(path: str) -> OutputFolder:
     return folder
 
 
-def make_shape(folder: OutputFolder, request: ExportRequest, target: Target) -> Shape:
+def make_shape(folder: OutputFolder, request: TransferRequest, target: Target) -> Shape:
     """Find out what is exported.
 
     Raises:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from m3cli.config import ScoreRequest
 from m3cli.errors import UsageError
-from m3cli.jobs.score.command import ScoreRequest
 from m3cli.jobs.score.explain import explain_pairs
 from m3cli.progress import Progress
 

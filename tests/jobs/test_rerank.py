@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from m3cli.config import RerankRequest
 from m3cli.jobs import rerank as module
-from m3cli.jobs.rerank import RerankRequest, TextSource, _cut_groups, _cut_windows, rerank_run
+from m3cli.jobs.rerank import _cut_groups, _cut_windows, rerank_run
 from m3cli.progress import Progress
 
 rankings_of = st.dictionaries(
@@ -51,8 +52,8 @@ def rerank(cross_encoder: Path, tmp_path: Path) -> Callable[[], bytes]:
         output = io.BytesIO()
         request = RerankRequest(
             run=str(tmp_path / "run.trec"),
-            queries=TextSource(given=str(tmp_path / "queries.tsv"), flag="--queries"),
-            corpus=TextSource(given=str(tmp_path / "corpus.tsv"), flag="--corpus"),
+            queries=str(tmp_path / "queries.tsv"),
+            corpus=str(tmp_path / "corpus.tsv"),
             model=str(cross_encoder),
             dtype="float32",
             device="cpu",

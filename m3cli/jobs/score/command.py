@@ -12,11 +12,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from m3cli.config import ScoreRequest
 from m3cli.corpus.pairs import (
     Pair,
     PairColumns,
@@ -33,40 +34,13 @@ from m3cli.jobs.idle_flags import check_ignored_options
 from m3cli.jobs.paths import check_paths
 from m3cli.progress import Progress
 from m3cli.records import Output
-from m3cli.retrieval.scores import DEFAULT_WEIGHTS, PARTS, Weights, check_weights, combine_scores, modes_of, parts_of
+from m3cli.retrieval.scores import PARTS, Weights, check_weights, combine_scores, modes_of, parts_of
 from m3cli.store.commit import check_writable
 from m3cli.store.results import TableWriter, open_table, table_format
 
 NOT_FINITE = "score is not a finite number"
 _ROWS_NAMED = 5
 _SECONDS_BETWEEN_WORDS = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreRequest:
-    """What a user typed; None is a flag that was not given."""
-
-    pairs: str
-    out: str | None = None
-    input_format: str = "auto"
-    query_field: str | None = None
-    passage_field: str | None = None
-    modes: tuple[str, ...] | None = None
-    "in the order of the output's columns; None: all that can be had"
-    weights: Weights = DEFAULT_WEIGHTS
-    model: str | None = None
-    revision: str | None = None
-    dtype: Any = None
-    device: str | None = None
-    max_batch_tokens: int | None = None
-    max_query_length: int | None = None
-    max_passage_length: int | None = None
-    queries: str | None = None
-    "folder of encoded queries"
-    corpus: str | None = None
-    "folder of encoded passages"
-    chunks: str | None = None
-    "max, mean or first; None: max"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

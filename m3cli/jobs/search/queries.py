@@ -155,7 +155,7 @@ def encode_queries(
         ForeignFolder: the checkpoint or its tokenizer is another.
         ModelError: it cannot be loaded, or encodes none of the texts.
     """
-    from m3cli.jobs.score.command import ScoreRequest  # noqa: PLC0415
+    from m3cli.config import ScoreRequest  # noqa: PLC0415
     from m3cli.jobs.score.from_texts import DEFAULT_LENGTH, TextScorer  # noqa: PLC0415  torch
 
     _log_prefix(corpus.run.config.prefix, request, progress)
