@@ -21,7 +21,7 @@ DEFAULT_MODEL = "BAAI/bge-m3"
 DEFAULT_RERANKER = "BAAI/bge-reranker-v2-m3"
 ALL_OUTPUTS: tuple[Output, ...] = ("dense", "sparse", "colbert")
 MAX_LENGTH_CEILING = 8192
-"tokens; what BGE-M3 was trained for, whatever more positions a checkpoint has"
+"tokens; BGE-M3 is trained for no more, even if a checkpoint has more positions"
 MAX_ROW_BYTES = 64 << 20
 
 AUTO_SHARD_SIZE = {"cpu": 512 << 10, "cuda with colbert": 8 << 20, "cuda": 32 << 20}
@@ -43,13 +43,13 @@ TITLE_NAMES = ("title",)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColbertForm:
-    """What is kept of a row's ColBERT matrix, in this order: the heaviest tokens, means of like ones, fewer bits."""
+    """How a row's ColBERT matrix is reduced, in this order: the heaviest tokens, means of similar ones, fewer bits."""
 
     dtype: ColbertDtype = "float16"
     pool: int = 1
-    "tokens to a vector; 1: each has its own"
+    "tokens that share a vector"
     top_k: int | None = None
-    "most tokens of a row that are kept, those of the largest lexical weights"
+    "tokens of a row that are kept, those with the largest lexical weights"
 
     @property
     def by_weight(self) -> bool:
@@ -58,7 +58,7 @@ class ColbertForm:
 
     @property
     def plain(self) -> bool:
-        """Whether vectors are stored as the heads make them, rounded to float16."""
+        """Whether vectors are stored unreduced, rounded to float16."""
         return self == PLAIN_COLBERT
 
     def vector_bytes(self, dim: int) -> int:
@@ -71,7 +71,7 @@ PLAIN_COLBERT = ColbertForm()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeConfig:
-    """What the bytes of a folder mean. A different value is a different folder."""
+    """Everything that the bytes of a folder depend on. A different value is a different folder."""
 
     fields: Fields
     outputs: tuple[Output, ...]
@@ -85,11 +85,11 @@ class EncodeConfig:
     format: Format = "parquet"
     long_docs: LongDocs = "chunk"
     overlap: Count = 0
-    "tokens; with split sentence, the least"
+    "tokens; the least number with split sentence"
     split: Split = "sentence"
     "where long documents are cut"
     mcls: Count = 0
-    "text tokens to a `<s>` of its own, the first one included; 0: a row has one"
+    "text tokens for each `<s>`; 0: a row has one `<s>`"
     dense_dtype: VectorDtype = "float16"
     colbert_dtype: ColbertDtype = "float16"
     colbert_pool: Positive = 1
@@ -105,11 +105,11 @@ class EncodeConfig:
     dedupe: bool = False
     "equal texts of a window are encoded once"
     since: str | None = None
-    "identity of the older folder that vectors are taken over from"
+    "identity of the previous folder whose vectors are reused"
 
     @property
     def colbert_form(self) -> ColbertForm:
-        """What is kept of ColBERT matrices."""
+        """How ColBERT matrices are reduced."""
         return ColbertForm(
             dtype=self.colbert_dtype,
             pool=self.colbert_pool,
@@ -118,12 +118,12 @@ class EncodeConfig:
 
     @property
     def merges(self) -> bool:
-        """Whether the chunks of a document are made into a row of its own."""
+        """Whether the chunks of a document are merged into a row."""
         return self.long_docs in ("merge", "both")
 
     @property
     def exact_vectors(self) -> bool:
-        """Whether a row has a ColBERT vector for every token but `<s>`, so that their number is known beforehand."""
+        """Whether each token but `<s>` has a ColBERT vector, so that their number is known before encoding."""
         form = self.colbert_form
         return form.pool == 1 and not form.by_weight
 
@@ -137,11 +137,11 @@ class CheckpointConfig:
     """The checkpoint that a folder was made with."""
 
     name: str
-    "for people, as the two below; not compared"
+    "shown only, as are path and revision; not compared"
     path: str
     "absolute path of its folder"
     revision: str | None
-    "that was asked for"
+    "as typed"
     dim: Positive
     vocabulary: Positive
     hashes: dict[str, str]
@@ -152,7 +152,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """How fast a folder is made; may change from run to run."""
+    """Options of speed; they may change from run to run."""
 
     max_batch_tokens: Annotated[int, Between(1, (1 << 31) - 1)]
     threads: Annotated[int, Between(1, 1 << 12)]
@@ -164,12 +164,12 @@ class RunConfig:
     """What is in run.json."""
 
     m3cli_version: str = m3cli.__version__
-    "that began the folder"
+    "of the run that began the folder"
     config: EncodeConfig
     checkpoint: CheckpointConfig
     sources: tuple[Source, ...]
     since_path: str | None = None
-    "where the older folder was found; not compared"
+    "path of the previous folder; not compared"
     runtime: Runtime
 
     @property
@@ -424,14 +424,14 @@ class CheckRequest(ModelChoice):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FieldFlags:
-    """The names of a command's flags, as they are typed; those of `m3 encode` unless others are given."""
+    """The names of a command's options for fields, for messages; by default those of `m3 encode`."""
 
     text: str = "--text-field"
     id: str = "--id-field"
     title: str = "--title-field"
     kept: str = "--keep-fields"
     format: str | None = "--input-format"
-    "None: the command has no such flag"
+    "None: the command has no such option"
 
 
 ENCODE_FLAGS = FieldFlags()

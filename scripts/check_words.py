@@ -15,7 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKED = ("*.md", "pyproject.toml", "m3cli/**/*.md", "scripts/**/*")  # to come: m3cli/**/*.py, tests/**/*.py
+CHECKED = (  # to come: m3cli/**/*.py, tests/**/*.py
+    *("*.md", "pyproject.toml", "m3cli/**/*.md", "scripts/**/*"),
+    *("m3cli/*.py", "m3cli/cli/*.py"),
+)
 ENDINGS = ("", ".md", ".py", ".toml", ".txt")
 ANYWHERE = r"settl(?:e|ing)|adopt|spell|spelt|anew|refuse_"
 WORDS = (

@@ -1,4 +1,4 @@
-"""The `m3` command line as a whole: its commands, and how each of them ends.
+"""The `m3` command line: its commands, and how they end.
 
 Every error a user can cause is one line on stderr that names the value and the remedy, and an exit code of
 `m3cli.errors`; `--debug` shows the traceback. stdout carries results only.
@@ -94,11 +94,11 @@ def run(arguments: Sequence[str]) -> int:
     catch_sigterm()
     try:
         _check_surroundings(arguments)
-        # Taken out here, so that it may stand before or after the command.
+        # Removed here, so that it may come before or after the command.
         code = app(
             args=[argument for argument in arguments if argument != "--debug"], standalone_mode=False, prog_name="m3"
         )
-        sys.stdout.flush()  # not left to the interpreter, which would end with words and a code of its own
+        sys.stdout.flush()  # the interpreter would end with its own message and code
         if code != EXIT_INTERRUPTED:
             return int(code or EXIT_DONE)
         text, code = describe_end(KeyboardInterrupt())  # which typer turns into this exit code
@@ -118,10 +118,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _check_surroundings(arguments: Sequence[str]) -> None:
-    """Refuse what no command can work with.
+    """Check the arguments and the working folder.
 
     Raises:
-        UsageError: names that are not UTF-8, which no tokenizer reads and no run.json holds; a removed working folder.
+        UsageError: an argument is not UTF-8, or the working folder has been removed.
     """
     for argument in arguments:
         if not is_utf8(argument):
@@ -133,7 +133,7 @@ def _check_surroundings(arguments: Sequence[str]) -> None:
 
 
 def _describe_end(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
-    """Return words and exit code of what ended the command line: no words where the help has been shown."""
+    """Return the message and the exit code of an error; no message if the help was shown."""
     if isinstance(error, _TyperError):
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "m3"
@@ -142,7 +142,7 @@ def _describe_end(error: BaseException, arguments: Sequence[str]) -> tuple[str, 
             sys.stdout.write(f"{message}\n")
             return "", UsageError.exit_code
         return f"{message.removesuffix('.')}. See '{command} --help'.", UsageError.exit_code
-    # Whatever writes files tells their names; what is left is standard output.
+    # Errors of files carry a name; one without is of standard output.
     if isinstance(error, OSError) and error.filename is None and error.errno in _FULL:
         _release_stdout()
         words = f"cannot write standard output: {error.strerror}; free some space and run the same command again"
@@ -151,7 +151,7 @@ def _describe_end(error: BaseException, arguments: Sequence[str]) -> tuple[str, 
 
 
 def _describe_value(error: Any, arguments: Sequence[str]) -> str | None:
-    """Return words for an option's value that typer does not take; None: it is another error."""
+    """Return the message for a value that typer rejects; None for other errors."""
     names = getattr(getattr(error, "param", None), "opts", [])
     words = [part for each in arguments for part in each.split("=", 1)]
     typed = next((value for name, value in pairwise(words) if name in names), None)
@@ -162,5 +162,5 @@ def _describe_value(error: Any, arguments: Sequence[str]) -> str | None:
 
 
 def _release_stdout() -> None:
-    """Point standard output at the null device, so that the interpreter does not try to flush it once more."""
+    """Point standard output at the null device, so that the interpreter does not flush it again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""`m3 doctor`: a report to read, or as JSON."""
+"""`m3 doctor`: a report as tables or JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from m3cli.errors import EXIT_DONE, ModelError
 
 @takes(ModelChoice)
 def doctor(request: ModelChoice, *, as_json: AsJson = False) -> None:
-    """Say what this machine and this checkpoint can do, and recompute the model card's published scores.
+    """Report what this machine and this checkpoint can do, and recompute the model card's published scores.
 
     The exit code is 5 if a published figure is not reached.
     """
@@ -45,7 +45,7 @@ def _print_report(report: dict[str, Any]) -> None:
             "recommendation",
             [
                 (
-                    "flags",
+                    "options",
                     f"--dtype {advice['dtype']} --max-batch-tokens {advice['max_batch_tokens']} (what auto takes)",
                 ),
                 ("expect", f"{advice['tokens_per_second']:,} tokens/s at {advice['passage_tokens']} tokens a passage"),

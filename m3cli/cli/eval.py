@@ -1,4 +1,4 @@
-"""`m3 eval`: flags to a request, and what was found to a table, TSV or JSON."""
+"""`m3 eval`: measures as a table, TSV or JSON."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def _print_table(found: Evaluation) -> None:
 
     rows = [
         [
-            escape_unprintable(worth.run),
-            *(_format(value, (worth.p or {}).get(name)) for name, value in worth.measures.items()),
+            escape_unprintable(row.run),
+            *(_format(value, (row.p or {}).get(name)) for name, value in row.measures.items()),
         ]
-        for worth in found.runs
+        for row in found.runs
     ]
     title = count_noun(found.queries, "query", "queries") + (", p against the first run" if len(found.runs) > 1 else "")
     open_console(sys.stdout).print(draw_table(title, rows, columns=["run", *found.runs[0].measures]))
@@ -75,8 +75,8 @@ def _print_tsv(found: Evaluation) -> None:
     several = len(found.runs) > 1
     header = ["run", *names, *([f"p({name})" for name in names] if several else [])]
     sys.stdout.write("\t".join(header) + "\n")
-    for worth in found.runs:
-        cells = [escape_unprintable(worth.run), *(f"{worth.measures[name]:.4f}" for name in names)]
+    for row in found.runs:
+        cells = [escape_unprintable(row.run), *(f"{row.measures[name]:.4f}" for name in names)]
         if several:
-            cells += ["" if worth.p is None else f"{worth.p[name]:.4g}" for name in names]
+            cells += ["" if row.p is None else f"{row.p[name]:.4g}" for name in names]
         sys.stdout.write("\t".join(cells) + "\n")

@@ -1,4 +1,4 @@
-"""`m3 info`: what is in a folder."""
+"""`m3 info` and `m3 check`: what is in a folder, and whether it is damaged."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def info(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what is in a folder: settings, counts, bytes per output, and how long its rows are; or of one document."""
+    """Show what is in a folder: options, counts, bytes per output, lengths of rows; or one document of it."""
     if (text or source) and document_id is None:
         raise UsageError("--text and --input need --id: they are about one document")
     if truncated and document_id is not None:
@@ -74,7 +74,7 @@ def _as_document(span: ChunkSpan) -> dict[str, Any]:
 
 
 def _print_spans(spans: Sequence[ChunkSpan]) -> None:
-    """Print a line per chunk, and its text below it; columns line up on a terminal, and have tabs elsewhere."""
+    """Print a line for each chunk, and its text below it; columns are aligned on a terminal, else separated by tabs."""
     rows = [("chunk", "characters", "tokens", "")]
     for span in spans:
         cut = "truncated" if span.truncated else ""
@@ -113,7 +113,7 @@ def check(request: CheckRequest, *, as_json: AsJson = False) -> None:
 
 
 def describe(found: FolderCheck, *, repair: bool) -> list[str]:
-    """Spell out what was found: a line for each fault, then what to do."""
+    """Return lines that describe the damage: one for each error, then what to do."""
     lines = [
         f"{fault.file}: {fault.what}" + ("" if fault.shard is None else f" (shard {fault.shard})")
         for fault in found.faults

@@ -45,10 +45,10 @@ _TABLES = (
 
 
 def print_explanations(explained: Iterable[dict[str, Any]]) -> int:
-    """Print each pair as it comes.
+    """Print each pair when it is explained.
 
     Returns:
-        the exit code: 0, or 3 if some rows are no pairs.
+        the exit code: 0, or 3 if some rows are not pairs.
     """
     import orjson  # noqa: PLC0415  not for --help
 
