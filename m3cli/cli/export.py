@@ -7,7 +7,7 @@ import sys
 import typer
 
 from m3cli.cli.options import takes
-from m3cli.config import ExportRequest
+from m3cli.requests import ExportRequest
 
 
 @takes(ExportRequest)

@@ -13,8 +13,8 @@ import typer
 
 from m3cli.cli.options import AsJson, takes
 from m3cli.cli.terminal import open_results, print_json
-from m3cli.config import CheckRequest
 from m3cli.errors import UsageError, count_noun, escape_unprintable
+from m3cli.requests import CheckRequest
 
 if TYPE_CHECKING:
     from m3cli.jobs.check import FolderCheck

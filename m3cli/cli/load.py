@@ -9,7 +9,7 @@ import typer
 from m3cli.cli.export import print_summary
 from m3cli.cli.options import takes
 from m3cli.cli.signals import stop
-from m3cli.config import LoadRequest
+from m3cli.requests import LoadRequest
 
 
 @takes(LoadRequest)

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from m3cli.cli.help import HelpAll
-from m3cli.config import EncodeConfig, EncodeRequest, Option, Weights, list_options
+from m3cli.config import EncodeConfig, EncodeRequest, Option, list_options
 from m3cli.errors import UsageError
+from m3cli.requests import Weights
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel="Run")]
 

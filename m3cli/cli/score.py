@@ -10,8 +10,8 @@ import typer
 
 from m3cli.cli.options import takes
 from m3cli.cli.terminal import open_results, open_stdin, show_run
-from m3cli.config import ScoreRequest
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED
+from m3cli.requests import ScoreRequest
 
 Explain = Annotated[
     bool,

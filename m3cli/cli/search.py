@@ -11,7 +11,7 @@ import typer
 
 from m3cli.cli.options import takes
 from m3cli.cli.terminal import open_results, open_stdin, show_run
-from m3cli.config import SearchRequest
+from m3cli.requests import SearchRequest
 
 
 @takes(SearchRequest)

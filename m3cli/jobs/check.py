@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3cli.concurrency import prefetch
-from m3cli.config import CheckRequest, ColbertForm, EncodeRequest, RunConfig
+from m3cli.config import ColbertForm, EncodeRequest, RunConfig
 from m3cli.encoder import device as machine
 from m3cli.encoder.batcher import batch_rows, pack_rows
 from m3cli.encoder.chunker import chunk_documents, cutting_of
@@ -47,6 +47,7 @@ from m3cli.jobs.encode.resolve import check_same_checkpoint, check_same_tokenize
 from m3cli.jobs.reread import find_input, read_texts
 from m3cli.progress import FileMeter
 from m3cli.records import Document, DoneEntry, Embeddings, LexicalWeights, Origins, ShardText, TokenMatrices
+from m3cli.requests import CheckRequest
 from m3cli.retrieval.scores import decode_vectors
 from m3cli.store.documents import find_links, is_ours
 from m3cli.store.layout import RUN_NAME, hashes_name, rows_name, shard_of

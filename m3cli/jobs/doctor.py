@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import orjson
 
-from m3cli.config import Dtype, EncodeRequest, ScoreRequest
+from m3cli.config import Dtype, EncodeRequest
 from m3cli.corpus.pairs import Pair
 from m3cli.encoder import device as machine
 from m3cli.encoder.checkpoint import HEAD_FILES, Checkpoint
@@ -22,6 +22,7 @@ from m3cli.jobs.encode.resolve import open_checkpoint
 from m3cli.jobs.score.command import finish_scores
 from m3cli.jobs.score.from_texts import TextScorer
 from m3cli.progress import Progress
+from m3cli.requests import ScoreRequest
 from m3cli.retrieval.scores import modes_of, parts_of, score_sparse
 from m3cli.store.commit import output_errors, remove, sync_file
 

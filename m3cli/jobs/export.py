@@ -24,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3cli.concurrency import prefetch
-from m3cli.config import ExportRequest, TransferRequest
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, DamageFound, ForeignFolder, OutputError, Stopped, UsageError
 from m3cli.exporters.rows import (
     KEY_COLUMNS,
@@ -42,6 +41,7 @@ from m3cli.exporters.targets import find_target
 from m3cli.jobs.encode.estimate import check_disk_space
 from m3cli.progress import FileMeter
 from m3cli.records import FileRecord, Output
+from m3cli.requests import ExportRequest, TransferRequest
 from m3cli.store.commit import (
     PIECE,
     StagedFile,

@@ -23,7 +23,6 @@ import xxhash
 from numpy.typing import NDArray
 
 from m3cli.concurrency import prefetch
-from m3cli.config import LoadRequest
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, M3Error, OutputError
 from m3cli.exporters.rows import KEY_COLUMNS, PLAIN_COLUMNS, LeftOut, Part, Shape, cut_part, hash_keys, list_keys, pick
 from m3cli.exporters.targets import find_engine
@@ -31,6 +30,7 @@ from m3cli.jobs.encode.increment import MAY_DIFFER
 from m3cli.jobs.encode.lifecycle import Stop
 from m3cli.jobs.export import Repeats, drop_repeats, find_repeats, make_shape, open_finished, read_parts
 from m3cli.progress import FileMeter
+from m3cli.requests import LoadRequest
 from m3cli.store.commit import publish_outside
 from m3cli.store.layout import TEXT_COLUMN, hashes_name
 from m3cli.store.reader import OutputFolder, iter_parts

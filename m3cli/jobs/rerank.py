@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.config import DEFAULT_RERANKER, EncodeRequest, FieldFlags, RerankRequest
+from m3cli.config import DEFAULT_RERANKER, EncodeRequest, FieldFlags
 from m3cli.corpus.fields import kept_schema, resolve_fields
 from m3cli.corpus.plan import plan_shards
 from m3cli.corpus.reader import Action, read_shards
@@ -37,6 +37,7 @@ from m3cli.jobs.encode.resolve import open_checkpoint
 from m3cli.jobs.paths import check_paths
 from m3cli.progress import Progress
 from m3cli.records import QueryHits, Rankings, Shard
+from m3cli.requests import RerankRequest
 from m3cli.store.commit import check_writable, publish_outside
 from m3cli.store.lookup import iter_passages
 from m3cli.store.reader import open_folder

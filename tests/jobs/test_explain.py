@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m3cli.config import ScoreRequest
 from m3cli.errors import UsageError
 from m3cli.jobs.score.explain import explain_pairs
 from m3cli.progress import Progress
+from m3cli.requests import ScoreRequest
 
 
 def test_shared_tokens_make_the_sparse_score_and_best_matches_the_colbert_score(tiny_m3: Path, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3cli.config import RerankRequest
 from m3cli.jobs import rerank as module
 from m3cli.jobs.rerank import _cut_groups, _cut_windows, rerank_run
 from m3cli.progress import Progress
+from m3cli.requests import RerankRequest
 
 rankings_of = st.dictionaries(
     st.text("q01", min_size=1, max_size=4), st.dictionaries(st.sampled_from("abcdefgh"), st.just(0.0), min_size=1)

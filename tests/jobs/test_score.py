@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from m3cli.cli.app import run
-from m3cli.config import ScoreRequest
 from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder.encode import BatchEncoder, FailedRow
 from m3cli.errors import CorpusError, ForeignFolder, ModelError, UsageError
@@ -23,6 +22,7 @@ from m3cli.jobs.score import from_folders as score_folders
 from m3cli.jobs.score import from_texts as score_texts
 from m3cli.jobs.score.command import score_pairs
 from m3cli.progress import Progress
+from m3cli.requests import ScoreRequest
 from m3cli.retrieval.scores import MODES, score_rows
 from m3cli.store.reader import open_folder
 from tests.conftest import load_once

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-from m3cli.config import ScoreRequest
 from m3cli.corpus.pairs import Pair
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.texts import tokenise_texts
@@ -25,6 +24,7 @@ from m3cli.jobs.score.command import finish_scores
 from m3cli.jobs.score.from_texts import TextScorer
 from m3cli.progress import Progress
 from m3cli.records import TokenMatrices
+from m3cli.requests import ScoreRequest
 from m3cli.retrieval.scores import MODES, parts_of, score_colbert
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_demo.json").read_text(encoding="utf-8"))

@@ -17,7 +17,6 @@ from typing import BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.config import ScoreRequest
 from m3cli.corpus.pairs import (
     Pair,
     PairColumns,
@@ -34,6 +33,7 @@ from m3cli.jobs.idle_flags import check_ignored_options
 from m3cli.jobs.paths import check_paths
 from m3cli.progress import Progress
 from m3cli.records import Output
+from m3cli.requests import ScoreRequest
 from m3cli.retrieval.scores import PARTS, Weights, check_weights, combine_scores, modes_of, parts_of
 from m3cli.store.commit import check_writable
 from m3cli.store.results import TableWriter, open_table, table_format

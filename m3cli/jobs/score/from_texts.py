@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.config import EncodeRequest, ScoreRequest
+from m3cli.config import EncodeRequest
 from m3cli.corpus.pairs import Pair, WindowLimits
 from m3cli.encoder import device as machine
 from m3cli.encoder.checkpoint import Checkpoint
@@ -28,6 +28,7 @@ from m3cli.jobs.encode.resolve import open_checkpoint
 from m3cli.jobs.score.command import WindowScores, number_distinct
 from m3cli.progress import Progress
 from m3cli.records import Embeddings, Output
+from m3cli.requests import ScoreRequest
 from m3cli.retrieval.scores import Rows, expand_rows, score_rows
 
 DEFAULT_LENGTH = 512
