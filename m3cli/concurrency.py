@@ -1,4 +1,4 @@
-"""The one place with threads: an iterator run ahead of its reader, and work on items done in several lanes at once.
+"""The one place with threads: an iterator run ahead of its reader, and items worked on by several threads at once.
 
 An error in a thread is raised where items are read. Leaving the reader early (an exception, Ctrl-C, `close()`) stops
 each thread after its current item, closes the inner iterator, and waits for all threads. A thread that is still busy
@@ -52,14 +52,17 @@ def prefetch(items: Iterator[T], *, depth: int, name: str) -> Generator[T, None,
         thread.join(JOIN_TIMEOUT)
 
 
-def parallel_map(work: Callable[[T], R], items: Iterable[T], *, lanes: int, name: str) -> Generator[R, None, None]:
-    """Yield `work(item)` for each item, in order, done by `lanes` threads at once.
+def parallel_map(
+    work: Callable[[T], R], items: Iterable[T], *, num_threads: int, name: str
+) -> Generator[R, None, None]:
+    """Yield `work(item)` for each item, in order, by `num_threads` threads at once.
 
-    Items are taken where results are read, no more than keep each thread busy and give it one to go on with.
+    Items are taken as results are read: at most two for each thread.
     """
     tasks: SimpleQueue[tuple[Future[R], T] | None] = SimpleQueue()
     threads = [
-        _Runner(target=_work_off, args=(work, tasks), name=f"{name} {lane}", daemon=True) for lane in range(lanes)
+        _Runner(target=_work_off, args=(work, tasks), name=f"{name} {number}", daemon=True)
+        for number in range(num_threads)
     ]
     waiting = deque[Future[R]]()
     try:
@@ -69,7 +72,7 @@ def parallel_map(work: Callable[[T], R], items: Iterable[T], *, lanes: int, name
             result = Future[R]()
             tasks.put((result, item))
             waiting.append(result)
-            if len(waiting) == 2 * lanes:
+            if len(waiting) == 2 * num_threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -85,7 +88,7 @@ def parallel_map(work: Callable[[T], R], items: Iterable[T], *, lanes: int, name
 
 
 def has_live_threads() -> bool:
-    """Whether a thread was left behind in the middle of an item."""
+    """Return whether a thread is still busy with an item."""
     return any(isinstance(thread, _Runner) for thread in list_threads())
 
 

@@ -1,13 +1,14 @@
-"""What a user can choose, and what a folder was made with. Defaults live here only.
+"""How options are declared, those of `m3 encode`, and the config of a folder.
 
-`EncodeConfig` is fingerprinted and fixed for a folder. `auto` values are resolved once, written into `run.json` and
-kept by later runs.
+A field of a request that has an `Option` is an option of the command line: `m3cli.cli.options` makes the parameters of
+a command from them. `EncodeConfig` is fingerprinted and fixed for a folder. `auto` values are resolved once, written
+into `run.json` and kept by later runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -17,9 +18,10 @@ import m3cli
 from m3cli.records import Between, Count, Fields, Output, Positive, Source
 
 DEFAULT_MODEL = "BAAI/bge-m3"
+DEFAULT_RERANKER = "BAAI/bge-reranker-v2-m3"
 ALL_OUTPUTS: tuple[Output, ...] = ("dense", "sparse", "colbert")
 MAX_LENGTH_CEILING = 8192
-"tokens; what BGE-M3 was trained for, whatever more positions a checkpoint has"
+"tokens; BGE-M3 is trained for no more, even if a checkpoint has more positions"
 MAX_ROW_BYTES = 64 << 20
 
 AUTO_SHARD_SIZE = {"cpu": 512 << 10, "cuda with colbert": 8 << 20, "cuda": 32 << 20}
@@ -32,27 +34,22 @@ ColbertDtype = Literal["float16", "int8", "binary"]
 VectorCompression = Literal["none", "zstd"]
 LongDocs = Literal["chunk", "merge", "both", "truncate"]
 Split = Literal["tokens", "sentence"]
+ProgressMode = Literal["auto", "bar", "log", "json", "none"]
 
-COLBERT_MEMBERS = ("colbert_dtype", "colbert_pool", "colbert_top_k")
-"members of EncodeConfig that say how ColBERT vectors are stored"
-OUTPUT_OF: dict[str, Output] = {"dense_dtype": "dense", **dict.fromkeys(COLBERT_MEMBERS, "colbert")}
-"of each member of EncodeConfig that says how an output is stored, that output"
-SHOWN_OPTIONS = (
-    *("long_docs", "split", "overlap", "mcls", "dense_dtype", *COLBERT_MEMBERS, "compression"),
-    *("title_sep", "prefix", "keep_text", "limit", "dedupe"),
-)
-"members of EncodeConfig that are shown where they are not the default"
+TEXT_NAMES = ("text", "contents", "content", "body", "passage", "document", "query")
+ID_NAMES = ("_id", "docid", "id", "doc_id", "query_id", "qid", "pid", "docno", "doc_no", "uuid", "key")
+TITLE_NAMES = ("title",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColbertForm:
-    """What is kept of a row's ColBERT matrix, in this order: the heaviest tokens, means of like ones, fewer bits."""
+    """How a row's ColBERT matrix is reduced, in this order: the heaviest tokens, means of similar ones, fewer bits."""
 
     dtype: ColbertDtype = "float16"
     pool: int = 1
-    "tokens to a vector; 1: each has its own"
+    "tokens that share a vector"
     top_k: int | None = None
-    "most tokens of a row that are kept, those of the largest lexical weights"
+    "tokens of a row that are kept, those with the largest lexical weights"
 
     @property
     def by_weight(self) -> bool:
@@ -61,7 +58,7 @@ class ColbertForm:
 
     @property
     def plain(self) -> bool:
-        """Whether vectors are stored as the heads make them, rounded to float16."""
+        """Whether vectors are stored unreduced, rounded to float16."""
         return self == PLAIN_COLBERT
 
     def vector_bytes(self, dim: int) -> int:
@@ -74,7 +71,7 @@ PLAIN_COLBERT = ColbertForm()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeConfig:
-    """What the bytes of a folder mean. A different value is a different folder."""
+    """Everything that the bytes of a folder depend on. A different value is a different folder."""
 
     fields: Fields
     outputs: tuple[Output, ...]
@@ -88,11 +85,11 @@ class EncodeConfig:
     format: Format = "parquet"
     long_docs: LongDocs = "chunk"
     overlap: Count = 0
-    "tokens; with split sentence, the least"
+    "tokens; the least number with split sentence"
     split: Split = "sentence"
     "where long documents are cut"
     mcls: Count = 0
-    "text tokens to a `<s>` of its own, the first one included; 0: a row has one"
+    "text tokens for each `<s>`; 0: a row has one `<s>`"
     dense_dtype: VectorDtype = "float16"
     colbert_dtype: ColbertDtype = "float16"
     colbert_pool: Positive = 1
@@ -108,11 +105,11 @@ class EncodeConfig:
     dedupe: bool = False
     "equal texts of a window are encoded once"
     since: str | None = None
-    "identity of the older folder that vectors are taken over from"
+    "identity of the previous folder whose vectors are reused"
 
     @property
     def colbert_form(self) -> ColbertForm:
-        """What is kept of ColBERT matrices."""
+        """How ColBERT matrices are reduced."""
         return ColbertForm(
             dtype=self.colbert_dtype,
             pool=self.colbert_pool,
@@ -121,12 +118,12 @@ class EncodeConfig:
 
     @property
     def merges(self) -> bool:
-        """Whether the chunks of a document are made into a row of its own."""
+        """Whether the chunks of a document are merged into a row."""
         return self.long_docs in ("merge", "both")
 
     @property
     def exact_vectors(self) -> bool:
-        """Whether a row has a ColBERT vector for every token but `<s>`, so that their number is known beforehand."""
+        """Whether each token but `<s>` has a ColBERT vector, so that their number is known before encoding."""
         form = self.colbert_form
         return form.pool == 1 and not form.by_weight
 
@@ -140,11 +137,11 @@ class CheckpointConfig:
     """The checkpoint that a folder was made with."""
 
     name: str
-    "for people, as the two below; not compared"
+    "shown only, as are path and revision; not compared"
     path: str
     "absolute path of its folder"
     revision: str | None
-    "that was asked for"
+    "as typed"
     dim: Positive
     vocabulary: Positive
     hashes: dict[str, str]
@@ -155,7 +152,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """How fast a folder is made; may change from run to run."""
+    """Options of speed; they may change from run to run."""
 
     max_batch_tokens: Annotated[int, Between(1, (1 << 31) - 1)]
     threads: Annotated[int, Between(1, 1 << 12)]
@@ -167,12 +164,12 @@ class RunConfig:
     """What is in run.json."""
 
     m3cli_version: str = m3cli.__version__
-    "that began the folder"
+    "of the run that began the folder"
     config: EncodeConfig
     checkpoint: CheckpointConfig
     sources: tuple[Source, ...]
     since_path: str | None = None
-    "where the older folder was found; not compared"
+    "path of the previous folder; not compared"
     runtime: Runtime
 
     @property
@@ -190,135 +187,237 @@ class RunConfig:
         return {**version, **asdict(self)}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """How a field of a request is typed on the command line. Everything that is not here follows from its type."""
+
+    help: str
+    panel: str
+    "heading of the help it is listed under"
+    default: str | None = None
+    "words for a default that the field does not hold"
+    metavar: str | None = None
+    names: tuple[str, ...] = ()
+    "as they are typed, where not --name-of-the-field"
+    least: int | None = None
+    read: Literal["size", "share", "row limit", "weights", "auto", "each"] | None = None
+    "what the type does not tell: a form of text; auto: that word is no value; each: typed once for each value"
+    common: bool = True
+    "whether --help lists it; --help-all lists all"
+    argument: bool = False
+    needs: Output | None = None
+    "the output that it is about"
+    listed: bool = True
+    "whether a value that is not the default is shown with a folder"
+
+
+def option(help: str, panel: str, *, value: Any = None, **how: Any) -> Any:  # noqa: A002  as typer names it
+    """Return a field that is an option with a default value."""
+    return field(default=value, metadata={"option": Option(help=help, panel=panel, **how)})
+
+
+def required(help: str, panel: str, **how: Any) -> Any:  # noqa: A002
+    """Return a field that is an argument or an option without a default."""
+    return option(help, panel, value=MISSING, **how)
+
+
+def list_options(request: type) -> dict[str, Option]:
+    """Return the options of a request by the names of its fields."""
+    return {each.name: each.metadata["option"] for each in fields(request) if each.metadata}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelChoice:
+    """The checkpoint and the device of a command. None is an option that was not typed, as in all requests."""
+
+    model: str | None = option(
+        "Checkpoint folder or hub id.", "Model", default=f"$M3_MODEL or {DEFAULT_MODEL}", metavar="DIR|ID"
+    )
+    revision: str | None = option("Branch, tag or commit on the hub.", "Model", metavar="NAME", common=False)
+    device: str | None = option("cpu, cuda or cuda:N.", "Model", default="auto", metavar="NAME", read="auto")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions(ModelChoice):
+    """The checkpoint, how it computes, and what is shown of it."""
+
+    dtype: Dtype | None = option(
+        "auto: float16 on a GPU, bfloat16 on a CPU that has it. int8 is for CPUs.",
+        "Model",
+        default="auto",
+        read="auto",
+    )
+    max_batch_tokens: int | None = option(
+        "Tokens that go through the model together.", "Model", default="by device", least=1, common=False
+    )
+    progress: ProgressMode = option("auto: a bar on a terminal, else lines.", "Run", value="auto")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeRequest(RunOptions):
+    """Options of `m3 encode`. What is not typed is taken from the folder, or has the default of EncodeConfig."""
+
+    inputs: tuple[str, ...] = required(
+        "JSONL, TSV or text lines (also .gz, .zst), Parquet, folders, globs, or '-' for standard input.",
+        "Input",
+        metavar="INPUT",
+        argument=True,
+        read="each",
+    )
+    input_format: str = option(
+        "auto goes by the ending.", "Input", value="auto", metavar="auto|jsonl|tsv|text|parquet", common=False
+    )
+    id_field: str | None = option(
+        "Field of the id; '' for none.", "Input", default=f"first of {', '.join(ID_NAMES)}", metavar="NAME"
+    )
+    text_field: str | None = option(
+        "Field of the text.", "Input", default=f"first of {', '.join(TEXT_NAMES)}", metavar="NAME"
+    )
+    title_field: str | None = option(
+        "Field of the title; '' for none.", "Input", default=", ".join(TITLE_NAMES), metavar="NAME"
+    )
+    title_sep: str | None = option("Between title and text.", "Input", default="a line break", common=False)
+    keep_fields: tuple[str, ...] | None = option("Fields to copy into the output.", "Input", metavar="A,B")
+    keep_text: bool | None = option("Write the text of each chunk as column 'text'.", "Input")
+    prefix: str | None = option("Words before every chunk, such as 'query: '.", "Input", common=False)
+    limit: int | None = option("Only the first N rows of the input.", "Input", least=1)
+    dedupe: bool | None = option("Encode equal texts of a shard once.", "Input", common=False)
+    max_row_bytes: int | None = option(
+        "Skip rows that are longer.", "Input", default="64M", read="size", common=False, listed=False
+    )
+    max_skipped: int | float | None = option(
+        "End with exit code 4 if more rows are skipped.", "Input", metavar="N|P%", read="row limit", common=False
+    )
+    "an int counts rows, a float is the part of all rows"
+    since_run: str | None = option(
+        "Reuse the vectors of texts that an existing folder has, and encode the others.",
+        "Input",
+        metavar="OLD.m3",
+        common=False,
+    )
+    verify_input: bool = option(
+        "Hash the input of all finished shards again, even of files with an equal date.",
+        "Input",
+        value=False,
+        common=False,
+    )
+    out: str | None = option(
+        "Output folder.", "Output", default="the input's name with .m3", metavar="DIR", names=("--out", "-o")
+    )
+    outputs: tuple[Output, ...] | None = option("Some of dense,sparse,colbert.", "Output", default="all", metavar="A,B")
+    format: Format | None = option("Of the folder's files.", "Output", listed=False)
+    dense_dtype: VectorDtype | None = option("Of the dense vectors on disk.", "Output", needs="dense", common=False)
+    colbert_dtype: ColbertDtype | None = option(
+        "Of the ColBERT vectors on disk. int8 takes a half, binary (signs) a sixteenth.", "Output", needs="colbert"
+    )
+    colbert_pool: int | None = option(
+        "Merge similar ColBERT vectors of a row until one in K remains.",
+        "Output",
+        least=1,
+        metavar="K",
+        needs="colbert",
+        common=False,
+    )
+    colbert_top_k: int | None = option(
+        "Keep the N ColBERT vectors of a row that have the largest lexical weights.",
+        "Output",
+        least=1,
+        needs="colbert",
+        common=False,
+    )
+    compression: VectorCompression | None = option(
+        "Of the vectors in Parquet. zstd saves a tenth of float16.", "Output", common=False
+    )
+    gone: str | None = option(
+        "Write the ids of --since-run that the new folder lacks, as JSON lines.",
+        "Output",
+        metavar="FILE",
+        common=False,
+    )
+    space_check: bool = option("Begin even where the disk may be too small.", "Output", value=True, common=False)
+    max_length: int | None = option("Tokens of a chunk.", "Long documents", default="8192 or less, by model", least=8)
+    long_docs: LongDocs | None = option(
+        "chunk: a row for each chunk. merge: a row for each document, made of its chunks. both: chunks, and a row for "
+        "each document of several. truncate: the first chunk only.",
+        "Long documents",
+    )
+    split: Split | None = option(
+        "sentence: chunks of similar length that end after a paragraph, sentence or word. tokens: full chunks.",
+        "Long documents",
+        common=False,
+    )
+    overlap: int | None = option(
+        "Tokens of the previous chunk that a chunk repeats.", "Long documents", least=0, common=False
+    )
+    mcls: int | None = option(
+        "Put a <s> before every N tokens (256 in M3's paper); the dense vector is the mean of their states.",
+        "Long documents",
+        default="one for each row",
+        least=1,
+        needs="dense",
+        common=False,
+    )
+    shard_size: int | None = option(
+        "Bytes of text of a shard, such as 8M.",
+        "Run",
+        default="512K on a CPU, 8M or 32M on a GPU",
+        read="size",
+        common=False,
+    )
+    share: tuple[int, int] = option(
+        "Encode the shards of worker I of N (I from 0).",
+        "Run",
+        value=(0, 1),
+        names=("--worker",),
+        metavar="I/N",
+        read="share",
+    )
+    max_runtime: str | None = option(
+        "Stop after a time such as 55m or 7h30m, with exit code 75 if work remains.", "Run", metavar="TIME"
+    )
+    metrics: str | None = option(
+        "Write numbers of the run for Prometheus' textfile collector.", "Run", metavar="FILE", common=False
+    )
+    log_file: str | None = option(
+        "Append the messages of the run, with their time.", "Run", metavar="FILE", common=False
+    )
+
+    @property
+    def worker(self) -> int:
+        """Number of this worker, from 0."""
+        return self.share[0]
+
+    @property
+    def num_workers(self) -> int:
+        """Number of workers that share the input."""
+        return self.share[1]
+
+
+COMPARED_OPTIONS = tuple(
+    name for name in list_options(EncodeRequest) if name in {each.name for each in fields(EncodeConfig)}
+)
+"options of EncodeRequest that a folder keeps in its EncodeConfig"
+REQUIRED_OUTPUT = {name: each.needs for name, each in list_options(EncodeRequest).items() if each.needs is not None}
+"of each option that is about one output, that output"
+
+
 def list_non_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return, of an EncodeConfig's members as JSON, those that people choose and that are not what a new folder has."""
-    defaults = {each.name: each.default for each in fields(EncodeConfig)}
-    return {name: config[name] for name in SHOWN_OPTIONS if config[name] != defaults[name]}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodeRequest:
-    """What a user typed; None is a flag that was not given. It is adopted from the folder, or else the default."""
-
-    inputs: tuple[str, ...]
-    out: str | None = None
-    model: str | None = None
-    revision: str | None = None
-    input_format: str = "auto"
-    outputs: tuple[Output, ...] | None = None
-    format: Format | None = None
-    id_field: str | None = None
-    text_field: str | None = None
-    title_field: str | None = None
-    title_sep: str | None = None
-    keep_fields: tuple[str, ...] | None = None
-    keep_text: bool | None = None
-    prefix: str | None = None
-    limit: int | None = None
-    max_length: int | None = None
-    long_docs: LongDocs | None = None
-    overlap: int | None = None
-    split: Split | None = None
-    mcls: int | None = None
-    dtype: Dtype | None = None
-    dense_dtype: VectorDtype | None = None
-    colbert_dtype: ColbertDtype | None = None
-    colbert_pool: int | None = None
-    colbert_top_k: int | None = None
-    compression: VectorCompression | None = None
-    shard_size: int | None = None
-    max_row_bytes: int | None = None
-    device: str | None = None
-    max_batch_tokens: int | None = None
-    worker: int = 0
-    num_workers: int = 1
-    max_skipped: int | float | None = None
-    "an int counts rows, a float is their part of all rows; None: no limit"
-    metrics: str | None = None
-    "file for Prometheus' textfile collector"
-    log_file: str | None = None
-    "file that lines with their time are appended to"
-    dedupe: bool | None = None
-    since_run: str | None = None
-    "an older folder to take vectors over from"
-    gone: str | None = None
-    "file for the ids of that folder which are not in the new one"
-    verify_input: bool = False
-    "hash the input of every finished shard, whatever its mtime says"
-    space_check: bool = True
-    "refuse to begin where the disk has no room for the estimate"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckRequest:
-    """What a user asked `m3 check`."""
-
-    folder: str
-    repair: bool = False
-    sample: int = 0
-    "rows to encode again"
-    seed: int = 0
-    "of which rows those are"
-    model: str | None = None
-    revision: str | None = None
-    device: str | None = None
-
-
-TEXT_NAMES = ("text", "contents", "content", "body", "passage", "document", "query")
-ID_NAMES = ("_id", "docid", "id", "doc_id", "query_id", "qid", "pid", "docno", "doc_no", "uuid", "key")
-TITLE_NAMES = ("title",)
+    """Return the options in an EncodeConfig's JSON that differ from the defaults of a new folder."""
+    listed = {name for name, each in list_options(EncodeRequest).items() if each.listed}
+    members = [each for each in fields(EncodeConfig) if each.name in listed and each.default is not MISSING]
+    return {each.name: config[each.name] for each in members if config[each.name] != each.default}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FieldFlags:
-    """The names of a command's flags, as they are typed; those of `m3 encode` unless others are given."""
+    """The names of a command's options for fields, for messages; by default those of `m3 encode`."""
 
     text: str = "--text-field"
     id: str = "--id-field"
     title: str = "--title-field"
     kept: str = "--keep-fields"
     format: str | None = "--input-format"
-    "None: the command has no such flag"
+    "None: the command has no such option"
 
 
 ENCODE_FLAGS = FieldFlags()
-
-
-Mode = Literal["dense", "sparse", "colbert", "hybrid", "bm25"]
-Fusion = Literal["weighted", "rrf"]
-Level = Literal["document", "chunk"]
-RankingFormat = Literal["trec", "jsonl"]
-Terms = Literal["m3", "plain"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchRequest:
-    """What a user typed; None is a flag that was not given."""
-
-    folder: str
-    queries: str
-    out: str | None = None
-    format: RankingFormat | None = None
-    "None: by the ending of `out`; on a terminal a table"
-    mode: Mode | None = None
-    top_k: int = 100
-    level: Level = "document"
-    weights: tuple[float, float, float] | None = None
-    candidates: int | None = None
-    candidates_by: tuple[Output, ...] | None = None
-    "of dense and sparse; None: both, as far as the folder has them"
-    fusion: Fusion | None = None
-    input_format: str = "auto"
-    query_field: str | None = None
-    query_id_field: str | None = None
-    query_prefix: str = ""
-    max_query_length: int | None = None
-    model: str | None = None
-    revision: str | None = None
-    dtype: Dtype | None = None
-    device: str | None = None
-    max_batch_tokens: int | None = None
-    tokenizer: Terms | None = None
-    "of BM25; None: 'm3'"
-    corpus_inputs: tuple[str, ...] = ()
-    "what the folder was encoded from, for BM25"

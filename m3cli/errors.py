@@ -1,14 +1,14 @@
-"""Every way a command can end badly, with its exit code on the class.
+"""The errors of a command, with the exit code on the class.
 
     M3Error            1
-    |- UsageError      2   flags that cannot be meant
+    |- UsageError      2   invalid or contradictory options
     |- CorpusError     4   the corpus cannot be read as planned
     |- ModelError      5   model missing, misshapen, or out of memory with one single chunk
     |- OutputError     6   disk full, permission, not durable
     |- ForeignFolder  10   the folder belongs to another run
     |- FolderLocked   11   another run is in the folder
     |- DamageFound    12   check found damage
-    |- Stopped        75   stopped with work left; the same command resumes
+    |- Stopped        75   stopped with work remaining; the same command resumes
     '- Interrupted   130   Ctrl-C
 
 Codes 0 (done) and 3 (done, but rows were skipped) are not errors. A message names the value and the
@@ -27,11 +27,11 @@ EXIT_ROWS_SKIPPED = 3
 EXIT_INTERRUPTED = 130
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"all but tab and line feed; those that turn the direction of writing too"
+"all but tab and line feed; with those that change the direction of text"
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a name can be written down; bytes that are no UTF-8 stand in it as lone surrogates."""
+    """Return whether a name is UTF-8; other bytes are lone surrogates in it."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -40,14 +40,14 @@ def is_utf8(name: str) -> bool:
 
 
 def escape_unprintable(text: str) -> str:
-    """Return text fit for one line of a terminal or a log: names from the input may carry line breaks or escapes."""
+    """Return text that is safe in one line of a terminal or a log: line breaks and control characters are escaped."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def escape_controls(text: str) -> str:
-    """Return lines of text fit for a terminal: control characters are escaped, tabs and line feeds stay."""
+    """Return text that is safe on a terminal: control characters are escaped, tabs and line feeds are kept."""
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
@@ -57,13 +57,13 @@ def count_noun(count: int, one: str, many: str | None = None) -> str:
 
 
 class M3Error(Exception):
-    """Base of all errors that a user is meant to read."""
+    """Base of all errors that a user can cause."""
 
     exit_code: ClassVar[int] = 1
 
 
 class UsageError(M3Error):
-    """Flags that cannot be meant."""
+    """Invalid or contradictory options."""
 
     exit_code: ClassVar[int] = 2
 
@@ -109,7 +109,7 @@ class DamageFound(M3Error):
 
 
 class Stopped(M3Error):
-    """Stopped with work left: run the same command again."""
+    """Stopped with work remaining: run the same command again."""
 
     exit_code: ClassVar[int] = 75
 
@@ -121,13 +121,13 @@ class Interrupted(M3Error):
 
 
 def check_reachable(path: str | os.PathLike[str], error: type[M3Error]) -> None:
-    """Refuse what the system does not even look at (no permission, a name too long); what is not there is no fault.
+    """Raise an error if the system cannot look at a path (no permission, a name too long); a missing path is not one.
 
     Raises:
         M3Error: of the class `error`.
     """
     try:
-        os.stat(path)  # noqa: PTH116  Path.stat takes no name that is none
+        os.stat(path)  # noqa: PTH116  Path cannot hold every name
     except (FileNotFoundError, NotADirectoryError):
         return
     except (OSError, ValueError) as fault:

@@ -1,4 +1,4 @@
-"""Paths that a command reads or writes: on this machine, in a folder that m3 writes, of a file or of something else.
+"""Paths that a command reads or writes: local or remote, and files, devices or pipes.
 
 A file is replaced by another one of its name. A device or a pipe is written into: a file renamed over `/dev/null` would
 take the device's name for all programs of the machine. Folders, block devices and sockets are errors.

@@ -1,10 +1,10 @@
-"""What a user sees of a run: a panel before, a bar or log lines during, a summary after. All of it on stderr.
+"""The progress of a run on stderr: a panel before it, a bar or log lines during it, a summary after it.
 
 `bar` is tqdm counting tokens, for a terminal; `log` one plain line every 30 s, for a cron mail; `json` one object a
 line, for a machine; `none` errors only. `auto` is bar on a terminal and log elsewhere. A log file gets the lines of
-`log`, with their time, in any mode. Names from the input are spelt without control characters. How much is left is
-known in shards, which hold about the same bytes each, so time left comes from the shards done and the tokens of the
-one at hand.
+`log`, with their time, in any mode. Control characters in names from the input are escaped. The remaining work
+is known in shards of about the same bytes, so the remaining time comes from the shards done and the tokens of the
+current one.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from m3cli.config import ProgressMode
 from m3cli.errors import OutputError, count_noun, escape_unprintable
 from m3cli.paths import is_stream, open_to_append
 from m3cli.records import RunPlan, RunSummary
 
-Mode = Literal["auto", "bar", "log", "json", "none"]
 Stage = Literal["loading", "reading", "encoding", "writing"]
 
 _LOG_SECONDS = 30.0
 
 
 class Stopwatch:
-    """Seconds spent in each stage; stages run in threads of their own, each counts its own."""
+    """Seconds spent in each stage. Each stage runs in its own thread and counts its own time."""
 
     def __init__(self) -> None:
         self.seconds: dict[Stage, float] = {"loading": 0.0, "reading": 0.0, "encoding": 0.0, "writing": 0.0}
@@ -50,19 +50,19 @@ class Stopwatch:
 
 
 class Progress:
-    """Shows a run while it goes: fed by `advance`, quiet or loud as the mode says."""
+    """Shows the progress of a run in the form of a mode; `advance` counts."""
 
-    def __init__(self, mode: Mode, *, stream: TextIO | None = None) -> None:
+    def __init__(self, mode: ProgressMode, *, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._log_file: Path | None = None
         self._log_failed = False
         terminal = self._stream.isatty()
-        self.mode: Mode = ("bar" if terminal else "log") if mode == "auto" else mode
+        self.mode: ProgressMode = ("bar" if terminal else "log") if mode == "auto" else mode
         self._bar: _Bar | None = None
         self._pulse = _RunRate()
 
     def open_log(self, path: str | None) -> None:
-        """Append what happens from here on to a file too.
+        """Append all further messages to a file too.
 
         Raises:
             OutputError: it cannot be written.
@@ -77,7 +77,7 @@ class Progress:
         self._log_file = Path(path).absolute()
 
     def show_plan(self, plan: RunPlan) -> None:
-        """Show what is about to be done."""
+        """Show the plan of a run."""
         if self.mode in ("bar", "log"):
             from m3cli.tables import plan_panel, print_panel  # noqa: PLC0415  rich is slow, and not always needed
 
@@ -104,11 +104,11 @@ class Progress:
             self._log_progress()
 
     def begin_shard(self) -> None:
-        """Note where a shard begins, in case it is taken back."""
+        """Note the start of a shard, in case it is withdrawn."""
         self._pulse.begin_shard()
 
     def withdraw_shard(self) -> None:
-        """Uncount what was counted since the shard began: it comes again without some of its documents."""
+        """Subtract what was counted since the shard began: it is encoded again without some of its documents."""
         tokens = self._pulse.withdraw_shard()
         if self._bar is not None:
             self._bar.update(self._pulse, -tokens)
@@ -125,13 +125,13 @@ class Progress:
             self._print(text)
 
     def stop(self) -> None:
-        """End the counting; the bar's line stays."""
+        """End the counting; the line of the bar is kept."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
     def show_summary(self, summary: RunSummary) -> None:
-        """Show what was done."""
+        """Show the summary of a run."""
         if self.mode in ("bar", "log"):
             from m3cli.tables import print_panel, summary_panel  # noqa: PLC0415
 
@@ -144,18 +144,18 @@ class Progress:
         self._emit("summary", {name: getattr(summary, name) for name in RunSummary.__slots__})
 
     def say(self, text: str) -> None:
-        """Print one line of plain words, without breaking a bar."""
+        """Print a message of one line, above a bar."""
         self._log(text)
         if self.mode in ("bar", "log"):
             self._print(text)
         self._emit("message", {"text": text})
 
     def log_end(self, text: str, exit_code: int) -> None:
-        """Write a bad end into the log file."""
+        """Write an error that ends the run to the log file."""
         self._log(f"exit code {exit_code}: {text}")
 
     def clear_bar(self) -> None:
-        """Take the bar off the terminal, where results are written; it is back with the next batch."""
+        """Remove the bar from the terminal before results are written; the next batch shows it again."""
         if self._bar is not None:
             self._bar.clear()
             self._bar.leave = False
@@ -175,7 +175,7 @@ class Progress:
 
     def _warn_of_log(self, text: str) -> None:
         if not self._log_failed:
-            self._log_failed = True  # before it is said, which logs it again
+            self._log_failed = True  # before `say`, which writes to the log again
             self.say(text)
 
     def _emit(self, event: str, members: dict[str, object]) -> None:
@@ -191,7 +191,7 @@ def _append(path: Path, text: str) -> None:
 
 
 class _RunRate:
-    """How far a run is and how fast it goes."""
+    """How much of a run is done, and its speed."""
 
     def __init__(self, *, shards_todo: int | None = None) -> None:
         self.documents = 0
@@ -260,7 +260,7 @@ class _RunRate:
 
 
 class _Bar:
-    """tqdm counting tokens; its total is what the tokens so far and the share done say."""
+    """tqdm counting tokens; its total is estimated from the tokens and the share done."""
 
     def __init__(self, stream: TextIO) -> None:
         from tqdm import tqdm  # noqa: PLC0415
@@ -293,7 +293,7 @@ class _Bar:
 
 
 class FileMeter:
-    """Shows how many bytes of a folder have been read: a bar on a terminal, a plain line now and then elsewhere."""
+    """Shows how many bytes of a folder have been read: a bar on a terminal, else a line about every half minute."""
 
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -322,14 +322,14 @@ class FileMeter:
             print(f"m3: read {self._read:,} of {self._total:,} bytes ({share:.0f} %)", file=self._stream, flush=True)
 
     def stop(self) -> None:
-        """End the counting; nothing of the bar stays."""
+        """End the counting and remove the bar."""
         if self._tqdm is not None:
             self._tqdm.close()
             self._tqdm = None
 
 
 def format_eta(seconds: float | None) -> str:
-    """Return a time as people say it: '42 s', '5 min', '3 h 20 min', 'unknown time'."""
+    """Format a time: '42 s', '5 min', '3 h 20 min', 'unknown time'."""
     if seconds is None:
         return "unknown time"
     if seconds < 90:

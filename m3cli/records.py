@@ -1,7 +1,7 @@
-"""What passes between the rooms: frozen records, numpy inside, with shape and dtype under each field.
+"""What passes between the packages: frozen records, numpy inside, with shape and dtype under each field.
 
 A record travels source -> shard -> document -> chunks -> batch -> embeddings -> entry. Everything in here is plain
-data: no room's behaviour, no torch, no pyarrow. Arrays are shared, not copied; nobody writes into one it was given.
+data: no behaviour, no torch, no pyarrow. Arrays are shared, not copied; nobody writes into one it was given.
 """
 
 from __future__ import annotations

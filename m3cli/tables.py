@@ -16,7 +16,7 @@ from m3cli.errors import count_noun, escape_controls, escape_unprintable
 from m3cli.records import QueryHits, RunPlan, RunSummary
 
 _PLAIN_WIDTH = 100
-"columns off a terminal, where a log must not depend on a window's size"
+"columns off a terminal, so that a log does not depend on the size of a window"
 _BAR_WIDTH = 30
 _NAMES_SHOWN = 4
 _HITS_SHOWN = 10
@@ -30,7 +30,7 @@ def open_console(stream: TextIO) -> Console:
 
 
 def _plain(text: str) -> Text:
-    """Return text that may hold names from the input: without markup, escapes spelt out."""
+    """Return text without markup, with control characters escaped: it may hold names from the input."""
     return Text(escape_unprintable(text))
 
 
@@ -60,7 +60,7 @@ def print_panel(panel: Panel, stream: TextIO) -> None:
 
 
 def plan_panel(plan: RunPlan, *, title: str | None = None) -> Panel:
-    """Draw the panel that stands before a run."""
+    """Draw the panel that is shown before a run."""
     rows = _rows()
     rows.add_row(
         "model", _plain(f"{plan.model}, {plan.dtype} on {plan.device}, up to {plan.max_length:,} tokens a chunk")
@@ -87,8 +87,8 @@ def plan_panel(plan: RunPlan, *, title: str | None = None) -> Panel:
     if title is None and choices:
         rows.add_row("colbert as", ", ".join(f"{name} {format_bytes(size)}" for name, size in _short_names(choices)))
     elif choices:
-        for place, (flags, needed) in enumerate(choices.items()):
-            rows.add_row("" if place else "colbert as", f"{format_bytes(needed):>10}  {flags}")
+        for index, (flags, needed) in enumerate(choices.items()):
+            rows.add_row("" if index else "colbert as", f"{format_bytes(needed):>10}  {flags}")
     title = title or ("m3 encode, going on" if plan.resumed else "m3 encode")
     return Panel(rows, title=title, subtitle=f"fingerprint {plan.fingerprint[:7]}", box=box.ROUNDED, expand=False)
 
@@ -107,12 +107,12 @@ def _format_free(plan: RunPlan) -> str:
 
 
 def _short_names(choices: Mapping[str, int]) -> list[tuple[str, int]]:
-    """Name ways to store ColBERT vectors in a word or two: 'int8', 'pool 2 int8'."""
+    """Shorten the options of ColBERT storage: 'int8', 'pool 2 int8'."""
     return [(flags.replace("--colbert-dtype ", "").replace("--colbert-", ""), size) for flags, size in choices.items()]
 
 
 def summary_panel(summary: RunSummary) -> Panel:
-    """Draw the table that stands after a run."""
+    """Draw the panel that is shown after a run."""
     rows = _rows()
     chunks = f" in {count_noun(summary.chunks, 'chunk')}" if summary.chunks != summary.documents else ""
     rows.add_row("documents", f"{summary.documents:,}{chunks}, {count_noun(summary.tokens, 'token')}")
@@ -136,8 +136,8 @@ def summary_panel(summary: RunSummary) -> Panel:
     rows.add_row("speed", f"{summary.tokens_per_second:,.0f} tokens/s")
     rows.add_row("memory", f"{format_bytes(summary.peak_memory_bytes)} at most")
     rows.add_row("files", f"{count_noun(summary.num_files, 'file')}, {format_bytes(summary.bytes_written)}")
-    whole = ": complete" if summary.shards_done == summary.num_shards else ""
-    rows.add_row("shards", f"{summary.shards_done:,} of {summary.num_shards:,} done{whole}")
+    state = ": complete" if summary.shards_done == summary.num_shards else ""
+    rows.add_row("shards", f"{summary.shards_done:,} of {summary.num_shards:,} done{state}")
     return Panel(rows, title=_plain(summary.out), box=box.ROUNDED, expand=False)
 
 
@@ -183,7 +183,7 @@ def _format_settings(config: dict[str, Any]) -> str:
 
 
 def _format_options(settings: Mapping[str, Any]) -> str:
-    """Spell settings as flags without their dashes: 'long-docs merge, overlap 32, keep-text'."""
+    """Format options without their dashes: 'long-docs merge, overlap 32, keep-text'."""
     words = []
     for name, value in settings.items():
         flag = name.replace("_", "-")
@@ -199,7 +199,7 @@ def _name_some(names: list[str]) -> str:
 
 
 def draw_table(title: str, rows: Iterable[Sequence[str]], *, columns: Sequence[str] = ()) -> Table:
-    """Draw a plain table with a title, its words without markup or escapes; without columns it has no header."""
+    """Draw a plain table with a title, cells without markup; without columns it has no header."""
     table = Table(title=title, title_justify="left", show_header=bool(columns), box=None, padding=(0, 2, 0, 0))
     for name in columns:
         table.add_column(name)
@@ -209,7 +209,7 @@ def draw_table(title: str, rows: Iterable[Sequence[str]], *, columns: Sequence[s
 
 
 def hits_table(found: QueryHits) -> Table:
-    """Draw the best hits of a query, each in a line with as much of its text as fits."""
+    """Draw the best hits of a query, one in a line with the beginning of its text."""
     title = _plain(found.text or found.query)
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), expand=True)
     kept = any(text is not None for text in found.texts)
@@ -217,13 +217,13 @@ def hits_table(found: QueryHits) -> Table:
         table.add_column(name, style=style, justify="right" if name == "#" else "left", no_wrap=True)
     what = "text" if kept else "" if found.char_start is None else "characters"
     table.add_column(what, no_wrap=True, overflow="ellipsis", ratio=1)
-    for place, name in enumerate(found.ids[:_HITS_SHOWN]):
-        text, span = found.texts[place], ""
+    for index, name in enumerate(found.ids[:_HITS_SHOWN]):
+        text, span = found.texts[index], ""
         if text is not None:
             span = " ".join(text.split())
         elif found.char_start is not None and found.char_end is not None:
-            span = f"{found.char_start[place]:,} to {found.char_end[place]:,}"
-        table.add_row(str(place + 1), f"{found.scores[place]:.4f}", _plain(name), _plain(span))
+            span = f"{found.char_start[index]:,} to {found.char_end[index]:,}"
+        table.add_row(str(index + 1), f"{found.scores[index]:.4f}", _plain(name), _plain(span))
     more = len(found.ids) - _HITS_SHOWN
     if more > 0:
         table.caption = f"and {more:,} more: --out FILE has all"

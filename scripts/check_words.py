@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CHECKED = (  # to come: m3cli/**/*.py, tests/**/*.py
     *("*.md", "pyproject.toml", "m3cli/**/*.md", "scripts/**/*"),
-    *("m3cli/store/**/*.py", "tests/store/*.py"),
+    *("m3cli/*.py", "m3cli/cli/*.py", "m3cli/store/**/*.py", "tests/store/*.py"),
     *("m3cli/jobs/*.py", "m3cli/jobs/score/*.py", "m3cli/jobs/search/*.py", "tests/jobs/*.py"),
 )
 ENDINGS = ("", ".md", ".py", ".toml", ".txt")

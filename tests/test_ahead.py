@@ -23,13 +23,13 @@ def test_lanes_give_results_in_order_whichever_is_ready_first(pauses: list[int],
         time.sleep(item[1] / 2000)
         return item[0]
 
-    assert list(parallel_map(work, enumerate(pauses), lanes=lanes, name="test")) == list(range(len(pauses)))
+    assert list(parallel_map(work, enumerate(pauses), num_threads=lanes, name="test")) == list(range(len(pauses)))
     assert not has_live_threads()
 
 
 def test_all_lanes_work_at_once() -> None:
     meeting = threading.Barrier(3)
-    assert len(list(parallel_map(lambda _: meeting.wait(timeout=60), range(6), lanes=3, name="test"))) == 6
+    assert len(list(parallel_map(lambda _: meeting.wait(timeout=60), range(6), num_threads=3, name="test"))) == 6
 
 
 def test_no_more_is_taken_than_the_lanes_need() -> None:
@@ -40,7 +40,7 @@ def test_no_more_is_taken_than_the_lanes_need() -> None:
             taken.append(item)
             yield item
 
-    results = parallel_map(lambda item: item, items(), lanes=3, name="test")
+    results = parallel_map(lambda item: item, items(), num_threads=3, name="test")
     assert (next(results), len(taken)) == (0, 6)
     assert (next(results), len(taken)) == (1, 7)
     results.close()
@@ -54,7 +54,7 @@ def test_an_error_comes_in_the_place_of_its_item() -> None:
             raise Broken
         return item
 
-    results = parallel_map(work, range(20), lanes=2, name="test")
+    results = parallel_map(work, range(20), num_threads=2, name="test")
     assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(Broken):
         next(results)
@@ -67,7 +67,7 @@ def test_an_error_of_the_items_comes_through_and_ends_the_lanes() -> None:
         raise Broken
 
     with pytest.raises(Broken):
-        list(parallel_map(lambda item: item, items(), lanes=2, name="test"))
+        list(parallel_map(lambda item: item, items(), num_threads=2, name="test"))
     assert not has_live_threads()
 
 
@@ -80,7 +80,7 @@ def test_what_was_not_begun_when_the_reader_left_is_not_done() -> None:
             gate.wait(60)
         return item
 
-    results = parallel_map(work, range(100), lanes=2, name="test")
+    results = parallel_map(work, range(100), num_threads=2, name="test")
     assert next(results) == 0
     while len(begun) < 3:
         time.sleep(0.001)

@@ -30,6 +30,42 @@ PAGES = [
     *(ROOT / "scripts").rglob("*.md"),
 ]
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+OPTIONS = {
+    "encode": """
+        --colbert-dtype --colbert-pool --colbert-top-k --compression --dedupe --dense-dtype --device --dtype --format
+        --gone --help-all --id-field --input-format --keep-fields --keep-text --limit --log-file --long-docs
+        --max-batch-tokens --max-length --max-row-bytes --max-runtime --max-skipped --mcls --metrics --model
+        --no-space-check --out --outputs --overlap --prefix --progress --revision --shard-size --since-run --split
+        --text-field --title-field --title-sep --verify-input --worker -o
+    """,
+    "plan": """
+        --colbert-dtype --colbert-pool --colbert-top-k --compression --dedupe --dense-dtype --device --dtype --format
+        --help-all --id-field --input-format --json --keep-fields --keep-text --limit --long-docs --max-length
+        --max-row-bytes --mcls --model --out --outputs --overlap --prefix --revision --shard-size --since-run --split
+        --text-field --title-field --title-sep -o
+    """,
+    "info": "--id --input --json --text --truncated",
+    "check": "--device --help-all --json --model --repair --revision --sample --seed",
+    "score": """
+        --chunks --corpus --device --dtype --explain --help-all --input-format --max-batch-tokens --max-passage-length
+        --max-query-length --model --modes --out --passage-field --progress --queries --query-field --revision
+        --weights -o
+    """,
+    "search": """
+        --candidates --candidates-by --device --dtype --format --fusion --help-all --input --input-format --level
+        --max-batch-tokens --max-query-length --mode --model --out --progress --queries --query-field --query-id-field
+        --query-prefix --revision --tokenizer --top-k --weights -k -o -q
+    """,
+    "eval": "--json --measures",
+    "rerank": """
+        --corpus --device --dtype --help-all --id-field --max-batch-tokens --max-length --model --normalise --out
+        --progress --queries --query-field --query-id-field --revision --text-field --title-field --title-sep --top-k -o
+    """,
+    "export": "--fields --name --no-space-check --out --outputs --progress --to -o",
+    "load": "--fields --left-out --name --outputs --progress --since --to",
+    "doctor": "--device --help-all --json --model --revision",
+}
+"of each command, by name"
 
 
 def name(path: Path) -> str:
@@ -48,6 +84,12 @@ def list_files() -> list[str]:
 def test_every_command_and_flag_has_help(command: str) -> None:
     assert COMMANDS[command].help
     assert [flag.name for flag in COMMANDS[command].params if not flag.help] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_keeps_its_options(command: str) -> None:
+    options = [option for option in COMMANDS[command].params if option.param_type_name == "option"]
+    assert sorted(name for option in options for name in option.opts) == OPTIONS[command].split()
 
 
 @pytest.mark.parametrize("module", MODULES, ids=name)

@@ -1,1 +1,1 @@
-"""The command line: flags in, exit code out; nothing is computed here, and nothing slow is imported for `--help`."""
+"""The command line: options in, exit code out. Nothing is computed here, and `--help` imports nothing slow."""

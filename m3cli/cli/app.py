@@ -1,4 +1,4 @@
-"""The `m3` command line as a whole: its commands, and how each of them ends.
+"""The `m3` command line: its commands, and how they end.
 
 Every error a user can cause is one line on stderr that names the value and the remedy, and an exit code of
 `m3cli.errors`; `--debug` shows the traceback. stdout carries results only.
@@ -11,8 +11,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -21,12 +20,12 @@ import typer
 
 import m3cli
 from m3cli.cli.doctor import doctor
-from m3cli.cli.encode import encode, plan
+from m3cli.cli.encode import ENCODE_EXAMPLES, PLAN_EXAMPLES, encode, plan
 from m3cli.cli.eval import eval_runs
 from m3cli.cli.export import export
 from m3cli.cli.folders import check, info
+from m3cli.cli.help import Command
 from m3cli.cli.load import load
-from m3cli.cli.options import check_numbers
 from m3cli.cli.rerank import rerank
 from m3cli.cli.score import score
 from m3cli.cli.search import search
@@ -40,34 +39,24 @@ app = typer.Typer(
     epilog="Exit codes: 0 done; 1 error; 2 usage; 3 done, rows skipped; 4 corpus; 5 model; 6 output; 10 folder of "
     "another run; 11 locked; 12 damage; 75 stopped, run again; 130 Ctrl-C.",
     no_args_is_help=True,
+    rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-def _add_command(name: str, command: Callable[..., None]) -> None:
-    """Add a command, all of whose numbers are checked before it is run."""
-
-    @wraps(command)
-    def run_checked(**typed: Any) -> None:
-        check_numbers(typed)
-        command(**typed)
-
-    app.command(name)(run_checked)
-
-
-_add_command("encode", encode)
-_add_command("plan", plan)
-_add_command("info", info)
-_add_command("check", check)
-_add_command("score", score)
-_add_command("search", search)
-_add_command("eval", eval_runs)
-_add_command("rerank", rerank)
-_add_command("export", export)
-_add_command("load", load)
-_add_command("doctor", doctor)
+app.command("encode", cls=Command, epilog=ENCODE_EXAMPLES)(encode)
+app.command("plan", cls=Command, epilog=PLAN_EXAMPLES)(plan)
+app.command("info", cls=Command)(info)
+app.command("check", cls=Command)(check)
+app.command("score", cls=Command)(score)
+app.command("search", cls=Command)(search)
+app.command("eval", cls=Command)(eval_runs)
+app.command("rerank", cls=Command)(rerank)
+app.command("export", cls=Command)(export)
+app.command("load", cls=Command)(load)
+app.command("doctor", cls=Command)(doctor)
 
 # typer brings its own copy of click since 0.16; this is the base of its errors in every version.
 _TyperError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -105,11 +94,11 @@ def run(arguments: Sequence[str]) -> int:
     catch_sigterm()
     try:
         _check_surroundings(arguments)
-        # Taken out here, so that it may stand before or after the command.
+        # Removed here, so that it may come before or after the command.
         code = app(
             args=[argument for argument in arguments if argument != "--debug"], standalone_mode=False, prog_name="m3"
         )
-        sys.stdout.flush()  # not left to the interpreter, which would end with words and a code of its own
+        sys.stdout.flush()  # the interpreter would end with its own message and code
         if code != EXIT_INTERRUPTED:
             return int(code or EXIT_DONE)
         text, code = describe_end(KeyboardInterrupt())  # which typer turns into this exit code
@@ -129,10 +118,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _check_surroundings(arguments: Sequence[str]) -> None:
-    """Refuse what no command can work with.
+    """Check the arguments and the working folder.
 
     Raises:
-        UsageError: names that are not UTF-8, which no tokenizer reads and no run.json holds; a removed working folder.
+        UsageError: an argument is not UTF-8, or the working folder has been removed.
     """
     for argument in arguments:
         if not is_utf8(argument):
@@ -144,13 +133,16 @@ def _check_surroundings(arguments: Sequence[str]) -> None:
 
 
 def _describe_end(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
-    """Return words and exit code of what ended the command line: no words where the help has been shown."""
+    """Return the message and the exit code of an error; no message if the help was shown."""
     if isinstance(error, _TyperError):
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "m3"
         message = _describe_value(error, arguments) or cast(Any, error).format_message().strip()
-        return message and f"{message.removesuffix('.')}. See '{command} --help'.", UsageError.exit_code
-    # Whatever writes files tells their names; what is left is standard output.
+        if message.startswith("Usage: "):  # the help of a command line without a command
+            sys.stdout.write(f"{message}\n")
+            return "", UsageError.exit_code
+        return f"{message.removesuffix('.')}. See '{command} --help'.", UsageError.exit_code
+    # Errors of files carry a name; one without is of standard output.
     if isinstance(error, OSError) and error.filename is None and error.errno in _FULL:
         _release_stdout()
         words = f"cannot write standard output: {error.strerror}; free some space and run the same command again"
@@ -159,7 +151,7 @@ def _describe_end(error: BaseException, arguments: Sequence[str]) -> tuple[str, 
 
 
 def _describe_value(error: Any, arguments: Sequence[str]) -> str | None:
-    """Return words for an option's value that typer does not take; None: it is another error."""
+    """Return the message for a value that typer rejects; None for other errors."""
     names = getattr(getattr(error, "param", None), "opts", [])
     words = [part for each in arguments for part in each.split("=", 1)]
     typed = next((value for name, value in pairwise(words) if name in names), None)
@@ -170,5 +162,5 @@ def _describe_value(error: Any, arguments: Sequence[str]) -> str | None:
 
 
 def _release_stdout() -> None:
-    """Point standard output at the null device, so that the interpreter does not try to flush it once more."""
+    """Point standard output at the null device, so that the interpreter does not flush it again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""`m3 doctor`: a report to read, or as JSON."""
+"""`m3 doctor`: a report as tables or JSON."""
 
 from __future__ import annotations
 
@@ -7,26 +7,21 @@ from typing import Any
 
 import typer
 
-from m3cli.cli import options
-from m3cli.cli.options import auto
+from m3cli.cli.options import AsJson, takes
 from m3cli.cli.terminal import print_json
+from m3cli.config import ModelChoice
 from m3cli.errors import EXIT_DONE, ModelError
 
 
-def doctor(
-    *,
-    model: options.Model = None,
-    revision: options.Revision = None,
-    device: options.Device = None,
-    as_json: options.AsJson = False,
-) -> None:
-    """Say what this machine and this checkpoint can do, and recompute the model card's published scores.
+@takes(ModelChoice)
+def doctor(request: ModelChoice, *, as_json: AsJson = False) -> None:
+    """Report what this machine and this checkpoint can do, and recompute the model card's published scores.
 
     The exit code is 5 if a published figure is not reached.
     """
     from m3cli.jobs.doctor import examine  # noqa: PLC0415  torch, not for --help
 
-    report = examine(model=model, revision=revision, device=auto(device))
+    report = examine(model=request.model, revision=request.revision, device=request.device)
     if as_json:
         print_json(report)
     else:
@@ -50,7 +45,7 @@ def _print_report(report: dict[str, Any]) -> None:
             "recommendation",
             [
                 (
-                    "flags",
+                    "options",
                     f"--dtype {advice['dtype']} --max-batch-tokens {advice['max_batch_tokens']} (what auto takes)",
                 ),
                 ("expect", f"{advice['tokens_per_second']:,} tokens/s at {advice['passage_tokens']} tokens a passage"),

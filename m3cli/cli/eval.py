@@ -1,4 +1,4 @@
-"""`m3 eval`: flags to a request, and what was found to a table, TSV or JSON."""
+"""`m3 eval`: measures as a table, TSV or JSON."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from m3cli.cli import options
-from m3cli.cli.options import parse_names
+from m3cli.cli.options import AsJson, parse_names
 from m3cli.cli.terminal import open_stdin, print_json
 from m3cli.errors import UsageError, count_noun, escape_unprintable
 
@@ -30,7 +29,7 @@ def eval_runs(
     measures: Annotated[
         str, typer.Option(help="Any that trec_eval has, such as nDCG@10,P@5,Success@1,MAP@100.")
     ] = "nDCG@10,Recall@100,MRR@10,MAP",
-    as_json: options.AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure runs against judgements: nDCG@10, Recall@100, MRR@10, MAP, and whether a run differs from the first.
 
@@ -42,7 +41,7 @@ def eval_runs(
     *runs, qrels = files
     from m3cli.jobs.eval import evaluate_runs  # noqa: PLC0415  numpy, not for --help
 
-    found = evaluate_runs(runs, qrels, measures=parse_names(measures) or (), stdin=open_stdin(files))
+    found = evaluate_runs(runs, qrels, measures=parse_names(measures), stdin=open_stdin(files))
     for line in found.describe():
         sys.stderr.write(f"m3: {escape_unprintable(line)}\n")
     if as_json:
@@ -58,10 +57,10 @@ def _print_table(found: Evaluation) -> None:
 
     rows = [
         [
-            escape_unprintable(worth.run),
-            *(_format(value, (worth.p or {}).get(name)) for name, value in worth.measures.items()),
+            escape_unprintable(row.run),
+            *(_format(value, (row.p or {}).get(name)) for name, value in row.measures.items()),
         ]
-        for worth in found.runs
+        for row in found.runs
     ]
     title = count_noun(found.queries, "query", "queries") + (", p against the first run" if len(found.runs) > 1 else "")
     open_console(sys.stdout).print(draw_table(title, rows, columns=["run", *found.runs[0].measures]))
@@ -76,8 +75,8 @@ def _print_tsv(found: Evaluation) -> None:
     several = len(found.runs) > 1
     header = ["run", *names, *([f"p({name})" for name in names] if several else [])]
     sys.stdout.write("\t".join(header) + "\n")
-    for worth in found.runs:
-        cells = [escape_unprintable(worth.run), *(f"{worth.measures[name]:.4f}" for name in names)]
+    for row in found.runs:
+        cells = [escape_unprintable(row.run), *(f"{row.measures[name]:.4f}" for name in names)]
         if several:
-            cells += ["" if worth.p is None else f"{worth.p[name]:.4g}" for name in names]
+            cells += ["" if row.p is None else f"{row.p[name]:.4g}" for name in names]
         sys.stdout.write("\t".join(cells) + "\n")

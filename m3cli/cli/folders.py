@@ -1,4 +1,4 @@
-"""`m3 info`: what is in a folder."""
+"""`m3 info` and `m3 check`: what is in a folder, and whether it is damaged."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import orjson
 import typer
 
-from m3cli.cli import options
-from m3cli.cli.options import auto
+from m3cli.cli.options import AsJson, takes
 from m3cli.cli.terminal import open_results, print_json
-from m3cli.config import CheckRequest
 from m3cli.errors import UsageError, count_noun, escape_unprintable
+from m3cli.requests import CheckRequest
 
 if TYPE_CHECKING:
     from m3cli.jobs.check import FolderCheck
@@ -38,9 +37,9 @@ def info(
     truncated: Annotated[
         bool, typer.Option("--truncated", help="List the documents that were cut short: id, tokens, characters kept.")
     ] = False,
-    as_json: options.AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Show what is in a folder: settings, counts, bytes per output, and how long its rows are; or of one document."""
+    """Show what is in a folder: options, counts, bytes per output, lengths of rows; or one document of it."""
     if (text or source) and document_id is None:
         raise UsageError("--text and --input need --id: they are about one document")
     if truncated and document_id is not None:
@@ -75,7 +74,7 @@ def _as_document(span: ChunkSpan) -> dict[str, Any]:
 
 
 def _print_spans(spans: Sequence[ChunkSpan]) -> None:
-    """Print a line per chunk, and its text below it; columns line up on a terminal, and have tabs elsewhere."""
+    """Print a line for each chunk, and its text below it; columns are aligned on a terminal, else separated by tabs."""
     rows = [("chunk", "characters", "tokens", "")]
     for span in spans:
         cut = "truncated" if span.truncated else ""
@@ -95,37 +94,12 @@ def _print_row(results: BinaryIO, row: Sequence[object], *, as_json: bool, names
     results.write(line + b"\n")
 
 
-def check(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder that m3 encode wrote.", show_default=False)],
-    *,
-    repair: Annotated[
-        bool,
-        typer.Option(
-            "--repair",
-            help="Remove the files of damaged shards, so that the next m3 encode does them again; other files "
-            "than m3's stay.",
-        ),
-    ] = False,
-    sample: Annotated[int, typer.Option(min=0, help="Encode N rows again from the input and compare them.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Which rows --sample takes.")] = 0,
-    model: options.Model = None,
-    revision: options.Revision = None,
-    device: options.Device = None,
-    as_json: options.AsJson = False,
-) -> None:
-    """Read a finished or broken folder back and list every fault; no model is needed.
+@takes(CheckRequest)
+def check(request: CheckRequest, *, as_json: AsJson = False) -> None:
+    """Read a finished or broken folder back and list every error; no model is needed.
 
-    Exit code 12: there is damage; 75: none, but work is left; 3: complete, and rows were skipped; 0: complete.
+    Exit code 12: there is damage; 75: none, but work remains; 3: complete, and rows were skipped; 0: complete.
     """
-    request = CheckRequest(
-        folder=folder,
-        repair=repair,
-        sample=sample,
-        seed=seed,
-        model=model,
-        revision=revision,
-        device=auto(device),
-    )
     from m3cli.jobs.check import check_folder  # noqa: PLC0415  pyarrow, not for --help
     from m3cli.progress import FileMeter  # noqa: PLC0415
 
@@ -134,12 +108,12 @@ def check(
         # Not orjson: a stray file's name may be no UTF-8, and is to be named all the same.
         sys.stdout.write(json.dumps(asdict(found), indent=2) + "\n")
     else:
-        sys.stdout.writelines(f"{escape_unprintable(line)}\n" for line in describe(found, repair=repair))
+        sys.stdout.writelines(f"{escape_unprintable(line)}\n" for line in describe(found, repair=request.repair))
     raise typer.Exit(found.exit_code)
 
 
 def describe(found: FolderCheck, *, repair: bool) -> list[str]:
-    """Spell out what was found: a line for each fault, then what to do."""
+    """Return lines that describe the damage: one for each error, then what to do."""
     lines = [
         f"{fault.file}: {fault.what}" + ("" if fault.shard is None else f" (shard {fault.shard})")
         for fault in found.faults

@@ -1,260 +1,137 @@
-"""Flags that several commands take, each spelled once."""
+"""Parameters of commands: made from the fields of a request, or declared here if only the command line has them."""
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, get_args
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
+from functools import wraps
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from m3cli.config import ALL_OUTPUTS, ID_NAMES, TEXT_NAMES, TITLE_NAMES, Dtype
+from m3cli.cli.help import HelpAll
+from m3cli.config import EncodeConfig, EncodeRequest, Option, list_options
 from m3cli.errors import UsageError
-from m3cli.records import Output
+from m3cli.requests import Weights
 
-_CORPUS, _MODEL, _OUTPUT, _MEANING, _SPEED = "Corpus", "Model", "Output", "Long documents", "Speed"
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel="Run")]
 
-Inputs = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="INPUT...",
-        help="JSONL, TSV or text lines (also .gz, .zst), Parquet, folders, globs, or '-' for standard input.",
-        show_default=False,
-    ),
-]
-Out = Annotated[
-    str | None,
-    typer.Option("--out", "-o", help="Output folder; by default the input's name with .m3.", rich_help_panel=_OUTPUT),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(help="Checkpoint folder or hub id; by default $M3_MODEL or BAAI/bge-m3.", rich_help_panel=_MODEL),
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", rich_help_panel=_MODEL)]
-Outputs = Annotated[
-    str | None,
-    typer.Option(help="Some of dense,sparse,colbert; by default all three.", rich_help_panel=_OUTPUT),
-]
-Format = Annotated[str | None, typer.Option(help="parquet (default) or npy.", rich_help_panel=_OUTPUT)]
-InputFormat = Annotated[
-    str,
-    typer.Option(help="auto, jsonl, tsv, text or parquet; auto goes by the ending.", rich_help_panel=_CORPUS),
-]
-IdField = Annotated[
-    str | None,
-    typer.Option(
-        help=f"Field of the id; by default the first of {', '.join(ID_NAMES)}; '' for none.", rich_help_panel=_CORPUS
-    ),
-]
-TextField = Annotated[
-    str | None,
-    typer.Option(help=f"Field of the text; by default the first of {', '.join(TEXT_NAMES)}.", rich_help_panel=_CORPUS),
-]
-TitleField = Annotated[
-    str | None,
-    typer.Option(
-        help=f"Field of the title; by default {', '.join(TITLE_NAMES)}; '' for none.", rich_help_panel=_CORPUS
-    ),
-]
-TitleSep = Annotated[
-    str | None,
-    typer.Option(help="Between title and text; by default a line break.", rich_help_panel=_CORPUS),
-]
-KeepFields = Annotated[
-    str | None,
-    typer.Option(help="Fields to copy into the output, with commas between them.", rich_help_panel=_CORPUS),
-]
-KeepText = Annotated[
-    bool | None,
-    typer.Option("--keep-text", help="Write each chunk's text as column 'text'.", rich_help_panel=_CORPUS),
-]
-Prefix = Annotated[
-    str | None, typer.Option(help="Words before every chunk, such as 'query: '.", rich_help_panel=_CORPUS)
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first N rows of the input.", rich_help_panel=_CORPUS)]
-MaxRowBytes = Annotated[
-    str | None,
-    typer.Option(help="Skip rows longer than this; by default 64M.", rich_help_panel=_CORPUS),
-]
-MaxLength = Annotated[
-    int | None,
-    typer.Option(min=8, help="Tokens of a chunk; by default 8192 or what the model holds.", rich_help_panel=_MEANING),
-]
-LongDocs = Annotated[
-    str | None,
-    typer.Option(
-        help="chunk (default): one row a chunk; merge: one row a document, made of its chunks; both: chunks and, of "
-        "documents of several, a row of their own; truncate: the first chunk only.",
-        rich_help_panel=_MEANING,
-    ),
-]
-Overlap = Annotated[
-    int | None,
-    typer.Option(min=0, help="Tokens that a chunk repeats of the one before; by default 0.", rich_help_panel=_MEANING),
-]
-Split = Annotated[
-    str | None,
-    typer.Option(
-        help="sentence (default): chunks of like length, cut behind a paragraph, sentence or word; tokens: full ones.",
-        rich_help_panel=_MEANING,
-    ),
-]
-Mcls = Annotated[
-    int | None,
-    typer.Option(
-        "--mcls",
-        min=1,
-        metavar="N",
-        help="Put a <s> before every N tokens (256 in M3's paper); the dense vector is the mean of their states.",
-        rich_help_panel=_MEANING,
-    ),
-]
-DtypeName = Annotated[
-    str | None,
-    typer.Option(
-        help="auto, float32, bfloat16, float16, or int8 on a CPU; auto: float16 on a GPU, bfloat16 on a CPU with it.",
-        rich_help_panel=_SPEED,
-    ),
-]
-DenseDtype = Annotated[
-    str | None,
-    typer.Option(help="float16 (default) or float32, of the dense vectors on disk.", rich_help_panel=_OUTPUT),
-]
-ColbertDtype = Annotated[
-    str | None,
-    typer.Option(
-        help="float16 (default), int8 (half of that) or binary (signs: a sixteenth), of ColBERT vectors on disk.",
-        rich_help_panel=_OUTPUT,
-    ),
-]
-ColbertPool = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        metavar="K",
-        help="Merge like ColBERT vectors of a row until one in K is left; by default none are.",
-        rich_help_panel=_OUTPUT,
-    ),
-]
-ColbertTopK = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        metavar="N",
-        help="Keep only a row's N ColBERT vectors of the largest lexical weights.",
-        rich_help_panel=_OUTPUT,
-    ),
-]
-Compression = Annotated[
-    str | None,
-    typer.Option(
-        help="none (default) or zstd, of the vectors in Parquet; a tenth less for float16.", rich_help_panel=_OUTPUT
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_SPEED)]
-MaxBatchTokens = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Tokens that go through the model together; by default by device.", rich_help_panel=_SPEED
-    ),
-]
-ShardSize = Annotated[
-    str | None,
-    typer.Option(
-        help="Bytes of text of a shard, such as 8M; by default 512K on a CPU, 8M or 32M on a GPU.",
-        rich_help_panel=_SPEED,
-    ),
-]
-Worker = Annotated[
-    str | None,
-    typer.Option(metavar="I/N", help="Do only the I-th of N shares of the shards (I from 0).", rich_help_panel=_SPEED),
-]
-VerifyInput = Annotated[
-    bool,
-    typer.Option(
-        "--verify-input",
-        help="Hash the input of all finished shards again, even of files with their old date.",
-        rich_help_panel=_CORPUS,
-    ),
-]
-NoSpaceCheck = Annotated[
-    bool,
-    typer.Option("--no-space-check", help="Begin even where the disk may be too small.", rich_help_panel=_OUTPUT),
-]
-SinceRun = Annotated[
-    str | None,
-    typer.Option(
-        metavar="OLD.m3",
-        help="Take the vectors of texts that an older folder has over from it, and encode the others.",
-        rich_help_panel=_CORPUS,
-    ),
-]
-Gone = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE", help="List the ids of --since-run that are gone, as JSON lines.", rich_help_panel=_OUTPUT
-    ),
-]
-Dedupe = Annotated[
-    bool | None,
-    typer.Option("--dedupe", help="Encode equal texts of a shard once.", rich_help_panel=_CORPUS),
-]
-MaxSkipped = Annotated[
-    str | None,
-    typer.Option(
-        "--max-skipped",
-        metavar="N|P%",
-        help="End with exit code 4 if more rows than that are skipped; by default there is no limit.",
-        rich_help_panel=_CORPUS,
-    ),
-]
-MaxRuntime = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TIME",
-        help="Stop after a time such as 55m or 7h30m, with exit code 75 if work is left.",
-        rich_help_panel=_SPEED,
-    ),
-]
-Metrics = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="Keep the run's numbers there, for Prometheus.", rich_help_panel=_OUTPUT),
-]
-LogFile = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="Append what happens, with its time, to a file.", rich_help_panel=_OUTPUT),
-]
-ProgressMode = Annotated[str, typer.Option("--progress", help="auto, bar, log, json or none.", rich_help_panel=_OUTPUT)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+def takes(request: type, *, without: Container[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of a request; its function gets the request, then its own parameters.
+
+    Args:
+        request: a dataclass whose fields are options.
+        without: names of fields that the command has no option for.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        made = [each for each in _make_parameters(request) if each.name not in without]
+        hides = any(each.annotation.__metadata__[0].hidden for each in made)
+        more = [inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=HelpAll)]
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+
+        @wraps(command)
+        def run(**typed: Any) -> None:
+            check_numbers(typed)
+            rest = {each.name: typed.pop(each.name) for each in own}
+            typed.pop("help_all", None)
+            command(make_request(request, typed), **rest)
+
+        run.__signature__ = inspect.Signature([*made, *own, *(more if hides else [])])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def make_request(request: type, typed: Mapping[str, Any]) -> Any:
+    """Return a request with the typed values; a field whose value is None has its default."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
+    for each in fields(request):
+        if each.default is True and values.get(each.name):
+            values[each.name] = False  # typed as --no-name
+    return request(**{name: value for name, value in values.items() if value is not None})
+
+
+def _make_parameters(request: type) -> Iterator[inspect.Parameter]:
+    """Yield a parameter for each option of a request; its default is None, which stands for that of the field."""
+    hints, stored = get_type_hints(request), {each.name: each.default for each in fields(EncodeConfig)}
+    defaults = {each.name: each.default for each in fields(request)}
+    for name, option in list_options(request).items():
+        default = defaults[name] if defaults[name] is not None or request is not EncodeRequest else stored.get(name)
+        words = option.default or (str(default) if isinstance(default, (int, str)) else "")
+        yield inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if default is MISSING and name not in stored else None,
+            annotation=_annotate(name, option, hints[name], default=words, inverted=default is True),
+        )
+
+
+def _annotate(name: str, option: Option, hint: Any, *, default: str, inverted: bool) -> Any:
+    """Return the type of a parameter, with what typer needs to know of it."""
+    kind = get_args(hint)[0] if NoneType in get_args(hint) else hint
+    names = option.names or (f"--{'no-' if inverted else ''}{name.replace('_', '-')}",)
+    about: dict[str, Any] = {"help": option.help, "rich_help_panel": option.panel, "hidden": not option.common}
+    if kind is bool:
+        return Annotated[bool | None, typer.Option(*names, **about)]
+    about |= {"metavar": option.metavar or ("N" if kind is int else "TEXT"), "show_default": default or False}
+    if option.read == "each":
+        kind = list[str]
+    elif option.read or get_origin(kind) in (Literal, tuple):
+        choices = ("auto",) * (option.read == "auto") + _list_choices(kind)
+        about["parser"] = _make_parser(option, kind, names[0], choices)
+        about["metavar"] = option.metavar or "|".join(choices) or "SIZE"
+        kind = str
+    elif kind is int:
+        about["min"] = option.least
+    if option.argument:
+        return Annotated[kind, typer.Argument(**about)]
+    return Annotated[kind | None, typer.Option(*names, **about)]
+
+
+def _list_choices(kind: Any) -> tuple[str, ...]:
+    """Return the words of a Literal, or of a tuple of Literals; other types have none."""
+    inner = get_args(kind)[0] if get_origin(kind) is tuple else kind
+    return get_args(inner) if get_origin(inner) is Literal else ()
+
+
+def _make_parser(option: Option, kind: Any, flag: str, choices: Sequence[str]) -> Callable[[str], Any]:
+    """Return what parses the text of an option, by the form it declares or else by its type."""
+
+    def parse(text: str) -> Any:
+        if option.read in _PARSERS:
+            return _PARSERS[option.read](flag, text)
+        if get_origin(kind) is tuple:
+            return parse_choices(flag, text, choices) if choices else parse_names(text)
+        return parse_choice(flag, text, choices) if len(choices) > 1 else None if text == "auto" else text
+
+    return parse
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-DTYPES = ("auto", *get_args(Dtype))
 _LARGEST = 1 << 53
-"of any number: JSON and float64 hold it exactly, and 64 bits hold what is made of it"
+"of any number: JSON and float64 hold it exactly, and 64 bits hold products of it"
 _LONGEST = 100 * 365 * 86400.0
 "seconds"
+_HEAVIEST = 1_000_000
+"weight; sums of scores stay far below the largest float32"
 
 
 def check_numbers(typed: Mapping[str, Any]) -> None:
-    """Refuse numbers that nothing has so many of; `typed` are values by the names of their options."""
+    """Raise UsageError for a number beyond what JSON and float64 hold; `typed` has values by the names of options."""
     for name, value in typed.items():
         if isinstance(value, int) and value > _LARGEST:
             raise UsageError(f"--{name.replace('_', '-')} {value}: expected a number up to {_LARGEST:,}")
 
 
-def check_choices(typed: Mapping[str, Any], choices_of: Mapping[str, Sequence[str]]) -> None:
-    """Refuse a value that is none of an option's choices."""
-    for name, choices in choices_of.items():
-        value = typed.get(name)
-        if value is not None and value not in choices:
-            raise UsageError(f"--{name.replace('_', '-')} {value!r}: expected {', '.join(choices)}")
-
-
-def parse_size(flag: str, text: str | None) -> int | None:
-    """Read '512K', '8 MiB', '1.5G' or plain bytes; None and 'auto' stay None."""
-    if text is None or text == "auto":
+def parse_size(flag: str, text: str) -> int | None:
+    """Parse '512K', '8 MiB', '1.5G' or plain bytes; 'auto' is None."""
+    if text == "auto":
         return None
     match = _SIZE.fullmatch(text.strip())
     size = float(match[1]) * _FACTORS[match[2].lower()] if match else 0
@@ -268,48 +145,24 @@ def _shorten(text: str) -> str:
     return repr(text) if len(text) <= 80 else f"{text[:80]!r}..."
 
 
-def parse_names(text: str | None) -> tuple[str, ...] | None:
-    """Read 'a,b'; None stays None."""
-    if text is None:
-        return None
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def parse_outputs(text: str | None) -> tuple[Output, ...] | None:
-    """Read 'sparse,dense' into the order dense, sparse, colbert; None stays None."""
-    names = parse_names(text)
-    if names is None:
-        return None
-    unknown = [name for name in names if name not in ALL_OUTPUTS]
-    if unknown or not names:
-        raise UsageError(f"--outputs {text!r}: expected some of {', '.join(ALL_OUTPUTS)}, with commas between them")
-    return tuple(output for output in ALL_OUTPUTS if output in names)
-
-
-def parse_worker(text: str | None) -> tuple[int, int]:
-    """Read 'I/N' with I from 0."""
-    if text is None:
-        return 0, 1
+def parse_share(flag: str, text: str) -> tuple[int, int]:
+    """Parse 'I/N' with I from 0."""
     match = re.fullmatch(r"(\d{1,15})/(\d{1,15})", text)
     if not match or int(match[1]) >= int(match[2]):
-        raise UsageError(f"--worker {_shorten(text)}: expected I/N with I from 0 to N - 1, such as 0/3, 1/3 and 2/3")
+        raise UsageError(f"{flag} {_shorten(text)}: expected I/N with I from 0 to N - 1, such as 0/3, 1/3 and 2/3")
     return int(match[1]), int(match[2])
 
 
-def parse_max_skipped(text: str | None) -> int | float | None:
-    """Read a number of rows as an int, or '2.5%' as a part of all rows, a float."""
-    if text is None:
-        return None
+def parse_row_limit(flag: str, text: str) -> int | float:
+    """Parse a number of rows to an int, and '2.5%' to a part of all rows, a float."""
     match = re.fullmatch(r"(\d{1,15})|(\d+(?:\.\d+)?)\s*%", text.strip())
     if not match or (match[2] and float(match[2]) > 100):
-        raise UsageError(
-            f"--max-skipped {_shorten(text)}: expected a number of rows such as 100, or a part such as 0.5%"
-        )
+        raise UsageError(f"{flag} {_shorten(text)}: expected a number of rows such as 100, or a part such as 0.5%")
     return int(match[1]) if match[1] else float(match[2]) / 100
 
 
 def parse_duration(flag: str, text: str | None) -> float | None:
-    """Read '55m', '7h30m', '90s' or '90' (seconds)."""
+    """Parse '55m', '7h30m', '90s' or '90' to seconds."""
     if text is None:
         return None
     match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
@@ -322,6 +175,46 @@ def parse_duration(flag: str, text: str | None) -> float | None:
     return seconds
 
 
-def auto(text: str | None) -> str | None:
-    """Return None for 'auto', which is the same as not typing the flag."""
+def parse_weights(flag: str, text: str) -> Weights:
+    """Parse three weights, of dense,sparse,colbert."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 3 or not all(0 <= number <= _HEAVIEST for number in numbers):
+        raise UsageError(
+            f"{flag} {text!r}: expected three numbers from 0 to {_HEAVIEST:,}, of dense,sparse,colbert, such as "
+            "0.4,0.2,0.4"
+        )
+    if sum(numbers) == 0:
+        raise UsageError(f"{flag} {text!r}: they sum to 0, and an average is divided by their sum")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Parse 'a,b'."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def parse_choices(flag: str, text: str, choices: Sequence[str]) -> tuple[str, ...]:
+    """Parse 'b,a' to the order of the choices."""
+    names = parse_names(text)
+    if not names or not set(names) <= set(choices):
+        raise UsageError(f"{flag} {text!r}: expected some of {', '.join(choices)}, with commas between them")
+    return tuple(choice for choice in choices if choice in names)
+
+
+def parse_choice(flag: str, text: str, choices: Sequence[str]) -> str | None:
+    """Check that a word is one of the choices; 'auto' is None."""
+    if text not in choices:
+        raise UsageError(f"{flag} {text!r}: expected {', '.join(choices)}")
     return None if text == "auto" else text
+
+
+_PARSERS: dict[str, Callable[[str, str], Any]] = {
+    "size": parse_size,
+    "share": parse_share,
+    "row limit": parse_row_limit,
+    "weights": parse_weights,
+}
+"of each form of text that an option names"

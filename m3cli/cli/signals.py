@@ -1,7 +1,7 @@
-"""How a command ends early and well: SIGTERM, the time of `--max-runtime`, and threads that do not come back.
+"""Ends a command early: on SIGTERM, after `--max-runtime`, and with threads that are still busy.
 
-SIGTERM raises Stopped wherever the main thread is; were that swallowed (some packages pass over any error while they
-are imported), the run still finds it in `stop`. `--max-runtime` first asks the run to end after the shard in hand, and
+SIGTERM raises Stopped in the main thread. Some packages ignore all errors while they are imported; then the run finds
+the request in `stop`. `--max-runtime` first asks the run to end after the shard in hand, and
 does as SIGTERM does if that takes too long.
 """
 
@@ -31,7 +31,7 @@ def catch_sigterm() -> None:
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not break into the leaving
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the end
     _stop_at_once("stopped by SIGTERM")
 
 
@@ -41,15 +41,15 @@ def _stop_at_once(reason: str) -> None:
 
 
 @contextmanager
-def limit_runtime(seconds: float | None, *, spelt: str) -> Iterator[None]:
-    """Ask what is inside to end after some time, and end it a little later."""
+def limit_runtime(seconds: float | None, *, typed: str) -> Iterator[None]:
+    """Ask the run inside to end after some seconds, and end it GRACE seconds later."""
     if seconds is None:
         yield
         return
 
     def on_alarm(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         if stop.reason is None:
-            stop.reason = f"stopped after --max-runtime {spelt}"
+            stop.reason = f"stopped after --max-runtime {typed}"
             signal.setitimer(signal.ITIMER_REAL, GRACE)
         elif not stop.at_once:
             _stop_at_once(stop.reason)
@@ -64,7 +64,7 @@ def limit_runtime(seconds: float | None, *, spelt: str) -> Iterator[None]:
 
 
 def leave(code: int) -> None:
-    """End the process, without waiting for a thread that is deep in a batch; Python would wait, or crash on it."""
+    """End the process without waiting for a thread that is in the middle of a batch; Python would wait, or crash."""
     if concurrency.has_live_threads():
         sys.stdout.flush()
         sys.stderr.flush()

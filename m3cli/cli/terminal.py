@@ -1,4 +1,4 @@
-"""The standard streams of a command: what it reads, where its results go, and how warnings and bad ends are told.
+"""The standard streams of a command: input, results, warnings and errors.
 
 Results go to stdout, everything else to stderr. On a terminal the control characters of ids and texts are escaped; in a
 file or a pipe the bytes stay as they are. With `--progress json` every line on stderr is a JSON object.
@@ -17,14 +17,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from m3cli.cli.options import check_choices
+from m3cli.config import ProgressMode
 from m3cli.errors import EXIT_INTERRUPTED, M3Error, escape_controls, escape_unprintable
 
 if TYPE_CHECKING:
     from m3cli.corpus.streams import PeekableStream
     from m3cli.progress import Progress
 
-PROGRESS_MODES = ("auto", "bar", "log", "json", "none")
 _log = logging.getLogger(__name__)
 
 
@@ -54,7 +53,7 @@ def open_stdin(inputs: Sequence[str]) -> PeekableStream | None:
 
 
 def open_results(progress: Progress | None = None) -> BinaryIO:
-    """Return standard output for results; on a terminal they are escaped, and a bar makes room for them."""
+    """Return standard output for results; on a terminal they are escaped, and a bar is cleared before them."""
     sys.stdout.flush()
     return cast("BinaryIO", _TerminalResults(progress)) if sys.stdout.isatty() else sys.stdout.buffer
 
@@ -88,12 +87,11 @@ def print_json(document: Any) -> None:
 
 
 @contextmanager
-def show_run(mode: str) -> Iterator[Progress]:
-    """Show a run as `--progress` says; its warnings go the same way, and its log file has a bad end too."""
-    check_choices({"progress": mode}, {"progress": PROGRESS_MODES})
+def show_run(mode: ProgressMode) -> Iterator[Progress]:
+    """Show a run in the form of `--progress`, with its warnings; an error is written to its log file too."""
     from m3cli.progress import Progress  # noqa: PLC0415  tqdm and rich, not for --help
 
-    progress = Progress(mode)  # type: ignore[arg-type]
+    progress = Progress(mode)
     logger, handler = logging.getLogger("m3cli"), _ToProgress(progress)
     logger.addHandler(handler)
     logger.propagate = False
@@ -117,7 +115,7 @@ class _ToProgress(logging.Handler):
 
 
 class OneLine(logging.Formatter):
-    """Formats a warning as the messages of a command are."""
+    """Formats a warning like the messages of a command."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one line."""
@@ -135,7 +133,7 @@ def describe_end(error: BaseException) -> tuple[str, int]:
 
 
 def tell_end(text: str, code: int, arguments: Sequence[str]) -> None:
-    """Tell a bad end in one line; as JSON if that was asked for, however far the command has come."""
+    """Print an error in one line, as JSON with `--progress json`."""
     if "--progress=json" in arguments or ("--progress", "json") in pairwise(arguments):
         sys.stderr.write(json.dumps({"event": "error", "text": text, "exit_code": code}) + "\n")
     else:

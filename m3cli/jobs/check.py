@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3cli.concurrency import prefetch
-from m3cli.config import CheckRequest, RunConfig
+from m3cli.config import RunConfig
 from m3cli.errors import (
     EXIT_DONE,
     EXIT_ROWS_SKIPPED,
@@ -33,6 +33,7 @@ from m3cli.errors import (
 from m3cli.jobs.encode.resolve import make_form
 from m3cli.progress import FileMeter
 from m3cli.records import DoneEntry
+from m3cli.requests import CheckRequest
 from m3cli.store.documents import find_links, is_ours
 from m3cli.store.layout import RUN_NAME, shard_of
 from m3cli.store.lock import hold_lock

@@ -19,9 +19,10 @@ from m3cli.encoder.checkpoint import HEAD_FILES, Checkpoint
 from m3cli.encoder.device import count_flops, expect_tokens_per_second, list_devices, measure_matmul, name_attention
 from m3cli.errors import ModelError
 from m3cli.jobs.encode.resolve import open_checkpoint
-from m3cli.jobs.score.command import ScoreRequest, finish_scores
+from m3cli.jobs.score.command import finish_scores
 from m3cli.jobs.score.from_texts import TextScorer
 from m3cli.progress import Progress
+from m3cli.requests import ScoreRequest
 from m3cli.retrieval.scores import modes_of, parts_of, score_sparse
 from m3cli.store.commit import output_errors, remove, sync_file
 

@@ -41,6 +41,7 @@ from m3cli.exporters.targets import find_target
 from m3cli.jobs.encode.estimate import check_disk_space
 from m3cli.progress import FileMeter
 from m3cli.records import FileRecord, Output
+from m3cli.requests import ExportRequest, TransferRequest
 from m3cli.store.commit import (
     PIECE,
     StagedFile,
@@ -70,20 +71,6 @@ ROWS_EXPANSION = 4
 Repeats = dict[int, NDArray[np.int64]]
 "by shard the rows whose key an earlier row has"
 FindRepeats = Callable[[], Repeats]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportRequest:
-    """What a user asked `m3 export`, or `m3 load`, whose `out` is not used."""
-
-    folder: str
-    to: str
-    out: str = ""
-    outputs: tuple[Output, ...] | None = None
-    fields: tuple[str, ...] | None = None
-    "kept fields and text; None: all"
-    name: str | None = None
-    space_check: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +134,7 @@ def open_finished(path: str) -> OutputFolder:
     return folder
 
 
-def make_shape(folder: OutputFolder, request: ExportRequest, target: Target) -> Shape:
+def make_shape(folder: OutputFolder, request: TransferRequest, target: Target) -> Shape:
     """Find out what is exported.
 
     Raises:

@@ -28,8 +28,9 @@ from m3cli.exporters.rows import KEY_COLUMNS, PLAIN_COLUMNS, LeftOut, Part, Shap
 from m3cli.exporters.targets import find_engine
 from m3cli.jobs.encode.increment import MAY_DIFFER
 from m3cli.jobs.encode.lifecycle import Stop
-from m3cli.jobs.export import ExportRequest, Repeats, drop_repeats, find_repeats, make_shape, open_finished, read_parts
+from m3cli.jobs.export import Repeats, drop_repeats, find_repeats, make_shape, open_finished, read_parts
 from m3cli.progress import FileMeter
+from m3cli.requests import LoadRequest
 from m3cli.store.commit import publish_outside
 from m3cli.store.layout import TEXT_COLUMN, hashes_name
 from m3cli.store.reader import OutputFolder, iter_parts
@@ -97,7 +98,7 @@ class LoadSummary:
 
 
 def load_folder(
-    request: ExportRequest, *, since: str | None, left_out: Path, meter: FileMeter, stop: Stop
+    request: LoadRequest, *, since: str | None, left_out: Path, meter: FileMeter, stop: Stop
 ) -> LoadSummary:
     """Send a folder's rows to an engine.
 

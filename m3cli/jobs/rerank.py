@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.config import EncodeRequest, FieldFlags
+from m3cli.config import DEFAULT_RERANKER, EncodeRequest, FieldFlags
 from m3cli.corpus.fields import kept_schema, resolve_fields
 from m3cli.corpus.plan import plan_shards
 from m3cli.corpus.reader import read_shards
@@ -37,12 +37,12 @@ from m3cli.jobs.encode.resolve import open_checkpoint
 from m3cli.jobs.paths import check_paths
 from m3cli.progress import Progress
 from m3cli.records import QueryHits, Rankings
+from m3cli.requests import RerankRequest
 from m3cli.store.commit import check_writable, publish_outside
 from m3cli.store.lookup import iter_passages
 from m3cli.store.reader import open_folder
 from m3cli.store.results import JsonRanking, ranking_format
 
-DEFAULT_RERANKER = "BAAI/bge-reranker-v2-m3"
 DEFAULT_LENGTH = 1024
 "tokens of a pair"
 HELD_TOKENS = 64 << 20
@@ -55,26 +55,6 @@ _TEXTS = 512
 _NUM_EXAMPLES = 3
 
 Ids = NDArray[np.int32]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RerankRequest:
-    """Options of `m3 rerank`; None: not given."""
-
-    run: str
-    queries: TextSource
-    corpus: TextSource
-    out: str | None = None
-    model: str | None = None
-    revision: str | None = None
-    top_k: int = 100
-    "candidates of a query, by score"
-    max_length: int | None = None
-    "tokens of a pair"
-    normalise: bool = False
-    dtype: Any = None
-    device: str | None = None
-    max_batch_tokens: int | None = None
 
 
 @dataclass(slots=True)
@@ -136,8 +116,8 @@ def rerank_run(
     """
     read: dict[str, Sequence[str | None]] = {
         "RUN": [request.run],
-        "--queries": [request.queries.given],
-        "--corpus": [request.corpus.given],
+        "--queries": [request.queries],
+        "--corpus": [request.corpus],
     }
     check_paths({"--out": request.out}, read, model=request.model)
     kind = ranking_format(request.out)
@@ -193,7 +173,7 @@ def _rerank(rankings: Rankings, request: RerankRequest, setup: _Setup, output: B
     finish = _sigmoid if request.normalise else float
     for window in _cut_windows({query: rankings[query] for query in queries}, setup.max_length):
         wanted = {document for query in window for document in rankings[query]}
-        passages = dict(_tokenise(request.corpus.find_texts(wanted), setup, max_length=setup.max_length)[0])
+        passages = dict(_tokenise(_corpus_texts(request).find_texts(wanted), setup, max_length=setup.max_length)[0])
         for group in _cut_groups(window, rankings):
             candidates = {query: _keep_known(query, rankings[query], passages, setup.tally) for query in group}
             scored = _score_group(candidates, queries, passages, setup)
@@ -203,22 +183,44 @@ def _rerank(rankings: Rankings, request: RerankRequest, setup: _Setup, output: B
             output.flush()
     if not setup.tally.pairs:
         raise CorpusError(
-            f"--corpus {request.corpus.given} has none of the documents of {request.run} "
+            f"--corpus {request.corpus} has none of the documents of {request.run} "
             f"(such as {next(iter(next(iter(rankings.values()))))[:60]!r}); give the corpus that was searched"
         )
+
+
+def _query_texts(request: RerankRequest) -> TextSource:
+    return TextSource(
+        given=request.queries,
+        flag="--queries",
+        id_field=request.query_id_field,
+        text_field=request.query_field,
+        title_field="",
+        field_flags=FieldFlags(text="--query-field", id="--query-id-field", format=None),
+    )
+
+
+def _corpus_texts(request: RerankRequest) -> TextSource:
+    return TextSource(
+        given=request.corpus,
+        flag="--corpus",
+        id_field=request.id_field,
+        text_field=request.text_field,
+        title_field=request.title_field,
+        title_sep=request.title_sep,
+    )
 
 
 def _read_queries(rankings: Rankings, request: RerankRequest, setup: _Setup) -> dict[str, Ids]:
     """Return the token ids of the run's queries, in the run's order."""
     longest = setup.max_length * 3 // 4 + 2  # without <s> and </s>, as in FlagEmbedding
     longest = min(longest, setup.max_length - PAIR_SPECIALS)
-    setup.texts.update(request.queries.find_texts(rankings))
+    setup.texts.update(_query_texts(request).find_texts(rankings))
     pairs, truncated = _tokenise(iter(setup.texts.items()), setup, max_length=longest)
     setup.tally.cut["queries"] = truncated
     found = dict(pairs)
     if not found:
         raise CorpusError(
-            f"--queries {request.queries.given} has none of the queries of {request.run} "
+            f"--queries {request.queries} has none of the queries of {request.run} "
             f"(such as {next(iter(rankings))[:60]!r}); give the queries that were searched for"
         )
     for query in rankings:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.config import CheckRequest, ColbertForm, EncodeRequest, RunConfig
+from m3cli.config import ColbertForm, EncodeRequest, RunConfig
 from m3cli.encoder import device as machine
 from m3cli.encoder.batcher import batch_rows, pack_rows
 from m3cli.encoder.chunker import chunk_documents, cutting_of
@@ -25,6 +25,7 @@ from m3cli.jobs.encode.pipeline import EncodedBatch, TokenisedShard, finish_wind
 from m3cli.jobs.encode.resolve import check_same_checkpoint, check_same_tokenizer, open_checkpoint
 from m3cli.jobs.reread import find_input, read_texts
 from m3cli.records import Document, DoneEntry, Embeddings, LexicalWeights, Origins, ShardText, TokenMatrices
+from m3cli.requests import CheckRequest
 from m3cli.retrieval.scores import decode_vectors
 from m3cli.store.layout import hashes_name, rows_name
 from m3cli.store.reader import OutputFolder, iter_parts

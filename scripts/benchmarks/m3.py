@@ -48,7 +48,7 @@ def load_m3(folder: Path, dtype: str, outputs: str = ",".join(OUTPUTS), *, devic
     wanted = cast("tuple[Output, ...]", tuple(outputs.split(",")))
     encoder = BatchEncoder(model, outputs=wanted, special_ids=tokenizer.special_ids)
     if parallel > 1:
-        encoder.spread = partial(parallel_map, lanes=parallel, name="encoding")
+        encoder.spread = partial(parallel_map, num_threads=parallel, name="encoding")
 
     def run(group: Group) -> Made:
         clock = [time.perf_counter()]
@@ -118,9 +118,9 @@ def measure_forward(folder: Path, texts: Sequence[str], *, dtype: str) -> float:
     set_threads(threads // parallel)
     run = partial(run_model, model)
     try:
-        deque(parallel_map(run, batches[:WARM_UP_BATCHES], lanes=parallel, name="forward"), maxlen=0)
+        deque(parallel_map(run, batches[:WARM_UP_BATCHES], num_threads=parallel, name="forward"), maxlen=0)
         began = time.perf_counter()
-        deque(parallel_map(run, batches, lanes=parallel, name="forward"), maxlen=0)
+        deque(parallel_map(run, batches, num_threads=parallel, name="forward"), maxlen=0)
         return len(chunks.input_ids) / (time.perf_counter() - began)
     finally:
         set_threads(threads)

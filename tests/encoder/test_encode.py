@@ -104,7 +104,7 @@ def test_batches_side_by_side_give_the_same_rows_in_the_same_order(broken: Model
     batches = make_batches([30, 20], [9], [8, 7, 7, 3], [3], [3, 3], poisoned=frozenset({2, 4, 9}))
     usual = list(make_encoder(broken, ahead=None).encode_all(batches))
     encoder = make_encoder(broken, ahead=None)
-    encoder.spread = partial(parallel_map, lanes=3, name="test")
+    encoder.spread = partial(parallel_map, num_threads=3, name="test")
     for one, two in zip(usual, encoder.encode_all(iter(batches)), strict=True):
         assert_same(one, two)
 
@@ -119,7 +119,7 @@ def test_a_batch_that_memory_does_not_hold_goes_in_halves_when_its_turn_comes(
 
     monkeypatch.setattr(encoding, "run_model", run_model)
     encoder = make_encoder(model, ahead=None)
-    encoder.spread = partial(parallel_map, lanes=2, name="test")
+    encoder.spread = partial(parallel_map, num_threads=2, name="test")
     made = list(encoder.encode_all(make_batches([20], [10, 10, 10, 10], [26], [9, 9, 9], [5, 5])))
     assert list_rows(made) == list(range(11))
     assert [each.row for each in made if isinstance(each, FailedRow)] == [5]
@@ -142,7 +142,7 @@ def test_a_row_that_fits_alone_waits_until_the_lanes_beside_it_have_ended(
 
     monkeypatch.setattr(encoding, "run_model", run_model)
     encoder = make_encoder(model, ahead=None)
-    encoder.spread = partial(parallel_map, lanes=2, name="test")
+    encoder.spread = partial(parallel_map, num_threads=2, name="test")
     made = list(encoder.encode_all(make_batches([9], [30], [30], [8], [7])))
     assert list_rows(made) == [0, 1, 2, 3, 4]
     assert all(isinstance(each, Embeddings) for each in made)
@@ -168,7 +168,7 @@ def test_memory_of_the_host_runs_out_as_that_of_a_gpu_does(
     monkeypatch.setattr(encoding, "run_model", run_model)
     encoder = make_encoder(model, ahead=None)
     if lanes > 1:
-        encoder.spread = partial(parallel_map, lanes=lanes, name="test")
+        encoder.spread = partial(parallel_map, num_threads=lanes, name="test")
     made = list(encoder.encode_all(make_batches([20], [10, 10, 10, 10], [26])))
     assert list_rows(made) == list(range(6))
     assert [(each.row, each.reason) for each in made if isinstance(each, FailedRow)] == [(5, OUT_OF_MEMORY)]

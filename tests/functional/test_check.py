@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 from m3cli.cli.app import run
-from m3cli.config import CheckRequest, Format
+from m3cli.config import Format
 from m3cli.errors import OutputError
 from m3cli.jobs.check import FolderCheck, check_folder
 from m3cli.progress import FileMeter
+from m3cli.requests import CheckRequest
 from m3cli.store.layout import RUN_NAME
 from m3cli.store.lock import hold_lock
 from tests.conftest import Completed

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import pytest
 
-from m3cli.config import CheckRequest, Format
+from m3cli.config import Format
 from m3cli.jobs.check import check_folder
 from m3cli.progress import FileMeter
+from m3cli.requests import CheckRequest
 from m3cli.store.documents import is_ours
 from m3cli.store.layout import RUN_NAME
 from tests.conftest import ROOT, Completed

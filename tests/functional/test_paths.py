@@ -237,7 +237,7 @@ def test_rerank_writes_json_lines(m3_here: M3, base: Path, cross_encoder: Path) 
 def test_metrics_and_log_that_fail_on_the_way_cost_a_warning(
     m3_here: M3, base: Path, tiny_m3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("m3cli.jobs.encode.command.lifecycle.SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr("m3cli.jobs.encode.lifecycle.SECONDS_BETWEEN", 0.0)
     real = MetricsFile.write
 
     def write(self: MetricsFile) -> None:

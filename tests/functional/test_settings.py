@@ -37,7 +37,7 @@ def test_what_is_not_the_default_is_shown_everywhere(encode: M3, m3_here: M3) ->
         *("--max-length", 32, "--long-docs", "merge", "--split", "tokens", "--overlap", 4, "--mcls", 8),
         *("--colbert-dtype", "int8", "--prefix", "query: ", "--keep-text"),
     )
-    words = "long-docs merge, split tokens, overlap 4, mcls 8, colbert-dtype int8, prefix 'query: ', keep-text"
+    words = "long-docs merge, overlap 4, split tokens, mcls 8, colbert-dtype int8, prefix 'query: ', keep-text"
     for done in (
         encode("a.jsonl", *flags, command="plan"),
         encode("a.jsonl", *flags, "--progress", "log"),

@@ -320,6 +320,27 @@ def test_usage_errors_name_the_command_and_end_their_sentence(m3_here: M3) -> No
     assert "Usage" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["encode", "plan"])
+def test_help_is_one_page_of_common_options_and_help_all_has_all(
+    m3_here: M3, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = m3_here(command, "--help").stdout.splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 80
+    headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert headings[:3] == ["Input:", "Model:", "Output:"]
+    assert lines[lines.index("Examples:") + 1].startswith(f"  m3 {command} ")
+    assert len(lines) - lines.index("Examples:") == 4
+    assert "[default: parquet]" in "".join(lines)
+    assert "<" not in "".join(lines)
+    everything = m3_here(command, "--help-all").stdout
+    assert "  --mcls N " in everything
+    assert {line for line in lines if line.startswith("  -")} < set(everything.splitlines())
+    for form in ("-h", "--help"):
+        assert "--mcls" not in m3_here(command, form).stdout
+
+
 BEYOND = (
     ("encode c.jsonl", "--limit --max-length --overlap --mcls --colbert-pool --colbert-top-k --max-batch-tokens"),
     ("encode c.jsonl", "--shard-size --max-row-bytes --max-skipped --max-runtime"),

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from m3cli.errors import CorpusError, UsageError
 from m3cli.jobs import rerank as module
-from m3cli.jobs.rerank import RerankRequest, TextSource, _cut_groups, _cut_windows, rerank_run
+from m3cli.jobs.rerank import TextSource, _cut_groups, _cut_windows, rerank_run
 from m3cli.progress import Progress
+from m3cli.requests import RerankRequest
 
 rankings_of = st.dictionaries(
     st.text("q01", min_size=1, max_size=4), st.dictionaries(st.sampled_from("abcdefgh"), st.just(0.0), min_size=1)
@@ -57,8 +58,8 @@ def rerank(cross_encoder: Path, tmp_path: Path) -> Callable[[], bytes]:
         output = io.BytesIO()
         request = RerankRequest(
             run=str(tmp_path / "run.trec"),
-            queries=TextSource(given=str(tmp_path / "queries.tsv"), flag="--queries"),
-            corpus=TextSource(given=str(tmp_path / "corpus.tsv"), flag="--corpus"),
+            queries=str(tmp_path / "queries.tsv"),
+            corpus=str(tmp_path / "corpus.tsv"),
             model=str(cross_encoder),
             dtype="float32",
             device="cpu",

@@ -21,9 +21,10 @@ from m3cli.encoder.encode import BatchEncoder, FailedRow
 from m3cli.errors import CorpusError, ForeignFolder, ModelError, UsageError
 from m3cli.jobs.score import from_folders as score_folders
 from m3cli.jobs.score import from_texts as score_texts
-from m3cli.jobs.score.command import ScoreRequest, score_pairs
+from m3cli.jobs.score.command import score_pairs
 from m3cli.jobs.score.explain import explain_pairs
 from m3cli.progress import Progress
+from m3cli.requests import ScoreRequest
 from m3cli.retrieval.scores import MODES, score_rows
 from m3cli.store.reader import open_folder
 from tests.conftest import load_once

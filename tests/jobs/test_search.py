@@ -15,11 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from m3cli.config import ALL_OUTPUTS, SearchRequest
+from m3cli.config import ALL_OUTPUTS
 from m3cli.errors import CorpusError, ForeignFolder, UsageError
 from m3cli.jobs.search.command import search_corpus
 from m3cli.progress import Progress
 from m3cli.records import Embeddings, Output
+from m3cli.requests import SearchRequest
 from m3cli.retrieval import scan as kernels
 from m3cli.retrieval.scores import score_rows as score_pairs
 from m3cli.store import parquet

@@ -20,10 +20,11 @@ from m3cli.corpus.pairs import Pair
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.texts import tokenise_texts
 from m3cli.encoder.tokenizer import load_tokenizer
-from m3cli.jobs.score.command import ScoreRequest, finish_scores
+from m3cli.jobs.score.command import finish_scores
 from m3cli.jobs.score.from_texts import TextScorer
 from m3cli.progress import Progress
 from m3cli.records import TokenMatrices
+from m3cli.requests import ScoreRequest
 from m3cli.retrieval.scores import MODES, parts_of, score_colbert
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_demo.json").read_text(encoding="utf-8"))

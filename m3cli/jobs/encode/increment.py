@@ -16,7 +16,7 @@ import orjson
 import xxhash
 from numpy.typing import NDArray
 
-from m3cli.config import OUTPUT_OF, RunConfig
+from m3cli.config import REQUIRED_OUTPUT, RunConfig
 from m3cli.encoder.embeddings import join_chunks, select_chunks, select_rows
 from m3cli.errors import ForeignFolder
 from m3cli.records import Chunks, Document, Embeddings, Origins
@@ -44,7 +44,8 @@ def resolve_increment(run: RunConfig, path: str) -> RunConfig:
     old = open_folder(Path(path))
     then = old.run
     options = then.config.to_json()
-    unused = {name for name, output in OUTPUT_OF.items() if output not in run.config.outputs}
+    unused = {name for name, output in REQUIRED_OUTPUT.items() if output not in run.config.outputs}
+    unused.discard("mcls")  # changes the vectors of all outputs
     for name, value in run.config.to_json().items():
         if name not in MAY_DIFFER | unused and options[name] != value:
             raise ForeignFolder(

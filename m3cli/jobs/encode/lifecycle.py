@@ -11,7 +11,6 @@ from pathlib import Path
 
 from m3cli.errors import EXIT_INTERRUPTED, CorpusError, FolderLocked, M3Error, OutputError, Stopped, count_noun
 from m3cli.records import ShardCounts
-from m3cli.store.commit import check_writable, publish_outside
 
 _log = logging.getLogger(__name__)
 
@@ -96,6 +95,8 @@ class MetricsFile:
         self._written = time.monotonic()
         self.numbers["updated_timestamp_seconds"] = time.time()
         try:
+            from m3cli.store.commit import publish_outside  # noqa: PLC0415  pyarrow, not for --help
+
             with publish_outside(self.path, wait=False) as file:
                 file.write(self.render().encode())
         except OutputError as error:
@@ -128,6 +129,8 @@ def keep_metrics(path: str | None, *, out: str) -> Iterator[MetricsFile]:
     Raises:
         OutputError: the file cannot be written, found out at once.
     """
+    from m3cli.store.commit import check_writable  # noqa: PLC0415  pyarrow, not for --help
+
     check_writable(path)
     metrics = MetricsFile(None if path is None else Path(path).absolute(), out=out)
     code: float = 1

@@ -341,7 +341,7 @@ def make_encoder(
     )
     if lanes > 1:
         encoder.lanes = lanes
-        encoder.spread = partial(parallel_map, lanes=lanes, name="encoding")
+        encoder.spread = partial(parallel_map, num_threads=lanes, name="encoding")
     return encoder
 
 

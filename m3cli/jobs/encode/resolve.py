@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from m3cli.config import (
     ALL_OUTPUTS,
     AUTO_SHARD_SIZE,
-    COLBERT_MEMBERS,
+    COMPARED_OPTIONS,
     DEFAULT_MODEL,
     ID_NAMES,
     MAX_LENGTH_CEILING,
-    OUTPUT_OF,
+    REQUIRED_OUTPUT,
     TEXT_NAMES,
     TITLE_NAMES,
     CheckpointConfig,
@@ -52,14 +52,6 @@ if TYPE_CHECKING:
 
 _FLAGS = {"id_field": "id", "text_field": "text", "title_field": "title"}
 "options that become a member of Fields"
-COMPARED_OPTIONS = (
-    *("outputs", "format", "max_length", "long_docs", "overlap", "split", "mcls", "dtype", "dense_dtype"),
-    *(*COLBERT_MEMBERS, "compression"),
-    *("title_sep", "keep_text", "prefix", "limit", "shard_size", "max_row_bytes", "dedupe"),
-)
-"options that are a member of EncodeConfig of the same name, compared when a folder is resumed"
-REQUIRED_OUTPUT: dict[str, Output] = {**OUTPUT_OF, "mcls": "dense"}
-"the output that an option is about"
 MAX_INT32 = (1 << 31) - 1
 "the largest number of tokens or vectors"
 

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,40 +32,14 @@ from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError, count_noun
 from m3cli.jobs.paths import check_ignored_options, check_paths
 from m3cli.progress import Progress
 from m3cli.records import Output
-from m3cli.retrieval.scores import DEFAULT_WEIGHTS, PARTS, Weights, check_weights, combine_scores, modes_of, parts_of
+from m3cli.requests import ScoreRequest
+from m3cli.retrieval.scores import PARTS, Weights, check_weights, combine_scores, modes_of, parts_of
 from m3cli.store.commit import check_writable
 from m3cli.store.results import TableWriter, open_table, table_format
 
 NOT_FINITE = "score is not a finite number"
 _ROWS_NAMED = 5
 _MESSAGE_SECONDS = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreRequest:
-    """Options of `m3 score`; None: not given."""
-
-    pairs: str
-    out: str | None = None
-    input_format: str = "auto"
-    query_field: str | None = None
-    passage_field: str | None = None
-    modes: tuple[str, ...] | None = None
-    "in the order of the output's columns; None: all modes available"
-    weights: Weights = DEFAULT_WEIGHTS
-    model: str | None = None
-    revision: str | None = None
-    dtype: Any = None
-    device: str | None = None
-    max_batch_tokens: int | None = None
-    max_query_length: int | None = None
-    max_passage_length: int | None = None
-    queries: str | None = None
-    "folder of encoded queries"
-    corpus: str | None = None
-    "folder of encoded passages"
-    chunks: str | None = None
-    "max, mean or first; None: max"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

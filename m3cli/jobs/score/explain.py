@@ -14,10 +14,11 @@ import numpy as np
 from m3cli.corpus.pairs import Pair, WindowLimits, cut_windows, read_pairs
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import UsageError
-from m3cli.jobs.score.command import ScoreRequest, finish_scores, open_pairs, resolve_modes
+from m3cli.jobs.score.command import finish_scores, open_pairs, resolve_modes
 from m3cli.jobs.score.from_texts import TextScorer
 from m3cli.progress import Progress
 from m3cli.records import Embeddings, LexicalWeights
+from m3cli.requests import ScoreRequest
 from m3cli.retrieval.scores import check_weights, parts_of
 
 LIMITS = WindowLimits(pairs=256, text_bytes=64 << 10, side_bytes=64 << 10)

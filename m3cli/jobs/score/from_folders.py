@@ -18,9 +18,10 @@ from m3cli.config import ALL_OUTPUTS
 from m3cli.corpus.pairs import Pair, WindowLimits
 from m3cli.encoder.embeddings import concat_embeddings, select_rows
 from m3cli.errors import ForeignFolder, count_noun
-from m3cli.jobs.score.command import ScoreRequest, WindowScores, number_distinct
+from m3cli.jobs.score.command import WindowScores, number_distinct
 from m3cli.progress import Progress
 from m3cli.records import Embeddings, Output, TokenMatrices
+from m3cli.requests import ScoreRequest
 from m3cli.retrieval.scores import Rows, decode_vectors, expand_rows, score_rows
 from m3cli.store.lookup import FoundRows, RowLookup, read_parts
 from m3cli.store.reader import OutputFolder, open_folder

@@ -24,9 +24,10 @@ from m3cli.encoder.texts import TokenisedTexts, pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
 from m3cli.errors import ModelError, UsageError, count_noun
 from m3cli.jobs.encode.resolve import open_checkpoint
-from m3cli.jobs.score.command import ScoreRequest, WindowScores, number_distinct
+from m3cli.jobs.score.command import WindowScores, number_distinct
 from m3cli.progress import Progress
 from m3cli.records import Embeddings, Output
+from m3cli.requests import ScoreRequest
 from m3cli.retrieval.scores import Rows, expand_rows, score_rows
 
 DEFAULT_LENGTH = 512

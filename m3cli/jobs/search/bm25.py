@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from m3cli.config import SearchRequest
 from m3cli.corpus.plan import plan_shards
 from m3cli.corpus.reader import read_shards
 from m3cli.corpus.sources import find_sources
@@ -18,6 +17,7 @@ from m3cli.jobs.search.queries import Queries, open_corpus_checkpoint
 from m3cli.jobs.search.vectors import Found
 from m3cli.progress import Progress
 from m3cli.records import QueryHits
+from m3cli.requests import SearchRequest
 from m3cli.retrieval.bm25 import Bm25Index, Terms, import_bm25s, plain_terms
 from m3cli.retrieval.scores import Rows
 from m3cli.retrieval.top import Ranked, TopRows

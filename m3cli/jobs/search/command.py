@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, get_args
 
-from m3cli.config import ALL_OUTPUTS, Mode, SearchRequest
+from m3cli.config import ALL_OUTPUTS
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError, count_noun
 from m3cli.jobs.paths import check_ignored_options, check_paths
 from m3cli.jobs.search.queries import Queries, encode_queries, open_queries, read_vectors
 from m3cli.progress import Progress
 from m3cli.records import Output, QueryHits
+from m3cli.requests import Mode, SearchRequest
 from m3cli.store.commit import check_writable
 from m3cli.store.reader import OutputFolder, open_folder
 from m3cli.store.results import open_ranking, ranking_format

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from m3cli.config import EncodeRequest, FieldFlags, SearchRequest
+from m3cli.config import EncodeRequest, FieldFlags
 from m3cli.corpus.fields import resolve_fields
 from m3cli.corpus.plan import plan_shards
 from m3cli.corpus.reader import read_shards
@@ -20,6 +20,7 @@ from m3cli.errors import CorpusError, ForeignFolder, ModelError, UsageError, cou
 from m3cli.jobs.score.from_folders import check_same_model
 from m3cli.progress import Progress
 from m3cli.records import Embeddings, Output, SkippedRow
+from m3cli.requests import SearchRequest
 from m3cli.store.reader import OutputFolder, iter_parts, open_folder
 
 if TYPE_CHECKING:
@@ -155,8 +156,8 @@ def encode_queries(
         ForeignFolder: the checkpoint or its tokenizer differs from the corpus'.
         ModelError: the checkpoint cannot be loaded, or no text can be encoded.
     """
-    from m3cli.jobs.score.command import ScoreRequest  # noqa: PLC0415
     from m3cli.jobs.score.from_texts import DEFAULT_LENGTH, TextScorer  # noqa: PLC0415  torch
+    from m3cli.requests import ScoreRequest  # noqa: PLC0415
 
     _log_prefix(corpus.run.config.prefix, request, progress)
     checkpoint = open_corpus_checkpoint(corpus, request)

@@ -16,8 +16,8 @@ from itertools import pairwise
 import numpy as np
 
 from m3cli.concurrency import prefetch
-from m3cli.config import Fusion
 from m3cli.records import Embeddings, Output, QueryHits
+from m3cli.requests import Fusion
 from m3cli.retrieval.scan import cut_runs, open_scan, scan_part
 from m3cli.retrieval.scores import Rows, Weights, average_scores, expand_rows, fuse_ranks, score_rows
 from m3cli.retrieval.top import Ranked, Scores, TopRows, number_runs, rank_rows
