@@ -20,6 +20,7 @@ from m3cli.encoder.chunker import chunk_documents, cutting_of
 from m3cli.encoder.colbert import bound_vectors, compress_rows
 from m3cli.encoder.embeddings import restore_order, select_chunks, select_rows
 from m3cli.encoder.encode import NOT_A_NUMBER, OUT_OF_MEMORY, BatchEncoder, FailedRow
+from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.merge import Merger, merge_chunks, plan_rows
 from m3cli.encoder.model import Model
 from m3cli.encoder.tokenizer import Tokenizer
@@ -151,24 +152,25 @@ def make_encoder(
     *,
     config: EncodeConfig,
     load_float32: Callable[[], Model] | None = None,
-    lanes: int = 1,
+    num_threads: int = 1,
 ) -> BatchEncoder:
     """Make the encoder that a folder's rows go through; what is merged or compressed later leaves it in float32."""
     form = config.colbert_form
-    encoder = BatchEncoder(
-        model,
+    options = OutputOptions(
         outputs=config.outputs,
         special_ids=tokenizer.special_ids,
         dense_dtype="float32" if config.merges else config.dense_dtype,
         colbert_dtype="float16" if form.plain else "float32",
-        colbert_weights=form.by_weight,
+        vector_weights=form.by_weight,
+    )
+    return BatchEncoder(
+        model,
+        options,
         mcls=config.mcls,
         load_float32=load_float32,
+        num_threads=num_threads,
+        parallel_map=parallel_map,
     )
-    if lanes > 1:
-        encoder.lanes = lanes
-        encoder.spread = partial(parallel_map, lanes=lanes, name="encoding")
-    return encoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,7 +320,7 @@ def encode_window(
     groups = batch_rows(
         lengths_with_mcls(shard.chunks.num_tokens[single], every=route.encoder.mcls),
         max_batch_tokens=limit,
-        lanes=route.encoder.lanes,
+        threads=route.encoder.num_threads,
     )
     batches = (pack_rows(shard.chunks, single[group]) for group in groups)
     for made in timed(route.encoder.encode_all(batches), route.watch, "encoding"):
@@ -447,7 +449,7 @@ def merge_window(parts: Iterable[Embeddings], merger: Merger, shard: TokenisedSh
     fresh = []
     for part in parts:
         if np.isin(part.rows[:1], shard.origins.rows).all():
-            yield merger.place(part)
+            yield merger.number(part)
         else:
             fresh.append(part)
     if fresh:
