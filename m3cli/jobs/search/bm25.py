@@ -51,7 +51,7 @@ def search_texts(folder: OutputFolder, queries: Queries, terms: Terms, request: 
         index.add(texts)
         places.append(some)
         keys.append(owners)
-    ranked = _rank(index, queries, request, places=np.concatenate(places), keys=np.concatenate(keys))
+    ranked = _rank(index, queries, request, positions=np.concatenate(places), keys=np.concatenate(keys))
     return Found(ranked=ranked, parts={"bm25": ranked.score})
 
 
@@ -93,7 +93,7 @@ def search_input(
         )
     numbers: dict[str, int] = {}
     keys = np.array([numbers.setdefault(name, len(numbers)) for name in ids], np.int64)
-    ranked = _rank(index, queries, request, places=np.arange(len(ids)), keys=keys)
+    ranked = _rank(index, queries, request, positions=np.arange(len(ids)), keys=keys)
     bounds = np.searchsorted(ranked.query, np.arange(len(queries.ids) + 1))
     hits = []
     for number, (first, last) in enumerate(pairwise(bounds.tolist())):
@@ -114,10 +114,10 @@ def search_input(
     return hits
 
 
-def _rank(index: Bm25Index, queries: Queries, request: SearchRequest, *, places: Rows, keys: Rows) -> Ranked:
+def _rank(index: Bm25Index, queries: Queries, request: SearchRequest, *, positions: Rows, keys: Rows) -> Ranked:
     texts = [text for text in queries.texts if text is not None]
-    top = TopRows(len(texts), limit=request.top_k, floor=0.0)
-    index.search(texts, top, places=places, keys=keys)
+    top = TopRows(len(texts), limit=request.top_k, threshold=0.0)
+    index.search(texts, top, positions=positions, keys=keys)
     return top.finish()
 
 
