@@ -1,9 +1,8 @@
-"""The one place with threads: an iterator run ahead of its reader, and items worked on by several threads at once.
+"""Threads: an iterator that is prefetched, and a function applied to items in parallel.
 
-An error in a thread is raised where items are read. Leaving the reader early (an exception, Ctrl-C, `close()`) stops
-each thread after its current item, closes the inner iterator, and waits for all threads. A thread that is still busy
-after `JOIN_TIMEOUT` is left running, since a process that was told to stop must stop; `has_live_threads` tells so. This
-is usual with a large model on a slow CPU, where one batch takes longer than that.
+An error in a thread is raised in the reader. If the reader ends early (an exception, Ctrl-C, `close()`), each thread
+stops after its current item, the inner iterator is closed, and all threads are joined. A thread that is busy for longer
+than `JOIN_TIMEOUT` keeps running, so that the process can stop (`has_live_threads`). This is usual on a slow CPU.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 POLL_SECONDS = 0.1
-"seconds between two looks at whether the other side has gone; a handed-over item wakes its waiter at once"
+"seconds between checks whether the other side has ended; a new item wakes its reader at once"
 JOIN_TIMEOUT = 15.0
 "seconds"
 
 
 class _End:
-    """Stands in the queue behind the last item."""
+    """Marks the end in the queue."""
 
 
 def prefetch(items: Iterator[T], *, depth: int, name: str) -> Generator[T, None, None]:
-    """Yield `items`, made by a thread that stays at most `depth` finished items ahead."""
+    """Yield `items`, which a thread produces at most `depth` items ahead."""
     queue: Queue[T | _End | BaseException] = Queue(maxsize=depth)
     stop = Event()
     thread = _Runner(target=_fill, args=(items, queue, stop), name=name, daemon=True)
@@ -52,39 +51,37 @@ def prefetch(items: Iterator[T], *, depth: int, name: str) -> Generator[T, None,
         thread.join(JOIN_TIMEOUT)
 
 
-def parallel_map(
-    work: Callable[[T], R], items: Iterable[T], *, num_threads: int, name: str
-) -> Generator[R, None, None]:
-    """Yield `work(item)` for each item, in order, by `num_threads` threads at once.
+def parallel_map(work: Callable[[T], R], items: Iterable[T], *, threads: int, name: str) -> Generator[R, None, None]:
+    """Yield `work(item)` for each item, in order, computed by `threads` threads.
 
-    Items are taken as results are read: at most two for each thread.
+    Items are read in the reader's thread, at most two for each thread ahead of the results.
     """
     tasks: SimpleQueue[tuple[Future[R], T] | None] = SimpleQueue()
-    threads = [
-        _Runner(target=_work_off, args=(work, tasks), name=f"{name} {number}", daemon=True)
-        for number in range(num_threads)
+    runners = [
+        _Runner(target=_run_tasks, args=(work, tasks), name=f"{name} {number}", daemon=True)
+        for number in range(threads)
     ]
     waiting = deque[Future[R]]()
     try:
-        for thread in threads:
-            thread.start()
+        for runner in runners:
+            runner.start()
         for item in items:
             result = Future[R]()
             tasks.put((result, item))
             waiting.append(result)
-            if len(waiting) == 2 * num_threads:
+            if len(waiting) == 2 * threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
         for result in waiting:
             result.cancel()
-        for _ in threads:
+        for _ in runners:
             tasks.put(None)
         deadline = time.monotonic() + JOIN_TIMEOUT
-        for thread in threads:
-            if thread.ident is not None:  # it was started
-                thread.join(max(0.0, deadline - time.monotonic()))
+        for runner in runners:
+            if runner.ident is not None:  # it was started
+                runner.join(max(0.0, deadline - time.monotonic()))
 
 
 def has_live_threads() -> bool:
@@ -93,7 +90,7 @@ def has_live_threads() -> bool:
 
 
 class _Runner(Thread):
-    """A thread that runs ahead."""
+    """A thread of this module."""
 
 
 def _fill(items: Iterator[T], queue: Queue[T | _End | BaseException], stop: Event) -> None:
@@ -111,7 +108,7 @@ def _fill(items: Iterator[T], queue: Queue[T | _End | BaseException], stop: Even
         _put(queue, last, stop)
 
 
-def _work_off(work: Callable[[T], R], tasks: SimpleQueue[tuple[Future[R], T] | None]) -> None:
+def _run_tasks(work: Callable[[T], R], tasks: SimpleQueue[tuple[Future[R], T] | None]) -> None:
     while (task := tasks.get()) is not None:
         result, item = task
         if not result.set_running_or_notify_cancel():
@@ -120,7 +117,7 @@ def _work_off(work: Callable[[T], R], tasks: SimpleQueue[tuple[Future[R], T] | N
             result.set_result(work(item))
         except BaseException as error:
             result.set_exception(error)
-        del task, result, item  # or the last of them would be kept until the next comes
+        del task, result, item  # frees them before the next task
 
 
 def _put(queue: Queue[T | _End | BaseException], item: T | _End | BaseException, stop: Event) -> bool:

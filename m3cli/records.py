@@ -1,7 +1,7 @@
-"""What passes between the packages: frozen records, numpy inside, with shape and dtype under each field.
+"""Frozen records that packages exchange: numpy arrays, with shape and dtype below each field.
 
-A record travels source -> shard -> document -> chunks -> batch -> embeddings -> entry. Everything in here is plain
-data: no behaviour, no torch, no pyarrow. Arrays are shared, not copied; nobody writes into one it was given.
+The data goes from source to shard, document, chunks, batch, embeddings and done entry. Records are plain data without
+torch and pyarrow. Arrays are shared, not copied: a receiver never writes into one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Compression = Literal["none", "gzip", "zstd"]
 
 @dataclass(frozen=True, slots=True)
 class Between:
-    """Bounds of a number in a document, both included; checked where the document is read."""
+    """Bounds of a number in a JSON file, both included, which the reader checks."""
 
     least: int
     most: int = 1 << 62
@@ -30,9 +30,9 @@ Count = Annotated[int, Between(0)]
 Positive = Annotated[int, Between(1)]
 
 Rankings = Mapping[str, Mapping[str, float]]
-"of each query id the document ids with their scores"
+"scores by query id and document id"
 Judgements = Mapping[str, Mapping[str, int]]
-"of each query id the judged document ids with their relevance, 0 or less for not relevant"
+"relevance by query id and document id, 0 or less for not relevant"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Source:
     """One input file, or standard input."""
 
     name: str
-    "path relative to the inputs' common folder with '/', a bare file name for one input, 'stdin' for standard input"
+    "path relative to the inputs' common folder with '/', the file name of a single input, 'stdin' for standard input"
     path: str
     "absolute path; '-' for standard input"
     format: SourceFormat
@@ -52,28 +52,28 @@ class Source:
 
     @property
     def sequential(self) -> bool:
-        """Whether rows can only be reached by reading all that comes before them."""
+        """Whether a row can only be reached by reading everything before it."""
         return self.compression != "none" or self.path == "-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fields:
-    """Which field of a row is what, resolved once for a folder."""
+    """Names of the fields, resolved once for a folder."""
 
     text: str
     id: str | None
-    "None: no row carries an id, each gets `source-name:position`"
+    "None: rows have no id, each gets `source-name:position`"
     title: str | None
     kept: tuple[str, ...]
     columns: tuple[str, ...]
-    "names of the TSV columns in order, from the header or '1', '2', ...; empty unless a source is TSV"
+    "names of the TSV columns, from the header or '1', '2', ...; empty without TSV sources"
     header: bool
-    "whether the first line of each TSV source is a header and no row"
+    "whether the first line of each TSV source is a header"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """A run of input rows, fixed before any work is done on it; never more than one source."""
+    """A range of input rows of one source, fixed before any work on it."""
 
     index: Count
     "number in the folder, from 0"
@@ -92,55 +92,55 @@ class Document:
 
     id: str
     text: str
-    "title + title separator + text, as it is encoded and as offsets count it; never empty, no lone surrogates"
+    "title + title separator + text, as encoded and as offsets count it; never empty, no lone surrogates"
     text_hash: tuple[int, int]
     "xxh3_128 of the UTF-8 text as (high, low) 64-bit halves"
     has_own_id: bool
-    "False: the row carried no id and was given `source-name:position`"
+    "False: the row has no id, `id` is `source-name:position`"
     position: int
     "byte offset in the decompressed stream for line formats, row number in the file for Parquet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SkippedRow:
-    """One row of the corpus that is not encoded, and why."""
+    """One row of the corpus that is not encoded, with the reason."""
 
     source: str
     position: int
     "byte offset in the decompressed stream for line formats, row number in the file for Parquet"
     byte_offset: int | None
-    "the position again where it is a byte offset, None for Parquet"
+    "the position if it is a byte offset, None for Parquet"
     id: str | None
     reason: str
-    "a short fixed phrase, the same for all rows with this fault: 'invalid JSON', 'empty text', ..."
+    "a short fixed phrase, the same for all rows with this error: 'invalid JSON', 'empty text', ..."
     detail: str
-    "what is particular to this row; may be empty"
+    "details of this row; may be empty"
     row: bytes
-    "first 64 KiB of the row as it was read; of one that failed in the model, of its text"
+    "first 64 KiB of the row, or of the text if the model failed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardText:
-    """A shard as it was read."""
+    """The documents of a shard."""
 
     shard: Shard
     documents: tuple[Document, ...]
     "in corpus order; empty if the shard was only hashed"
     kept: Any
-    "pyarrow.Table of the kept fields, one row a document, the same schema for every shard; None if nothing is kept"
+    "pyarrow.Table of the kept fields, one row a document, the same schema in every shard; None without kept fields"
     skipped: tuple[SkippedRow, ...]
     input_hash: str
-    "xxh3_128 (hex) of the shard's input: the raw bytes of its rows for line formats, its rows' values for Parquet"
+    "xxh3_128 (hex) of the shard's input: the raw bytes of its rows for line formats, the values for Parquet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunks:
-    """All rows of a shard as tokens: one row a chunk, in corpus order. R rows, N tokens."""
+    """Tokens of a shard's rows, one row a chunk, in corpus order. R rows, N tokens."""
 
     input_ids: NDArray[np.int32]
     "[N], each row with its <s> and </s>"
     cu_seqlens: NDArray[np.int64]
-    "[R + 1], where rows begin in input_ids"
+    "[R + 1] offsets of rows in input_ids"
     document: NDArray[np.int64]
     "[R], index into the shard's documents, ascending"
     chunk_index: NDArray[np.int32]
@@ -154,7 +154,7 @@ class Chunks:
     truncated: NDArray[np.bool_]
     "[R], whether the document's text after char_end is not encoded"
     num_repeated: NDArray[np.int32]
-    "[R], tokens after <s> that the document's row before has too: the overlap, and a prefix"
+    "[R], tokens after <s> that the document's previous row has too: the overlap and the prefix"
 
     @property
     def num_rows(self) -> int:
@@ -167,12 +167,19 @@ class Chunks:
         return np.diff(self.cu_seqlens)
 
 
+def concat_ranges(begins: NDArray[Any] | int, lengths: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the ranges [begin, begin + length) one after the other: their indptr [R + 1], and their items."""
+    indptr = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=indptr[1:])
+    return indptr, np.arange(indptr[-1]) + np.repeat(begins - indptr[:-1], lengths)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Rows that go through the model together, packed one after the other. B rows, N tokens, no padding."""
+    """Rows that go through the model together, one after the other without padding. B rows, N tokens."""
 
     rows: NDArray[np.int64]
-    "[B], the rows' places in the shard, longest row first"
+    "[B], indices of rows in the shard, longest row first"
     input_ids: NDArray[np.int64]
     "[N]"
     cu_seqlens: NDArray[np.int32]
@@ -187,7 +194,7 @@ class LexicalWeights:
     indptr: NDArray[np.int64]
     "[R + 1]"
     indices: NDArray[np.uint32]
-    "[Z] token ids, ascending within a row, none twice"
+    "[Z] token ids, distinct and ascending within a row"
     values: NDArray[np.float32]
     "[Z] weights > 0"
 
@@ -197,21 +204,21 @@ class TokenMatrices:
     """ColBERT matrices of R rows, one after the other. V vectors of width D."""
 
     indptr: NDArray[np.int64]
-    "[R + 1], where rows begin in vectors"
+    "[R + 1] offsets of rows in vectors"
     vectors: NDArray[Any]
     "[V, D] float16 or float32, each of norm 1; or as stored: [V, D] int8, or [V, D / 8] uint8 with a sign a bit"
     scales: NDArray[np.float32] | None = None
-    "[V] what an int8 vector is multiplied by to have norm 1; None for other types"
+    "[V] factor that gives an int8 vector norm 1; None for other types"
     weights: NDArray[np.float32] | None = None
-    "[V] lexical weight of the token that a vector is of, 0 for `</s>`; only until vectors are chosen by it"
+    "[V] lexical weight of the vector's token, 0 for `</s>`; None after vectors are chosen by it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embeddings:
-    """The outputs of some rows, in the order of `rows`; an output that was not asked for is None."""
+    """The outputs of some rows, in the order of `rows`; outputs that are not computed are None."""
 
     rows: NDArray[np.int64]
-    "[R], places in the shard: a batch's rows as they came, or a window's rows ascending"
+    "[R], indices in the shard: in a batch's order, or ascending in a window"
     dense_vecs: NDArray[Any] | None
     "[R, D] float16 or float32, norm 1"
     lexical_weights: LexicalWeights | None
@@ -220,43 +227,43 @@ class Embeddings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origins:
-    """Rows of a shard whose vectors are taken over from an older folder; their input_ids are all 0. T rows."""
+    """Rows of a shard whose vectors are reused from a previous folder; their input_ids are 0. T rows."""
 
     rows: NDArray[np.int64]
-    "[T] places in the shard, ascending"
+    "[T] indices in the shard, ascending"
     shard: NDArray[np.int64]
-    "[T] shard of the older folder"
+    "[T] shard of the previous folder"
     row: NDArray[np.int64]
     "[T] row of that shard"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueryHits:
-    """What was found for one query, best first. H hits."""
+    """Hits of one query, best first. H hits."""
 
     query: str
     "id"
     text: str | None
-    "None: the query came as vectors"
+    "None: the query is a vector"
     ids: tuple[str, ...]
     "[H]"
     scores: NDArray[np.float32]
     "[H]"
     parts: dict[str, NDArray[np.float32]]
-    "[H] each, what a score was made of: of each output the best of the document's chunks"
+    "[H] scores by output, of the document's best chunk for that output"
     chunk_index: NDArray[np.int64] | None
-    "[H] of the best chunk; None: not known, as the two below"
+    "[H] of the best chunk; None: unknown, also for the two below"
     char_start: NDArray[np.int64] | None
     "[H] Unicode code points of the document's text, of the best chunk"
     char_end: NDArray[np.int64] | None
     "[H]"
     texts: tuple[str | None, ...]
-    "[H] the beginning of the best chunk's text, None where it was not kept or not read"
+    "[H] the beginning of the best chunk's text, None if it is not available"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRecord:
-    """A file that a done entry answers for."""
+    """A file of a done entry."""
 
     name: str
     "path below the folder, with '/'"
@@ -268,16 +275,16 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardCounts:
-    """What one shard, or by addition a whole folder, holds."""
+    """Counts of a shard, or the sum over a folder."""
 
     documents: Count = 0
     chunks: Count = 0
     tokens: Count = 0
-    "with <s> and </s>; not of documents' own rows, which repeat those of their chunks"
+    "with <s> and </s>, without documents' own rows, which repeat their chunks"
     skipped: Count = 0
     truncated: Count = 0
     missing_ids: Count = 0
-    "documents that carried no id"
+    "documents without an id"
 
     def __add__(self, other: ShardCounts) -> ShardCounts:
         """Add member by member."""
@@ -293,7 +300,7 @@ class ShardCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoneEntry:
-    """What `_m3/done/shard-*.json` says: the shard is whole, and these are its files."""
+    """Content of `_m3/done/shard-*.json`: a complete shard and its files."""
 
     shard: Shard
     source: str
@@ -305,7 +312,7 @@ class DoneEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What `_m3/manifest.json` says: the folder is complete, and this is what it holds."""
+    """Content of `_m3/manifest.json`, which a complete folder has."""
 
     num_shards: Count
     counts: ShardCounts
@@ -319,7 +326,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """What is about to be done."""
+    """What a run is going to do, as `--dry-run` prints it."""
 
     out: str
     model: str
@@ -329,30 +336,30 @@ class RunPlan:
     outputs: tuple[str, ...]
     format: str
     settings: dict[str, Any]
-    "that are not the default, by the members of EncodeConfig"
+    "members of EncodeConfig that are not the default"
     fingerprint: str
     documents: int | None
-    "estimated from a sample, exact for Parquet; None where only reading tells (piped input)"
+    "estimated from a sample, exact for Parquet; None for piped input"
     tokens: int | None
     input_bytes: int | None
     num_shards: int | None
     shards_done: int
     bytes_on_disk: dict[str, int] | None
-    "estimated bytes per output of the whole folder"
+    "estimated bytes of the folder by output"
     bytes_needed: int | None
-    "estimated bytes that are still to be written"
+    "estimated bytes that remain to be written"
     free_bytes: int
-    "of the disk that the folder is on, or is to be on"
+    "of the folder's disk"
     colbert_choices: dict[str, int] | None
-    "estimated bytes of the ColBERT vectors by the flags that say how they are stored; None: not known, or none"
+    "estimated bytes of the ColBERT vectors by the flags of their storage; None: unknown, or no ColBERT"
     resumed: bool
     unread: dict[str, int]
-    "files of folders and globs that are not read, by their ending"
+    "files of folders and globs that are not read, by ending"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """What was done, in this run."""
+    """What a run has done."""
 
     out: str
     documents: int
@@ -374,10 +381,10 @@ class RunSummary:
     "of the whole folder"
     skipped_reasons: dict[str, int]
     taken: int
-    "documents whose vectors were taken over from an older folder"
+    "documents whose vectors are reused from a previous folder"
     gone: int | None
-    "ids of the older folder that are not in this one; None: there is none, or this one is not complete"
+    "ids that only the previous folder has; None: no previous folder, or this one is incomplete"
     duplicate_ids: int | None
-    "documents of the whole folder whose id an earlier one has; None: not known before it is complete"
+    "documents whose id an earlier document has; None: the folder is incomplete"
     unread: dict[str, int]
-    "files of folders and globs that are not read, by their ending"
+    "files of folders and globs that are not read, by ending"

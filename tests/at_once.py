@@ -1,4 +1,4 @@
-"""The heads' work done and waited for, as the encoder never does it."""
+"""Outputs of the heads without asynchronous copies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from m3cli.config import VectorDtype
 from m3cli.encoder.attention import SequenceLayout
-from m3cli.encoder.heads import Wanted, build_embeddings, run_heads
+from m3cli.encoder.heads import OutputOptions, build_embeddings, run_heads
 from m3cli.encoder.model import Model
 from m3cli.records import Batch, Embeddings, Output
 
@@ -24,7 +24,9 @@ def compute_embeddings(
     dense_dtype: VectorDtype = "float16",
     colbert_dtype: VectorDtype = "float16",
 ) -> Embeddings:
-    """Do what `run_heads` does, and wait for it."""
-    wanted = Wanted(outputs=outputs, special_ids=special_ids, dense_dtype=dense_dtype, colbert_dtype=colbert_dtype)
-    made = run_heads(model, batch, last_hidden_state, layout, wanted)
-    return build_embeddings(batch, {name: tensor.cpu().numpy() for name, tensor in made.items()})
+    """Run the heads and wait for their outputs."""
+    options = OutputOptions(
+        outputs=outputs, special_ids=special_ids, dense_dtype=dense_dtype, colbert_dtype=colbert_dtype
+    )
+    tensors = run_heads(model, batch, last_hidden_state, layout, options)
+    return build_embeddings(batch, {name: tensor.cpu().numpy() for name, tensor in tensors.items()})

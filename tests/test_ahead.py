@@ -1,4 +1,4 @@
-"""Threads: items in order, errors where they are read, and nothing left behind."""
+"""Threads: items in order, errors in the reader, and no thread remains."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ class Broken(Exception):
 
 
 @given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 5))
-def test_lanes_give_results_in_order_whichever_is_ready_first(pauses: list[int], lanes: int) -> None:
+def test_results_are_in_order_whichever_is_ready_first(pauses: list[int], threads: int) -> None:
     def work(item: tuple[int, int]) -> int:
         time.sleep(item[1] / 2000)
         return item[0]
 
-    assert list(parallel_map(work, enumerate(pauses), num_threads=lanes, name="test")) == list(range(len(pauses)))
+    assert list(parallel_map(work, enumerate(pauses), threads=threads, name="test")) == list(range(len(pauses)))
     assert not has_live_threads()
 
 
-def test_all_lanes_work_at_once() -> None:
+def test_all_threads_work_at_once() -> None:
     meeting = threading.Barrier(3)
-    assert len(list(parallel_map(lambda _: meeting.wait(timeout=60), range(6), num_threads=3, name="test"))) == 6
+    assert len(list(parallel_map(lambda _: meeting.wait(timeout=60), range(6), threads=3, name="test"))) == 6
 
 
-def test_no_more_is_taken_than_the_lanes_need() -> None:
+def test_no_more_items_are_read_than_the_threads_need() -> None:
     taken = []
 
     def items() -> Iterator[int]:
@@ -40,7 +40,7 @@ def test_no_more_is_taken_than_the_lanes_need() -> None:
             taken.append(item)
             yield item
 
-    results = parallel_map(lambda item: item, items(), num_threads=3, name="test")
+    results = parallel_map(lambda item: item, items(), threads=3, name="test")
     assert (next(results), len(taken)) == (0, 6)
     assert (next(results), len(taken)) == (1, 7)
     results.close()
@@ -48,30 +48,30 @@ def test_no_more_is_taken_than_the_lanes_need() -> None:
     assert not has_live_threads()
 
 
-def test_an_error_comes_in_the_place_of_its_item() -> None:
+def test_an_error_comes_at_the_position_of_its_item() -> None:
     def work(item: int) -> int:
         if item == 4:
             raise Broken
         return item
 
-    results = parallel_map(work, range(20), num_threads=2, name="test")
+    results = parallel_map(work, range(20), threads=2, name="test")
     assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(Broken):
         next(results)
     assert not has_live_threads()
 
 
-def test_an_error_of_the_items_comes_through_and_ends_the_lanes() -> None:
+def test_an_error_of_the_items_comes_through_and_ends_the_threads() -> None:
     def items() -> Iterator[int]:
         yield from range(3)
         raise Broken
 
     with pytest.raises(Broken):
-        list(parallel_map(lambda item: item, items(), num_threads=2, name="test"))
+        list(parallel_map(lambda item: item, items(), threads=2, name="test"))
     assert not has_live_threads()
 
 
-def test_what_was_not_begun_when_the_reader_left_is_not_done() -> None:
+def test_items_that_are_not_started_when_the_reader_ends_are_dropped() -> None:
     begun, gate = [], threading.Event()
 
     def work(item: int) -> int:
@@ -80,7 +80,7 @@ def test_what_was_not_begun_when_the_reader_left_is_not_done() -> None:
             gate.wait(60)
         return item
 
-    results = parallel_map(work, range(100), num_threads=2, name="test")
+    results = parallel_map(work, range(100), threads=2, name="test")
     assert next(results) == 0
     while len(begun) < 3:
         time.sleep(0.001)

@@ -1,1 +1,3 @@
-"""The corpus room: finds the input, cuts it into shards and reads each as documents; knows no model."""
+"""The input: find sources, cut shards, parse rows as documents; pairs, TREC runs and judgements."""
+
+"""The input: find sources, cut shards, parse rows as documents; pairs, TREC runs and judgements."""

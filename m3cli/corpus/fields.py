@@ -1,7 +1,7 @@
-"""The first rows of a source, looked at without being consumed: which fields they have, and which hold text.
+"""Resolve which fields are text, id and title, from the first rows of a source or the schema of Parquet.
 
-At most 100 rows: those in the first MiB, and more while none of them can be read; of Parquet the schema. Malformed rows
-are passed over, the first is told.
+At most 100 rows are peeked at, those in the first MiB, and more while none of them can be parsed. Invalid rows are
+skipped; an error message names the first of them.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from m3cli.records import Fields, Source, SourceFormat
 PEEK_ROWS = 100
 PEEK_BYTES = 1 << 20
 LOOK_BYTES = 1 << 30
-"of a file, decompressed, that are looked through for a row that can be read"
+"decompressed bytes in which a valid row is searched"
 _NAME = re.compile(r"[^\W\d][\w .-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peek:
-    """The fields that the first rows of a source have."""
+    """The fields of a source's first rows."""
 
     source: Source
     names: tuple[str, ...]
-    "as they came; empty if all rows are malformed"
+    "in order; empty if all rows are invalid"
     texts: frozenset[str]
-    "those that hold a string somewhere"
+    "names with a string in some row"
     fault: Fault | None
-    "of the first malformed row"
+    "of the first invalid row"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class TsvLayout:
 
 
 def peek_source(source: Source, layout: TsvLayout, *, stdin: PeekableStream | None = None) -> Peek | None:
-    """Look at the first rows; None if there are none."""
+    """Return the fields of the first rows; None: there are no rows."""
     if source.format == "parquet":
         schema = read_parquet_schema(source)
         texts = frozenset(field.name for field in schema if is_text(field.type))
@@ -76,13 +76,12 @@ def find_tsv_layout(
     flag: str | None,
     stdin: PeekableStream | None = None,
 ) -> TsvLayout | None:
-    """Tell whether the first line names the fields, and the columns; None if there are no rows.
+    """Return whether the first line is a header, and the columns; None: there are no rows.
 
-    It does if `required` is among its cells, or if all its cells look like names, one of `texts` and one of `others`
-    among them.
+    It is a header if it contains `required`, or if all cells look like names, with one of `texts` and of `others`.
 
     Raises:
-        CorpusError: no row has a tab, and the file is not called TSV; `flag` is what forces a format, if anything does.
+        CorpusError: no row has a tab, and the file is not called TSV; `flag` is the option that forces a format.
     """
     rows: list[bytes | Fault] = []
     rows.extend(islice(_read_rows(source, stdin, enough=lambda: bool(rows)), PEEK_ROWS))
@@ -113,7 +112,7 @@ def read_first_line(source: Source, *, stdin: PeekableStream | None = None) -> t
 def _read_rows(
     source: Source, stdin: PeekableStream | None, *, enough: Callable[[], bool] = lambda: False
 ) -> Iterator[bytes | Fault]:
-    """Yield rows, a fault for one that is too long; those after the first MiB only until there are enough."""
+    """Yield rows, a fault for one that is too long; after the first MiB only until there are enough."""
     if source.path != "-":
         with ByteStream(source) as stream:
             yield from _split_rows(stream, enough)
@@ -177,11 +176,11 @@ def resolve_fields(
     flags: FieldFlags = ENCODE_FLAGS,
     stdin: PeekableStream | None = None,
 ) -> Fields:
-    """Resolve which field is what; None: find it, '' for id and title: there is none.
+    """Return the fields of text, id and title; None: find it, '' for id and title: none.
 
     Raises:
-        UsageError: names that cannot be meant.
-        CorpusError: a field is not there, or none is known; `flags` are what the message calls the flags.
+        UsageError: the names are invalid.
+        CorpusError: a field is missing or none is known; `flags` are the names of the options in the message.
     """
     _check_names(text_field, keep_fields, reserved, flags)
     ids = ID_NAMES if id_field is None else (id_field,)
@@ -223,7 +222,7 @@ def kept_schema(sources: Sequence[Source], fields: Fields) -> Any:
             if not (is_text(known) and is_text(kind)):
                 raise CorpusError(
                     f"kept field {name!r} is {known} in {first.name} and {kind} in {source.name}: "
-                    "convert one of them, leave the field out of --keep-fields, or encode the files apart"
+                    "convert one of them, leave the field out of --keep-fields, or encode the files separately"
                 )
             columns[name] = (pa.string(), source)
     return pa.schema([pa.field(name, columns[name][0]) for name in fields.kept])
@@ -276,7 +275,7 @@ def _find_layout(
 
 
 def _peek_formats(sources: Sequence[Source], layout: TsvLayout, stdin: PeekableStream | None) -> list[Peek]:
-    """Look at the first source of each format that has rows; at plain text only if there is nothing else."""
+    """Return the first source of each format that has rows; plain text only if there is no other."""
     peeks: dict[SourceFormat, Peek] = {}
     for source in sources:
         if source.format not in peeks:
@@ -293,7 +292,7 @@ def _count_text(peek: Peek, flags: FieldFlags) -> str:
     if len(peek.names) > 3:
         raise CorpusError(
             f"{peek.source.name} has {len(peek.names)} columns and no header that names the text: "
-            f"say which it is with {flags.text} N, the first being 1"
+            f"name its number, from 1, with {flags.text}"
         )
     return peek.names[-1]
 
@@ -305,10 +304,10 @@ def _find_text(peek: Peek, flags: FieldFlags) -> str:
     if found is not None:
         return found
     if peek.fault is not None and not peek.names:
-        forcing = f"say what it is with {flags.format}, " if flags.format else ""
+        forcing = f"name the format with {flags.format}, " if flags.format else ""
         raise CorpusError(
-            f"{peek.source.name}: none of the first rows can be read, the first for this: {_tell(peek.fault)}; "
-            f"mend it, {forcing}or name its text with {flags.text}"
+            f"{peek.source.name}: none of the first rows can be read, the first for this: {_format_fault(peek.fault)}; "
+            f"correct it, {forcing}or name its text with {flags.text}"
         )
     raise CorpusError(
         f"{peek.source.name} has no field that is known for text; it has {_list_names(peek.names)}: "
@@ -316,18 +315,18 @@ def _find_text(peek: Peek, flags: FieldFlags) -> str:
     )
 
 
-def _tell(fault: Fault) -> str:
+def _format_fault(fault: Fault) -> str:
     return f"{fault.reason} ({fault.detail})" if fault.detail else fault.reason
 
 
 def _resolve(
-    given: str | None, flag: str, peeks: Sequence[Peek], names: Sequence[str], candidates: Sequence[str]
+    name: str | None, flag: str, peeks: Sequence[Peek], names: Sequence[str], candidates: Sequence[str]
 ) -> str | None:
-    if given is None:
+    if name is None:
         return _first_of(names, candidates)
-    if given:
-        _check_named(peeks, given, flag)
-    return given or None
+    if name:
+        _check_named(peeks, name, flag)
+    return name or None
 
 
 def _first_of(names: Sequence[str], candidates: Sequence[str]) -> str | None:
@@ -335,7 +334,7 @@ def _first_of(names: Sequence[str], candidates: Sequence[str]) -> str | None:
 
 
 def _check_named(peeks: Sequence[Peek], name: str, flag: str) -> None:
-    """Refuse a field that is in none of the first rows, unless all those are malformed."""
+    """Check that a field is in one of the first rows, unless all those are invalid."""
     names = tuple(dict.fromkeys(each for peek in peeks for each in peek.names))
     if names and name not in names:
         raise CorpusError(
@@ -354,7 +353,7 @@ def _guess(name: str, names: Sequence[str]) -> str:
 
 
 def _check_files(sources: Sequence[Source], fields: Fields, flags: FieldFlags, stdin: PeekableStream | None) -> None:
-    """Refuse a Parquet file whose columns, or a TSV whose header, is another than what was found."""
+    """Check the columns of each Parquet file and the header of each TSV."""
     for source in sources:
         if source.format == "parquet":
             check_columns(source, read_parquet_schema(source), fields, flags)
@@ -364,5 +363,5 @@ def _check_files(sources: Sequence[Source], fields: Fields, flags: FieldFlags, s
                 raise CorpusError(
                     f"{source.name} does not begin with the header of the other TSV files, "
                     f"{_list_names(fields.columns)}, but with {_list_names(header)}: "
-                    "give it that header, or encode it apart"
+                    "give it that header, or encode it separately"
                 )

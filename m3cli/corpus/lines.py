@@ -1,8 +1,8 @@
-"""Lines of a byte stream with their offsets, cut at shard borders and after the last row that is wanted.
+"""Lines of a byte stream with their offsets, cut at shard borders and after the last row of a limit.
 
-A line ends at its newline or at the end of the stream. It belongs to where its first byte lies; so the lines of
-consecutive shards, put together, are the stream, byte for byte. A line is a row unless it is blank or a header.
-However long a line is, no more than `max_row_bytes` and a block of it are held: what is longer comes in parts.
+A line ends at its newline or at the end of the stream, and belongs to the shard of its first byte. So the lines of
+consecutive shards are the stream, byte for byte. A line is a row unless it is blank or a header. At most
+`max_row_bytes` and a block of a line are in memory: longer lines are read in parts.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Block:
     "of the first byte"
     raw: bytes
     part: Literal["lines", "head", "rest"]
-    "'lines': whole lines; 'head': the start of a line that is too long; 'rest': more of that line"
+    "'lines': complete lines; 'head': the start of a line that is too long; 'rest': more of that line"
 
 
 class LineStream:
-    """A stream of bytes from a line's first byte on."""
+    """The lines of a stream that starts at a line's first byte."""
 
     def __init__(
         self, stream: Readable, *, offset: int, max_row_bytes: int, rows_left: int | None = None, header: bool = False
@@ -37,7 +37,7 @@ class LineStream:
         self.offset = offset
         "of the next line"
         self.rows_left = rows_left
-        "rows until the stream is taken to end; None: no limit"
+        "remaining rows of the limit; None: no limit"
         self._stream = stream
         self._max_row_bytes = max_row_bytes
         self._header = header
@@ -45,7 +45,7 @@ class LineStream:
         self._at = 0
 
     def has_more(self) -> bool:
-        """Whether there is another line."""
+        """Return whether there is another line."""
         if self.rows_left == 0:
             return False
         if self._at == len(self._buffer):
@@ -62,12 +62,12 @@ class LineStream:
                 yield from self._take_long_line()
 
     def _find_cut(self, stop: int) -> int:
-        """Return where, in the buffer, the first line at or after `stop` begins, or else the last line; 0: nowhere."""
+        """Return the buffer index of the first line at or after `stop`, or else of the last line; 0: none."""
         newline = self._buffer.find(b"\n", self._at + max(0, stop - 1 - self.offset))
         return (newline if newline >= 0 else self._buffer.rfind(b"\n", self._at)) + 1
 
     def _extend(self, stop: int) -> int:
-        """Read on until the buffer's one line ends, and return the cut; 0 if the line is too long."""
+        """Read until the buffer's line ends and return the cut; 0 if the line is too long."""
         parts = [self._buffer[self._at :]]
         length = len(parts[0])
         ended = False
@@ -98,7 +98,7 @@ class LineStream:
         return block
 
     def _count_rows(self, raw: bytes, rows_left: int) -> bytes:
-        """Take the rows of `raw` off what is left, and return `raw` up to where the last one that is wanted ends."""
+        """Subtract the rows of `raw` from the limit, and return `raw` up to the last row within it."""
         end = 0
         while rows_left and end < len(raw):
             start, end = end, raw.find(b"\n", end) + 1 or len(raw)
@@ -112,7 +112,7 @@ class LineStream:
 def split_rows(
     blocks: Iterable[Block], parse: Callable[[bytes], Row | Fault], *, max_row_bytes: int, header: bool = False
 ) -> Iterator[RawRow]:
-    """Yield each row with its offset and its bytes, parsed; `header`: the line at offset 0 is no row."""
+    """Yield each row with its offset and bytes, parsed; with `header` the line at offset 0 is not a row."""
     too_long = Fault(reason=TOO_LONG, detail=f"more than {max_row_bytes:,} bytes")
     for block in blocks:
         offset = block.offset

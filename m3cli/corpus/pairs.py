@@ -1,7 +1,7 @@
-"""Which file the pairs come from, its format, and which columns are query and passage.
+"""Pairs files: find the format and the columns of query and passage, and read the pairs.
 
-The format goes by the ending, else by the first bytes; columns go by their names, in TSV and CSV without a header by
-their number.
+The format follows from the ending, or else from the first bytes. Columns have names, or numbers in TSV and CSV without
+a header.
 """
 
 from __future__ import annotations
@@ -59,42 +59,42 @@ class PairColumns:
     """The columns of a pairs file."""
 
     names: tuple[str, ...]
-    "all of them, in order; of JSONL those of the first rows"
+    "all, in order; of JSONL those of the first rows"
     query: str
     passage: str
     header: bool
-    "whether the first line names the columns and is no row; TSV and CSV only"
+    "whether the first line is a header; TSV and CSV only"
     schema: Any
     "pyarrow.Schema of a Parquet file, None of others"
 
 
-def find_pairs(given: str, *, input_format: str = "auto", stdin: PeekableStream | None = None) -> PairSource:
-    """Find the file and its format; standard input is only peeked at.
+def find_pairs(name: str, *, input_format: str = "auto", stdin: PeekableStream | None = None) -> PairSource:
+    """Return the file with its format; standard input is only peeked at.
 
     Raises:
         UsageError: a folder, an address, or a format that is not known.
-        CorpusError: no such file, an empty one, or one whose format cannot be told.
+        CorpusError: a missing or empty file, or one of unknown format.
     """
     if input_format not in ("auto", *get_args(PairsFormat)):
         raise UsageError(f"--input-format {input_format}: it is one of auto, {', '.join(get_args(PairsFormat))}")
-    check_local_input(given)
-    if given != "-":
-        path = Path(given)
+    check_local_input(name)
+    if name != "-":
+        path = Path(name)
         check_reachable(path, CorpusError)
         if path.is_dir():
-            raise UsageError(f"{given} is a folder: give one file of pairs, or '-' for standard input")
+            raise UsageError(f"{name} is a folder: give one file of pairs, or '-' for standard input")
         if not path.exists():
-            raise CorpusError(f"{given}: no such file")
+            raise CorpusError(f"{name}: no such file")
         if path.is_file() and path.stat().st_size == 0:
-            raise CorpusError(f"{given} is empty: there are no pairs to score")
+            raise CorpusError(f"{name} is empty: there are no pairs to score")
     elif stdin is not None and not stdin.peek(1):
         raise CorpusError("standard input is empty: there are no pairs to score")
-    known = _ENDINGS.get(split_endings(given)[0]) if input_format == "auto" else input_format
-    # To the rooms that open files, all that comes in lines of cells is TSV.
+    known = _ENDINGS.get(split_endings(name)[0]) if input_format == "auto" else input_format
+    # For `find_sources` all lines of cells are TSV.
     forced = {"csv": "tsv", "trec": "tsv", None: "auto"}.get(known, known) or "auto"
-    if known is None and given != "-" and read_magic(given) != b"PAR1":
+    if known is None and name != "-" and read_magic(name) != b"PAR1":
         forced = "tsv"
-    (source,) = find_sources((given,), input_format=forced, stdin=stdin)
+    (source,) = find_sources((name,), input_format=forced, stdin=stdin)
     if known is None:
         known = source.format if source.format == "parquet" else _sniff(source, stdin)
     return PairSource(source=source, format=known)  # type: ignore[arg-type]
@@ -121,8 +121,8 @@ def _sniff(source: Source, stdin: PeekableStream | None) -> PairsFormat:
     if b"," in line:
         return "csv"
     raise CorpusError(
-        f"{source.name}: its first line has neither tab nor comma and is no JSON: "
-        f"say what it is with --input-format {'|'.join(get_args(PairsFormat))}"
+        f"{source.name}: its first line has neither tab nor comma and is not JSON: "
+        f"name the format with --input-format {'|'.join(get_args(PairsFormat))}"
     )
 
 
@@ -134,21 +134,21 @@ def resolve_columns(
     ids: bool = False,
     stdin: PeekableStream | None = None,
 ) -> PairColumns:
-    """Tell which columns are query and passage.
+    """Return the columns, with those of query and passage.
 
     Raises:
-        CorpusError: a column that is not there, or none that is known by its name.
+        CorpusError: a column is missing, or no column has a known name.
     """
-    given = (query_field, passage_field)
+    wanted = (query_field, passage_field)
     known = (QUERY_ID_NAMES, PASSAGE_ID_NAMES) if ids else (QUERY_NAMES, PASSAGE_NAMES)
     if pairs.format == "trec":
-        return _choose(pairs, RUN_COLUMNS, given, (("query_id",), ("doc_id",)))
+        return _choose(pairs, RUN_COLUMNS, wanted, (("query_id",), ("doc_id",)))
     if pairs.format == "parquet":
         schema = read_parquet_schema(pairs.source)
-        return _choose(pairs, tuple(schema.names), given, known, schema=schema)
+        return _choose(pairs, tuple(schema.names), wanted, known, schema=schema)
     if pairs.format == "jsonl":
-        return _choose(pairs, _json_names(pairs.source, stdin), given, known)
-    return _resolve_cells(pairs, given, known, stdin)
+        return _choose(pairs, _json_names(pairs.source, stdin), wanted, known)
+    return _resolve_cells(pairs, wanted, known, stdin)
 
 
 def _json_names(source: Source, stdin: PeekableStream | None) -> tuple[str, ...]:
@@ -162,52 +162,52 @@ def _json_names(source: Source, stdin: PeekableStream | None) -> tuple[str, ...]
 
 def _resolve_cells(
     pairs: PairSource,
-    given: tuple[str | None, str | None],
+    wanted: tuple[str | None, str | None],
     known: tuple[tuple[str, ...], tuple[str, ...]],
     stdin: PeekableStream | None,
 ) -> PairColumns:
-    """Resolve the columns of TSV or CSV, whose first line may be a header or a row."""
+    """Return the columns of TSV or CSV, whose first line may be a header or a row."""
     line = _first_lines(pairs.source, stdin)[0].decode(errors="replace")
     first = split_cells(line) if pairs.format == "tsv" else tuple(next(csv.reader([line]), ()))
     found = [
         name in first if name is not None else any(cell.strip().casefold() in names for cell in first)
-        for name, names in zip(given, known, strict=True)
+        for name, names in zip(wanted, known, strict=True)
     ]
     if all(found):
-        return _choose(pairs, first, given, known, header=True)
-    numbers = [name or str(place) for place, name in enumerate(given, start=1)]
+        return _choose(pairs, first, wanted, known, header=True)
+    numbers = [name or str(number) for number, name in enumerate(wanted, start=1)]
     for flag, name in zip(("--query-field", "--passage-field"), numbers, strict=True):
         if not name.isdecimal() or not 1 <= int(name) <= len(first):
-            wanted = (
+            reason = (
                 f"no column {name!r} ({flag})" if not name.isdecimal() else f"only {count_noun(len(first), 'column')}"
             )
             raise CorpusError(
-                f"{pairs.source.name} has {wanted}; its first line is {_show(first)}: a header names both columns, "
-                "without one they are given by number, the first being 1"
+                f"{pairs.source.name} has {reason}; its first line is {_show(first)}: a header names both columns, "
+                "without one they are numbered from 1"
             )
     if numbers[0] == numbers[1]:
         raise UsageError(
             f"query and passage are both column {numbers[0]}: name two with --query-field, --passage-field"
         )
     names = {numbers[0]: "query", numbers[1]: "passage"}
-    columns = tuple(names.get(str(place), str(place)) for place in range(1, len(first) + 1))
+    columns = tuple(names.get(str(number), str(number)) for number in range(1, len(first) + 1))
     return PairColumns(names=columns, query="query", passage="passage", header=False, schema=None)
 
 
 def _choose(
     pairs: PairSource,
     names: tuple[str, ...],
-    given: tuple[str | None, str | None],
+    wanted: tuple[str | None, str | None],
     known: tuple[tuple[str, ...], tuple[str, ...]],
     *,
     header: bool = False,
     schema: Any = None,
 ) -> PairColumns:
-    twice = [name for place, name in enumerate(names) if name in names[:place]]
-    if twice:
-        raise CorpusError(f"{pairs.source.name} has two columns {twice[0]!r}: rename one of them")
+    duplicates = [name for index, name in enumerate(names) if name in names[:index]]
+    if duplicates:
+        raise CorpusError(f"{pairs.source.name} has two columns {duplicates[0]!r}: rename one of them")
     chosen: list[str] = []
-    for what, name, candidates in zip(("query", "passage"), given, known, strict=True):
+    for what, name, candidates in zip(("query", "passage"), wanted, known, strict=True):
         folded = {each.strip().casefold(): each for each in reversed(names) if each not in chosen}
         column = name if name is not None else next((folded[each] for each in candidates if each in folded), None)
         if column is None or column not in names:
@@ -240,18 +240,18 @@ def _show(names: Sequence[str]) -> str:
 
 NO_FIELDS: dict[str, Any] = {}
 _PARQUET_ROWS = 1024
-"rows of a Parquet file that are decoded together"
+"rows of Parquet decoded together"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadRow:
-    """A row as it was read."""
+    """A row of a pairs file."""
 
     row: dict[str, Any]
     fault: str = ""
     raw: bytes = b""
     batch: Any = None
-    "(pyarrow.RecordBatch, row in it), Parquet only"
+    "(pyarrow.RecordBatch, index in it), Parquet only"
 
 
 def read_rows(source: PairSource, columns: PairColumns, *, stdin: PeekableStream | None) -> Iterator[ReadRow]:
@@ -316,7 +316,7 @@ def _parse_trec(line: bytes) -> ReadRow:
 def _name_cells(cells: tuple[str, ...], names: tuple[str, ...], fault: str) -> ReadRow:
     if len(cells) != len(names):
         fault = fault or WRONG_COLUMNS
-    # Cells beyond the columns stay with the last one, so that nothing of the row is lost.
+    # Excess cells are joined to the last one, so that no part of the row is lost.
     kept = cells if len(cells) <= len(names) else (*cells[: len(names) - 1], " ".join(cells[len(names) - 1 :]))
     row = dict(zip(names, (*kept, *[""] * (len(names) - len(kept))), strict=True))
     if not all(map(is_utf8, cells)):
@@ -326,7 +326,7 @@ def _name_cells(cells: tuple[str, ...], names: tuple[str, ...], fault: str) -> R
 
 
 def _read_csv(source: PairSource, columns: PairColumns, stream: ByteStream) -> Iterator[ReadRow]:
-    """Read CSV strictly: where a quote is not closed, or text follows it, rows cannot be told apart any more."""
+    """Read CSV strictly: after an unclosed quote, or text after a quote, rows cannot be separated."""
     csv.field_size_limit(MAX_ROW_BYTES)
     reader = csv.reader(_decode_lines(stream), strict=True)
     first = columns.header
@@ -337,7 +337,7 @@ def _read_csv(source: PairSource, columns: PairColumns, stream: ByteStream) -> I
             first = first and not cells
     except csv.Error as error:
         raise CorpusError(
-            f"{source.source.name}, line {reader.line_num}: {error}; mend the quoting, "
+            f"{source.source.name}, line {reader.line_num}: {error}; correct the quoting, "
             "or convert the file to JSONL or Parquet"
         ) from error
 
@@ -352,7 +352,7 @@ def _decode_lines(stream: ByteStream) -> Iterator[str]:
             yield (line.removeprefix(BOM) if first else line).decode(errors="surrogateescape") + "\n"
             first = False
         if len(rest) > MAX_ROW_BYTES:
-            break  # one line without end: the csv module refuses it for its length
+            break  # too long for the csv module, which raises the error
     if rest:
         yield (rest.removeprefix(BOM) if first else rest).decode(errors="surrogateescape")
 
@@ -360,8 +360,8 @@ def _decode_lines(stream: ByteStream) -> Iterator[str]:
 def _read_parquet(source: PairSource) -> Iterator[ReadRow]:
     with open_parquet(source.source) as file, parquet_errors(source.source):
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-            for place, row in enumerate(batch.to_pylist()):
-                yield ReadRow(row=row, batch=(batch, place))
+            for index, row in enumerate(batch.to_pylist()):
+                yield ReadRow(row=row, batch=(batch, index))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -371,43 +371,43 @@ class Pair:
     number: int
     "from 1, a header not counted"
     query: str
-    "text or id; empty if there is a fault"
+    "text or id; empty with a fault"
     passage: str
     fault: str
-    "why the row is no pair, a short fixed phrase; empty if it is one"
+    "why the row is invalid, a short fixed phrase; empty: valid"
     row: dict[str, Any]
-    "the input's columns, as far as they could be read"
+    "the input's columns that could be read"
     raw: bytes
-    "the line as it was read, JSONL only"
+    "the line, JSONL only"
     batch: Any
-    "(pyarrow.RecordBatch, row in it), Parquet only"
+    "(pyarrow.RecordBatch, index in it), Parquet only"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowLimits:
-    """How many pairs are worked on together, so that memory is bounded."""
+    """Limits of the pairs that are scored together, which bound memory."""
 
     pairs: int
     text_bytes: int
     "of distinct queries and passages together"
     side_bytes: int
-    "of distinct queries or of distinct passages, whichever is less: that side's vectors are held"
+    "of distinct queries or of distinct passages, whichever is less: the vectors of that side are in memory"
 
 
 def read_pairs(
     source: PairSource, columns: PairColumns, *, ids: bool, stdin: PeekableStream | None = None
 ) -> Iterator[Pair]:
-    """Yield every row of a pairs file; `ids`: the columns are ids, and integers will do.
+    """Yield every row of a pairs file; with `ids` the columns are ids, which may be integers.
 
     Raises:
-        CorpusError: the file is damaged, or its quoting cannot be told.
+        CorpusError: the file is corrupt, or its quoting is invalid.
     """
     for number, read in enumerate(read_rows(source, columns, stdin=stdin), start=1):
         yield _make_pair(number, read, columns, ids=ids)
 
 
 def cut_windows(pairs: Iterable[Pair], limits: WindowLimits) -> Iterator[list[Pair]]:
-    """Cut pairs into runs within the limits; one pair that is beyond them is a run of its own."""
+    """Yield lists of pairs within the limits; a pair beyond them is a list of its own."""
     window: list[Pair] = []
     sides: tuple[set[str], set[str]] = (set(), set())
     sizes = [0, 0]

@@ -1,8 +1,8 @@
-"""Rows of a Parquet file: top-level columns only, one row group decoded at a time, in order, a few MiB at once.
+"""Rows of a Parquet file: top-level columns, one row group at a time, a few MiB decoded at once.
 
-Text, title and id may be any of Arrow's string types (string, large_string, string_view, dictionaries of them); an
-id may be an integer. A null is a row's business, another type the file's. Kept columns stay Arrow values; views, which
-pyarrow cannot take rows of, become large strings and large binaries with the same values.
+Text, title and id may have any of Arrow's string types (string, large_string, string_view, dictionaries of them); an id
+may be an integer. A null is an error of its row, another type one of the file. Kept columns remain Arrow values; views,
+which pyarrow's `take` does not support, become large strings and large binaries.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _BYTES_OF = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 
 @contextmanager
 def parquet_errors(source: Source) -> Iterator[None]:
-    """Turn what can go wrong with a Parquet file into an error that names it and the remedy."""
+    """Turn errors of reading Parquet into a CorpusError that names the source and a remedy."""
     try:
         with corpus_errors(source):
             yield
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise CorpusError(
-            f"{source.name} is damaged or no Parquet that pyarrow reads ({_first_line(error)}): "
+            f"{source.name} is corrupt, or not Parquet that pyarrow reads ({_first_line(error)}): "
             "copy or download it again and run the same command again"
         ) from error
 
@@ -47,9 +47,9 @@ def _first_line(error: Exception) -> str:
 
 
 def open_parquet(source: Source) -> Any:
-    """Return the file as a `pyarrow.parquet.ParquetFile`, its footer read."""
+    """Return the file as a `pyarrow.parquet.ParquetFile`."""
     with parquet_errors(source):
-        # With pre_buffer, the default, a whole row group is held: 752 MB where this takes 131 MB, and slower.
+        # pre_buffer, the default, holds a complete row group: slower, with several times the memory.
         return pq.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False)
 
 
@@ -60,14 +60,14 @@ def read_parquet_schema(source: Source) -> Any:
 
 
 def is_text(kind: Any) -> bool:
-    """Whether an Arrow type holds strings."""
+    """Return whether an Arrow type is one of strings."""
     if pa.types.is_dictionary(kind):
         return is_text(kind.value_type)
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def replace_leaves(kind: Any, replace: Callable[[Any], Any]) -> Any:
-    """Return an Arrow type with `replace` applied to it or, where it is nested, to all types in it."""
+    """Return an Arrow type with `replace` applied to it, or to all leaves of a nested type."""
 
     def inside(field: Any) -> Any:
         return field.with_type(replace_leaves(field.type, replace))
@@ -94,10 +94,10 @@ def replace_leaves(kind: Any, replace: Callable[[Any], Any]) -> Any:
 
 
 def can_be_kept(kind: Any, *, inside: bool = False) -> bool:
-    """Whether pyarrow can take rows of an Arrow type, write and read them; `inside`: it is part of a nested type.
+    """Return whether pyarrow can take, write and read values of a type; `inside`: it is part of a nested type.
 
-    It takes the values of list views and of extensions of views for others, writes no extension inside another type,
-    and reads a struct with two fields of one name as an error.
+    pyarrow confuses values of list views and of extensions of views, and does not write an extension inside another
+    type. Reading a struct with duplicate names is an error.
     """
     if isinstance(kind, pa.BaseExtensionType):
         return not inside and without_views(kind.storage_type) == kind.storage_type
@@ -112,13 +112,13 @@ def can_be_kept(kind: Any, *, inside: bool = False) -> bool:
 
 
 def without_views(kind: Any) -> Any:
-    """Return an Arrow type whose values pyarrow can take by their row: the same but for views."""
+    """Return an Arrow type with views replaced, whose values pyarrow's `take` supports."""
     views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
     return replace_leaves(kind, lambda leaf: views.get(leaf, leaf))
 
 
 def check_columns(source: Source, schema: Any, fields: Fields, flags: FieldFlags = ENCODE_FLAGS) -> None:
-    """Refuse a file without the text column, or with text, title or id of a type that cannot be meant."""
+    """Check that a file has the text column, and text, title and id of a valid type."""
     if fields.text not in schema.names:
         raise CorpusError(
             f"{source.name} has no text column {fields.text!r}; it has {', '.join(schema.names[:20])}: "
@@ -145,25 +145,25 @@ def check_columns(source: Source, schema: Any, fields: Fields, flags: FieldFlags
 
 
 def columns_to_read(schema: Any, fields: Fields) -> list[str]:
-    """Return the columns of the file that a run looks at."""
+    """Return the columns of the file that are read."""
     wanted = (fields.id, fields.title, fields.text, *fields.kept)
     return [name for name in dict.fromkeys(wanted) if name is not None and name in schema.names]
 
 
 def count_text_bytes(metadata: Any, group: int, fields: Fields) -> int:
-    """Return the uncompressed bytes of a row group's text and title, as the footer tells them."""
+    """Return the uncompressed bytes of a row group's text and title, from the footer."""
     chunks = metadata.row_group(group)
     columns = (chunks.column(i) for i in range(metadata.num_columns))
     return sum(c.total_uncompressed_size for c in columns if c.path_in_schema in {fields.text, fields.title})
 
 
 class GroupCursor:
-    """One row group, read forward once."""
+    """One row group, read once from start to end."""
 
     def __init__(self, source: Source, file: Any, *, group: int, fields: Fields) -> None:
         self.group = group
         self.at = 0
-        "row of the group that is next"
+        "next row of the group"
         self._source = source
         rows = file.metadata.row_group(group).num_rows
         text_bytes = count_text_bytes(file.metadata, group, fields)
@@ -176,16 +176,16 @@ class GroupCursor:
         self._batch: Any = None
 
     def take(self, start: int, stop: int) -> Any:
-        """Return rows `start` to `stop` of the group as a table; `start` is not before the rows already taken."""
+        """Return rows [start, stop) of the group as a table; calls are in ascending order."""
         pieces: list[Any] = []
-        self._pass_rows(start - self.at, [])
-        self._pass_rows(stop - self.at, pieces)
+        self._read_rows(start - self.at, [])
+        self._read_rows(stop - self.at, pieces)
         with parquet_errors(self._source):
             table = pa.Table.from_batches(pieces)
             schema = pa.schema([field.with_type(without_views(field.type)) for field in table.schema])
             return table.cast(schema).unify_dictionaries().combine_chunks()
 
-    def _pass_rows(self, count: int, pieces: list[Any]) -> None:
+    def _read_rows(self, count: int, pieces: list[Any]) -> None:
         while count > 0:
             if self._batch is None or self._batch.num_rows == 0:
                 self._batch = self._next_batch()
@@ -200,28 +200,28 @@ class GroupCursor:
             batch = next(self._batches, None)
         if batch is None:
             raise CorpusError(
-                f"{self._source.name} is damaged: row group {self.group} has fewer rows than its footer says; "
+                f"{self._source.name} is corrupt: row group {self.group} has fewer rows than its footer says; "
                 "copy or download it again and run the same command again"
             )
         return batch
 
 
 def split_table(table: Any, *, first_position: int, fields: Fields, max_row_bytes: int) -> Iterator[RawRow]:
-    """Yield each row with its number in the file; its bytes only if it has a fault that its values would not show."""
+    """Yield each row with its number in the file; with its bytes only if it is a fault."""
     wanted = dict.fromkeys((fields.id, fields.title, fields.text))
     names = [name for name in wanted if name is not None and name in table.column_names]
     columns = [_list_values(table.column(name)) for name in names]
     lengths = sum(_count_bytes(table.column(name)) for name in names if name != fields.id)
     invalid = _find_invalid_kept(table, fields.kept)
-    for place, values in enumerate(zip(*columns, strict=True)):
-        position = first_position + place
+    for index, values in enumerate(zip(*columns, strict=True)):
+        position = first_position + index
         raw = b"\t".join(value if type(value) is bytes else str(value).encode() for value in values[-2:])
         if bytes in map(type, values):
             yield position, raw, Fault(reason=INVALID_UTF8)
-        elif place in invalid:
-            yield position, raw, Fault(reason=INVALID_UTF8, detail=f"in kept field {invalid[place]!r}")
-        elif lengths[place] > max_row_bytes:
-            yield position, raw, Fault(reason=TOO_LONG, detail=f"{lengths[place]:,} bytes")
+        elif index in invalid:
+            yield position, raw, Fault(reason=INVALID_UTF8, detail=f"in kept field {invalid[index]!r}")
+        elif lengths[index] > max_row_bytes:
+            yield position, raw, Fault(reason=TOO_LONG, detail=f"{lengths[index]:,} bytes")
         else:
             yield position, b"", dict(zip(names, values, strict=True))
 
@@ -238,7 +238,7 @@ def _find_invalid_kept(table: Any, kept: Sequence[str]) -> dict[int, str]:
 
 
 def _is_utf8(column: Any) -> bool:
-    """Whether all strings of a column are UTF-8; Arrow looks at them only where it makes strings of bytes."""
+    """Return whether all strings of a column are UTF-8; Arrow validates only a cast from bytes."""
     raw = replace_leaves(column.type, lambda leaf: _BYTES_OF.get(leaf, leaf))
     try:
         if raw != column.type:
@@ -257,7 +257,7 @@ def _is_decoded(value: Any) -> bool:
 
 
 def _list_values(column: Any) -> list[Any]:
-    """Return a column's values; a string that is no UTF-8 as bytes."""
+    """Return a column's values; a string that is not UTF-8 as bytes."""
     if pa.types.is_integer(column.type) or pa.types.is_null(column.type):
         return column.to_pylist()  # type: ignore[no-any-return]
     try:
@@ -306,16 +306,16 @@ def _canonical_bytes(column: Any) -> Any:
         return _as_binary(column)
     if pa.types.is_null(column.type) or pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
         return column.cast(pa.string()).cast(pa.large_binary())
-    # repr tells every value apart, nested ones and floats too, and is the same whatever the layout in memory.
+    # repr is distinct for every value, nested ones and floats too, and independent of the memory layout.
     texts = [None if value is None else repr(value) for value in _list_any(column)]
     return pa.chunked_array([pa.array(texts, pa.string()).cast(pa.large_binary())])
 
 
 def _list_any(column: Any) -> list[Any]:
-    """Return a column's values as Python's, or with numbers and bytes for those that Python cannot hold.
+    """Return a column's values as Python values, with numbers and bytes for those that Python cannot represent.
 
-    Those are nanoseconds (of which pandas would make values of its own, if it is installed), dates after the year 9999,
-    unknown time zones and strings that are not UTF-8.
+    These are nanoseconds (which become pandas values if pandas is installed), dates after the year 9999, unknown time
+    zones and strings that are not UTF-8.
     """
     kind = column.type
     if replace_leaves(kind, lambda leaf: pa.null() if getattr(leaf, "unit", "") == "ns" else leaf) == kind:
@@ -328,7 +328,7 @@ def _list_any(column: Any) -> list[Any]:
 
 
 def _make_number(leaf: Any) -> Any:
-    """Return the integer type that a date or time is stored as; any other type as it is."""
+    """Return the integer type in which a date or time is stored; any other type unchanged."""
     if not pa.types.is_temporal(leaf):
         return leaf
     return pa.int32() if leaf.bit_width == 32 else pa.int64()

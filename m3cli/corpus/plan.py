@@ -1,9 +1,8 @@
-"""How the input is cut into shards, before any work is done on it; the same input always gives the same shards.
+"""Shards of the input, planned before any work on them; the same input always has the same shards.
 
-A row of a line format is the k-th shard's of its source if its first byte (of the decompressed stream) lies in
-[k * size, (k + 1) * size): a plain file is planned from its size alone, a compressed or piped one only as it streams,
-and shard numbers of later sources follow on. A Parquet row group is cut into nearly equal runs of rows, by the bytes of
-text its footer tells. With a limit, the rows after the last one wanted do not exist, for anyone.
+A row of a line format belongs to the k-th shard of its source if its first byte (of the decompressed stream) is in
+[k * size, (k + 1) * size). A plain file is planned from its size, a compressed or piped one while it streams. A Parquet
+row group is cut into nearly equal ranges of rows, by the bytes of text in its footer. Rows after the limit are ignored.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from m3cli.records import Fields, Shard, Source
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The shards of a run, as far as they are known before sources that can only be streamed are read."""
+    """The shards that are known before sequential sources are read."""
 
     shards: tuple[Shard, ...]
     "of the first `num_sources` sources"
     num_sources: int
     complete: bool
-    "whether `shards` are all there are"
+    "whether `shards` are all shards"
     shard_size: int
     limit: int | None
     rows_left: int | None
@@ -41,7 +40,7 @@ def plan_shards(
     limit: int | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
 ) -> Plan:
-    """Plan the sources before the first one that is sequential, or all if the limit ends before it."""
+    """Plan the sources before the first sequential one, or all if the limit ends before it."""
     shards: list[Shard] = []
     rows_left = limit
     number = 0
@@ -77,7 +76,7 @@ def plan_source(
     rows_left: int | None,
     max_row_bytes: int,
 ) -> tuple[tuple[Shard, ...], int | None]:
-    """Plan one source that is not sequential; return its shards, and the rows left of the limit after it."""
+    """Return the shards of a source that is not sequential, and the remaining rows of the limit."""
     if source.format == "parquet":
         pieces, rows_left = _cut_row_groups(source, fields=fields, shard_size=shard_size, rows_left=rows_left)
     else:
@@ -92,7 +91,7 @@ def plan_source(
 
 
 def _find_end(source: Source, rows_left: int | None, *, header: bool, max_row_bytes: int) -> tuple[int, int | None]:
-    """Return where the last row that is wanted ends, and the rows left of the limit."""
+    """Return the end of the last row within the limit, and the remaining rows of the limit."""
     if rows_left is None:
         return source.size, None
     with ByteStream(source) as stream:
@@ -105,17 +104,17 @@ def _find_end(source: Source, rows_left: int | None, *, header: bool, max_row_by
 def _cut_row_groups(
     source: Source, *, fields: Fields, shard_size: int, rows_left: int | None
 ) -> tuple[list[tuple[int, int, int]], int | None]:
-    """Return (row group, first row, row after the last) of each shard, and the rows left of the limit."""
+    """Return (row group, first row, last row + 1) of each shard, and the remaining rows of the limit."""
     pieces = []
     with open_parquet(source) as file:
         metadata = file.metadata
         for group in range(metadata.num_row_groups):
             rows = metadata.row_group(group).num_rows
-            wanted = rows if rows_left is None else min(rows, rows_left)
+            limit = rows if rows_left is None else min(rows, rows_left)
             count = min(rows, max(1, -(-count_text_bytes(metadata, group, fields) // shard_size)))
             for i in range(count):
-                start, stop = i * rows // count, min((i + 1) * rows // count, wanted)
+                start, stop = i * rows // count, min((i + 1) * rows // count, limit)
                 if start < stop:
                     pieces.append((group, start, stop))
-            rows_left = None if rows_left is None else rows_left - wanted
+            rows_left = None if rows_left is None else rows_left - limit
     return pieces, rows_left

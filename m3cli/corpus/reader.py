@@ -1,9 +1,8 @@
-"""Shards read in order as documents, holding one shard's text at a time.
+"""Shards as documents, read in order, with the text of one shard in memory.
 
-Each shard is asked about once, in order, just before it would be read: "read" it, "hash" it (its input is hashed,
-nothing is parsed), or "skip" it (a plain file is sought past, a Parquet row group not decoded). A source that can only
-be streamed is read through in any case, so there "skip" hashes. The hash of a line shard is that of its bytes, from
-its first line's first byte to the first byte of the next shard's first line; blank lines and headers count.
+Before each shard `ask` returns an action: "read", "hash" (its input is hashed, not parsed) or "skip" (it is not read).
+A sequential source is read in any case, so "skip" hashes there. The hash of a line shard covers all bytes from its
+first line to the next shard's first line, with blank lines and headers.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ Action = Literal["read", "hash", "skip"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Settings:
+class _Options:
     fields: Fields
     schema: Any
     title_sep: str
@@ -55,16 +54,16 @@ def read_shards(
     ask: Callable[[Shard], Action],
     stdin: PeekableStream | None = None,
 ) -> Generator[ShardText, None, int]:
-    """Yield the shards that are read or hashed, in order; return how many there are in all, skipped ones included."""
-    settings = _Settings(fields=fields, schema=schema, title_sep=title_sep, max_row_bytes=max_row_bytes)
+    """Yield the shards that are read or hashed, in order; return the number of all shards."""
+    options = _Options(fields=fields, schema=schema, title_sep=title_sep, max_row_bytes=max_row_bytes)
     for number, shards in groupby(plan.shards, key=lambda shard: shard.source):
-        yield from _read_planned(sources[number], shards, settings=settings, ask=ask)
+        yield from _read_planned(sources[number], shards, options=options, ask=ask)
     index, rows_left = len(plan.shards), plan.rows_left
     for number in range(plan.num_sources, len(sources)):
         if rows_left == 0:
             break
         if sources[number].sequential:
-            stream = _Stream(sources[number], settings=settings, rows_left=rows_left, stdin=stdin)
+            stream = _Stream(sources[number], options=options, rows_left=rows_left, stdin=stdin)
             index = yield from _read_stream(stream, number, index, shard_size=plan.shard_size, ask=ask)
             rows_left = stream.lines.rows_left
         else:
@@ -77,16 +76,16 @@ def read_shards(
                 rows_left=rows_left,
                 max_row_bytes=max_row_bytes,
             )
-            yield from _read_planned(sources[number], found, settings=settings, ask=ask)
+            yield from _read_planned(sources[number], found, options=options, ask=ask)
             index += len(found)
     return index
 
 
 def _read_planned(
-    source: Source, shards: Iterable[Shard], *, settings: _Settings, ask: Callable[[Shard], Action]
+    source: Source, shards: Iterable[Shard], *, options: _Options, ask: Callable[[Shard], Action]
 ) -> Iterator[ShardText]:
     inode = find_inode(source)
-    opened = (_ParquetFile if source.format == "parquet" else _PlainFile)(source, settings=settings)
+    opened = (_ParquetFile if source.format == "parquet" else _PlainFile)(source, options=options)
     with closing(opened):
         for shard in shards:
             action = ask(shard)
@@ -99,7 +98,7 @@ def _read_planned(
 def _read_stream(
     stream: _Stream, number: int, index: int, *, shard_size: int, ask: Callable[[Shard], Action]
 ) -> Generator[ShardText, None, int]:
-    """Read a source that can only be streamed; return the index after its last shard."""
+    """Yield the shards of a sequential source; return the index after its last shard."""
     start, inode = 0, find_inode(stream.source)
     with closing(stream):
         while stream.lines.offset > start or stream.lines.has_more():
@@ -113,50 +112,50 @@ def _read_stream(
 
 
 class _Stream:
-    """A source that can only be streamed."""
+    """A sequential source."""
 
     def __init__(
-        self, source: Source, *, settings: _Settings, rows_left: int | None, stdin: PeekableStream | None
+        self, source: Source, *, options: _Options, rows_left: int | None, stdin: PeekableStream | None
     ) -> None:
         self.source = source
-        self._settings = settings
+        self._options = options
         self._bytes = ByteStream(source, stdin=stdin)
         self.lines = LineStream(
             self._bytes,
             offset=0,
-            max_row_bytes=settings.max_row_bytes,
+            max_row_bytes=options.max_row_bytes,
             rows_left=rows_left,
-            header=_has_header(source, settings.fields),
+            header=_has_header(source, options.fields),
         )
 
     def read(self, shard: Shard, *, parse: bool) -> ShardText:
-        return _read_lines(self.lines, shard, self.source, settings=self._settings, parse=parse)
+        return _read_lines(self.lines, shard, self.source, options=self._options, parse=parse)
 
     def close(self) -> None:
         self._bytes.close()
 
 
 class _PlainFile:
-    """A file of lines in which every shard can be sought."""
+    """A plain file of lines, in which shards are found by seeking."""
 
-    def __init__(self, source: Source, *, settings: _Settings) -> None:
+    def __init__(self, source: Source, *, options: _Options) -> None:
         self._source = source
-        self._settings = settings
+        self._options = options
         self._bytes: ByteStream | None = None
         self._lines: LineStream | None = None
 
     def read(self, shard: Shard, *, parse: bool) -> ShardText:
         if self._lines is None or self._lines.offset < shard.start:
             self._lines = self._seek(shard.start)
-        return _read_lines(self._lines, shard, self._source, settings=self._settings, parse=parse)
+        return _read_lines(self._lines, shard, self._source, options=self._options, parse=parse)
 
     def _seek(self, start: int) -> LineStream:
-        """Return the lines from the first one that begins at `start` or later."""
+        """Return the lines that start at `start` or later."""
         if self._bytes is None:
             self._bytes = ByteStream(self._source)
         before = max(0, start - 1)
         self._bytes.seek(before)
-        lines = LineStream(self._bytes, offset=before, max_row_bytes=self._settings.max_row_bytes)
+        lines = LineStream(self._bytes, offset=before, max_row_bytes=self._options.max_row_bytes)
         for _ in lines.take(start):
             pass
         return lines
@@ -167,50 +166,50 @@ class _PlainFile:
 
 
 class _ParquetFile:
-    """A Parquet file, each row group decoded at most once."""
+    """A Parquet file, of which each row group is decoded at most once."""
 
-    def __init__(self, source: Source, *, settings: _Settings) -> None:
+    def __init__(self, source: Source, *, options: _Options) -> None:
         self._source = source
-        self._settings = settings
+        self._options = options
         self._file: Any = None
         self._cursor: GroupCursor | None = None
         self._group_starts: list[int] = []
 
     def read(self, shard: Shard, *, parse: bool) -> ShardText:
         table = self._cursor_for(shard).take(shard.start, shard.stop)
-        fields = self._settings.fields
-        gathered = ParsedRows()
+        fields = self._options.fields
+        parsed = ParsedRows()
         if parse:
             rows = split_table(
                 table,
                 first_position=self._group_starts[shard.row_group] + shard.start,
                 fields=fields,
-                max_row_bytes=self._settings.max_row_bytes,
+                max_row_bytes=self._options.max_row_bytes,
             )
-            gathered = build_documents(rows, source=self._source, fields=fields, title_sep=self._settings.title_sep)
-        return _pack(shard, gathered, self._keep(table, gathered.places), hash_table(table))
+            parsed = build_documents(rows, source=self._source, fields=fields, title_sep=self._options.title_sep)
+        return _pack(shard, parsed, self._keep(table, parsed.indices), hash_table(table))
 
     def _cursor_for(self, shard: Shard) -> GroupCursor:
         if self._file is None:
             self._file = open_parquet(self._source)
-            check_columns(self._source, self._file.schema_arrow, self._settings.fields)
+            check_columns(self._source, self._file.schema_arrow, self._options.fields)
             metadata = self._file.metadata
             sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
             self._group_starts = list(accumulate(sizes, initial=0))
         if self._cursor is None or self._cursor.group != shard.row_group:
-            self._cursor = GroupCursor(self._source, self._file, group=shard.row_group, fields=self._settings.fields)
+            self._cursor = GroupCursor(self._source, self._file, group=shard.row_group, fields=self._options.fields)
         return self._cursor
 
-    def _keep(self, table: Any, places: list[int]) -> Any:
-        schema = self._settings.schema
-        if not self._settings.fields.kept:
+    def _keep(self, table: Any, indices: list[int]) -> Any:
+        schema = self._options.schema
+        if not self._options.fields.kept:
             return None
         with parquet_errors(self._source):
-            taken = table if len(places) == table.num_rows else table.take(pa.array(places, pa.int64()))
+            rows = table if len(indices) == table.num_rows else table.take(pa.array(indices, pa.int64()))
             columns = [
-                taken.column(field.name).cast(field.type)
-                if field.name in taken.column_names
-                else pa.nulls(len(places), field.type)
+                rows.column(field.name).cast(field.type)
+                if field.name in rows.column_names
+                else pa.nulls(len(indices), field.type)
                 for field in schema
             ]
             return pa.table(columns, schema=schema)
@@ -220,26 +219,26 @@ class _ParquetFile:
             self._file.close()
 
 
-def _read_lines(lines: LineStream, shard: Shard, source: Source, *, settings: _Settings, parse: bool) -> ShardText:
+def _read_lines(lines: LineStream, shard: Shard, source: Source, *, options: _Options, parse: bool) -> ShardText:
     digest = xxhash.xxh3_128()
-    fields = settings.fields
+    fields = options.fields
     blocks = _hash_blocks(lines.take(shard.stop), digest)
-    gathered = ParsedRows(kept=[[] for _ in fields.kept])
+    parsed = ParsedRows(kept=[[] for _ in fields.kept])
     if parse:
         rows = split_rows(
             blocks,
             _choose_parser(source, fields),
-            max_row_bytes=settings.max_row_bytes,
+            max_row_bytes=options.max_row_bytes,
             header=_has_header(source, fields),
         )
-        gathered = build_documents(rows, source=source, fields=fields, title_sep=settings.title_sep, kept=fields.kept)
+        parsed = build_documents(rows, source=source, fields=fields, title_sep=options.title_sep, kept=fields.kept)
     for _ in blocks:
         pass
     kept = None
     if fields.kept:
-        arrays = [pa.array(values, field.type) for values, field in zip(gathered.kept, settings.schema, strict=True)]
-        kept = pa.table(arrays, schema=settings.schema)
-    return _pack(shard, gathered, kept, digest.hexdigest())
+        arrays = [pa.array(values, field.type) for values, field in zip(parsed.kept, options.schema, strict=True)]
+        kept = pa.table(arrays, schema=options.schema)
+    return _pack(shard, parsed, kept, digest.hexdigest())
 
 
 def _hash_blocks(blocks: Iterable[Block], digest: xxhash.xxh3_128) -> Iterator[Block]:
@@ -248,12 +247,12 @@ def _hash_blocks(blocks: Iterable[Block], digest: xxhash.xxh3_128) -> Iterator[B
         yield block
 
 
-def _pack(shard: Shard, gathered: ParsedRows, kept: Any, input_hash: str) -> ShardText:
+def _pack(shard: Shard, parsed: ParsedRows, kept: Any, input_hash: str) -> ShardText:
     return ShardText(
         shard=shard,
-        documents=tuple(gathered.documents),
+        documents=tuple(parsed.documents),
         kept=kept,
-        skipped=tuple(gathered.skipped),
+        skipped=tuple(parsed.skipped),
         input_hash=input_hash,
     )
 

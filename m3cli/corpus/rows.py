@@ -1,7 +1,7 @@
-"""What makes a row a document, or a skipped row with its reason; the same for every format.
+"""Documents, or skipped rows with a reason, from the rows of every format.
 
-The text is title + separator + text; where one of the two is blank it is the other alone. A bad row is data: it is
-kept with one of the fixed phrases below, never raised.
+The text is title + separator + text, or one of them if the other is blank. An invalid row never raises: it becomes a
+skipped row with one of the fixed reasons below.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BAD_ID = "id is not a string or integer"
 TOO_LONG = "row longer than --max-row-bytes"
 
 ROW_HEAD_BYTES = 64 << 10
-"how much of a skipped row is kept"
+"of a skipped row that are stored"
 _LOW_HALF = (1 << 64) - 1
 _STRUCTURE = re.compile(rb'["{}\[\],:]')
 _INTEGER = re.compile(r"-?[0-9]+")
@@ -41,23 +41,23 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """Why a row is no document."""
+    """Why a row is not a document."""
 
     reason: str
     detail: str = ""
 
 
 RawRow = tuple[int, bytes, Row | Fault]
-"position, bytes as they were read (none for Parquet, if the row has no fault), fields"
+"position, bytes (none for a valid row of Parquet), fields"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedRows:
-    """What rows became."""
+    """The results of parsing rows."""
 
     documents: list[Document] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
-    "of each document among the rows"
+    indices: list[int] = field(default_factory=list)
+    "of each document in the rows"
     kept: list[list[str | None]] = field(default_factory=list)
     "for each kept field, one value a document"
     skipped: list[SkippedRow] = field(default_factory=list)
@@ -66,24 +66,24 @@ class ParsedRows:
 def build_documents(
     rows: Iterable[RawRow], *, source: Source, fields: Fields, title_sep: str, kept: tuple[str, ...] = ()
 ) -> ParsedRows:
-    """Make a document or a skipped row of each row; the fields `kept` are gathered as text."""
-    gathered = ParsedRows(kept=[[] for _ in kept])
-    for place, (position, raw, row) in enumerate(rows):
-        made = row if isinstance(row, Fault) else _make_document(row, raw, position, source.name, fields, title_sep)
-        if isinstance(row, Fault) or isinstance(made, Fault):
-            fault = made if isinstance(made, Fault) else row
+    """Return a document or a skipped row for each row, with the fields `kept` as text."""
+    parsed = ParsedRows(kept=[[] for _ in kept])
+    for index, (position, raw, row) in enumerate(rows):
+        document = row if isinstance(row, Fault) else _make_document(row, raw, position, source.name, fields, title_sep)
+        if isinstance(row, Fault) or isinstance(document, Fault):
+            fault = document if isinstance(document, Fault) else row
             assert isinstance(fault, Fault)
-            gathered.skipped.append(_skip_row(row, raw, position, fault, source=source, fields=fields))
+            parsed.skipped.append(_skip_row(row, raw, position, fault, source=source, fields=fields))
             continue
-        gathered.documents.append(made)
-        gathered.places.append(place)
-        for column, value in zip(gathered.kept, format_kept(row, raw, kept), strict=True):
+        parsed.documents.append(document)
+        parsed.indices.append(index)
+        for column, value in zip(parsed.kept, format_kept(row, raw, kept), strict=True):
             column.append(value)
-    return gathered
+    return parsed
 
 
 def format_kept(row: Row, raw: bytes, kept: Collection[str]) -> list[str | None]:
-    """Return kept fields as text: a string as it is, anything else as the row has it, blanks and digits included."""
+    """Return kept fields as text: a string's value, anything else exactly as written in the row."""
     values = {name: row.get(name) for name in kept}
     texts = {name: value if type(value) is str else _format_plain(value, raw) for name, value in values.items()}
     missing = {name for name, value in values.items() if value is not None and texts[name] is None}
@@ -93,14 +93,14 @@ def format_kept(row: Row, raw: bytes, kept: Collection[str]) -> list[str | None]
 
 
 def _format_plain(value: Any, raw: bytes) -> str | None:
-    """Return the only text that JSON has for a value; None if it may have several, or if the value is null."""
+    """Return the only JSON text of a value; None: there may be several, or the value is null."""
     if type(value) is bool:
         return "true" if value else "false"
     return str(value) if type(value) is int and (value or b"-0" not in raw) else None
 
 
 def find_members(line: bytes) -> Iterator[tuple[str, str]]:
-    """Yield the names and the values of a valid JSON object as they are written; the last one of a name counts."""
+    """Yield the names and values of a valid JSON object as written; the last one of a name counts."""
     depth, at, start, name = 0, 0, 0, ""
     while found := _STRUCTURE.search(line, at):
         char, at = found.group(), found.end()
@@ -117,7 +117,7 @@ def find_members(line: bytes) -> Iterator[tuple[str, str]]:
 
 
 def _find_string_end(line: bytes, at: int) -> int:
-    """Return the place after the quote that ends a string; `at` is inside it."""
+    """Return the index after the quote that ends a string; `at` is inside it."""
     while True:
         quote = line.index(b'"', at)
         text = line[at:quote]
@@ -167,13 +167,13 @@ def _fault_text(row: Row, name: str) -> Fault:
 
 
 def name_type(value: Any) -> str:
-    """Return what JSON calls a value."""
+    """Return JSON's name of a value's type."""
     names = {type(None): "null", bool: "a boolean", str: "a string", dict: "an object", list: "an array"}
     return names.get(type(value), "a number")
 
 
 def _id_text(value: Any, raw: bytes, name: str) -> str | None:
-    """Return an integer in decimal, None for anything else; orjson makes a float of one of more than 64 bits."""
+    """Return an integer in decimal, None for anything else; for orjson one of more than 64 bits is a float."""
     if type(value) is float and raw:
         text = dict(find_members(raw)).get(name, "")
         return text if _INTEGER.fullmatch(text) else None
@@ -200,7 +200,7 @@ def _skip_row(
 
 
 def parse_json_line(line: bytes) -> Row | Fault:
-    """Parse one line."""
+    """Parse one line of JSON."""
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -211,9 +211,9 @@ def parse_json_line(line: bytes) -> Row | Fault:
 def _explain(line: bytes, error: orjson.JSONDecodeError) -> Fault:
     try:
         text = line.decode()
-    except UnicodeDecodeError as wrong:
-        return Fault(reason=INVALID_UTF8, detail=f"{wrong.reason} at byte {wrong.start} of the row")
-    # orjson refuses what Python's parser lets through: escapes of half a character, which no UTF-8 can hold.
+    except UnicodeDecodeError as cause:
+        return Fault(reason=INVALID_UTF8, detail=f"{cause.reason} at byte {cause.start} of the row")
+    # Python's parser accepts escapes of lone surrogates, which orjson does not and UTF-8 cannot represent.
     if "\\ud" in text.lower():
         try:
             json.dumps(json.loads(text), ensure_ascii=False).encode()
@@ -225,24 +225,24 @@ def _explain(line: bytes, error: orjson.JSONDecodeError) -> Fault:
 
 
 def split_cells(line: str) -> tuple[str, ...]:
-    r"""Return the cells of a line, which may still end in \r or \n."""
+    r"""Return the cells of a line, which may end in \r or \n."""
     return tuple(line.removesuffix("\n").removesuffix("\r").split("\t"))
 
 
 def parse_tsv_line(line: bytes, *, columns: Sequence[str]) -> Row | Fault:
-    """Parse one line with the cells of these columns."""
+    """Parse one line with these columns."""
     try:
         cells = split_cells(line.decode())
-    except UnicodeDecodeError as wrong:
-        return Fault(reason=INVALID_UTF8, detail=f"{wrong.reason} at byte {wrong.start} of the row")
+    except UnicodeDecodeError as cause:
+        return Fault(reason=INVALID_UTF8, detail=f"{cause.reason} at byte {cause.start} of the row")
     if len(cells) != len(columns):
         return Fault(reason=WRONG_COLUMNS, detail=f"it has {len(cells)} instead of {len(columns)}")
     return dict(zip(columns, cells, strict=True))
 
 
 def parse_text_line(line: bytes, *, text_field: str) -> Row | Fault:
-    """Parse one line."""
+    """Parse one line of JSON."""
     try:
         return {text_field: line.decode().removesuffix("\r")}
-    except UnicodeDecodeError as wrong:
-        return Fault(reason=INVALID_UTF8, detail=f"{wrong.reason} at byte {wrong.start} of the row")
+    except UnicodeDecodeError as cause:
+        return Fault(reason=INVALID_UTF8, detail=f"{cause.reason} at byte {cause.start} of the row")

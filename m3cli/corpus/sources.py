@@ -1,4 +1,4 @@
-"""Which format and compression a source has: by its ending, held against its first bytes."""
+"""Find the input files, with format and compression by their endings, checked by their first bytes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ REMEDIES = {
 }
 HEAD_BYTES = 4096
 _MANY_NULS = 16
-"more than that at even places only, or at odd ones, are no accident"
+"more than this at even offsets only, or at odd ones, mean UTF-16"
 _PARQUET_MAGIC = b"PAR1"
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
@@ -48,7 +48,7 @@ _JSON_ARRAY = re.compile(rb"\s*\[\s*\{")
 
 
 def check_input_format(input_format: str) -> SourceFormat | None:
-    """Return the format that was asked for, None for 'auto'."""
+    """Return the format, None for 'auto'."""
     if input_format == "auto":
         return None
     for known in get_args(SourceFormat):
@@ -58,20 +58,20 @@ def check_input_format(input_format: str) -> SourceFormat | None:
 
 
 def split_endings(name: str) -> tuple[str, Compression]:
-    """Return the ending that tells the format, and the compression that the last one promises."""
+    """Return the ending of the format, and the compression of the last ending."""
     path = PurePath(name.lower())
     compression = COMPRESSIONS.get(path.suffix, "none")
     return (path.suffix if compression == "none" else PurePath(path.stem).suffix), compression
 
 
 def name_endings(name: str) -> str:
-    """Return the ending as it is shown, with that of the compression: '.md', '.csv.gz', '' for none."""
+    """Return the complete ending: '.md', '.csv.gz', '' for none."""
     ending, compression = split_endings(name)
     return ending if compression == "none" else ending + PurePath(name.lower()).suffix
 
 
 def has_known_ending(name: str) -> bool:
-    """Whether a file found in a folder is taken."""
+    """Return whether a file in a folder is part of the input."""
     ending, compression = split_endings(name)
     return ending in FORMATS and not (FORMATS[ending] == "parquet" and compression != "none")
 
@@ -83,15 +83,15 @@ def identify(
     stdin: PeekableStream | None = None,
     flag: str | None = "--input-format",
 ) -> Source:
-    """Return the source with its format and compression; refuse what cannot be read, or is not what it is called.
+    """Return the source with its format and compression; raise CorpusError if it cannot be read or its name is wrong.
 
-    `flag` is for messages: what forces a format, None where nothing does.
+    `flag` is the option that forces a format, for messages; None: there is no such option.
     """
     magic = _read_magic(source, stdin)
     ending, promised = split_endings(source.path)
     wanted = forced or FORMATS.get(ending)
     if forced is None and ending in REMEDIES:
-        forcing = f", or say {flag} tsv if it is tab-separated" if flag and ending == ".csv" else ""
+        forcing = f", or use {flag} tsv if it is tab-separated" if flag and ending == ".csv" else ""
         raise CorpusError(f"{source.name}: {REMEDIES[ending]}{forcing}")
     if magic.startswith(_PARQUET_MAGIC) or wanted == "parquet":
         return _identify_parquet(source, magic, wanted)
@@ -114,15 +114,15 @@ def identify(
 
 
 def find_wide_encoding(head: bytes) -> str | None:
-    """Return the name of UTF-16 or UTF-32, by the byte order mark or by where NULs are; None for anything else.
+    """Return the name of UTF-16 or UTF-32, by the byte order mark or by the offsets of NULs; None for anything else.
 
-    UTF-8 has a NUL only for a NUL, the others have one or more for each letter of Latin script, blank and line break.
+    UTF-8 has a NUL only for a NUL, the others have NULs for each Latin letter, blank and line break.
     """
     for mark, name in _BOMS.items():
         if head.startswith(mark):
             return name
     num_units = len(head) // 4
-    zeros = [head[place : num_units * 4 : 4].count(0) for place in range(4)]
+    zeros = [head[offset : num_units * 4 : 4].count(0) for offset in range(4)]
     if min(zeros[2:]) == num_units > zeros[0]:
         return "UTF-32LE"
     if min(zeros[:2]) == num_units > zeros[3]:
@@ -148,7 +148,7 @@ def _name_compression(magic: bytes) -> Compression:
 def _check_ending(source: Source, promised: Compression, found: Compression) -> None:
     if promised == "none":
         ending = ".gz" if found == "gzip" else ".zst"
-        raise CorpusError(f"{source.name} is {found} data but its name does not say so: add {ending} to its name")
+        raise CorpusError(f"{source.name} is {found} data without the ending of it: add {ending} to its name")
     is_what = "not compressed" if found == "none" else f"{found} data"
     raise CorpusError(f"{source.name} is called {promised} by its ending but is {is_what}: rename it")
 
@@ -158,7 +158,7 @@ def _identify_parquet(source: Source, magic: bytes, wanted: SourceFormat | None)
         raise CorpusError("Parquet cannot be read from standard input: give the file's name instead")
     if not magic.startswith(_PARQUET_MAGIC):
         found = _name_compression(magic)
-        is_what = "empty" if not magic else "no Parquet file" if found == "none" else f"{found} data"
+        is_what = "empty" if not magic else "not Parquet" if found == "none" else f"{found} data"
         raise CorpusError(f"{source.name} should be Parquet but is {is_what}: write it again, or rename it")
     if wanted not in {None, "parquet"}:
         raise CorpusError(f"{source.name} is Parquet but should be {wanted}: rename it to end in .parquet")
@@ -173,9 +173,9 @@ def _sniff(source: Source, head: bytes, flag: str | None) -> SourceFormat:
         try:
             head.decode()
         except UnicodeDecodeError as error:
-            # A character that the head's end cuts in two is no fault.
+            # The end of the head may cut a character.
             if error.end < len(head) or len(head) < HEAD_BYTES or error.start < len(head) - 3:
-                forcing = f", or say what it is with {flag} jsonl|tsv|text|parquet" if flag else ""
+                forcing = f", or name its format with {flag} jsonl|tsv|text|parquet" if flag else ""
                 raise CorpusError(f"{source.name} is neither JSONL nor text in UTF-8: convert it{forcing}") from error
     return "text"
 
@@ -188,7 +188,7 @@ _COPYING = {
     "http": "curl -LO",
     "https": "curl -LO",
 }
-"by the scheme of an address, what copies what is there"
+"commands that copy files, by the scheme of an address"
 
 
 def find_sources(
@@ -199,18 +199,18 @@ def find_sources(
     format_flag: str | None = "--input-format",
     own: Container[str] = (),
 ) -> tuple[Source, ...]:
-    """Find what the inputs name; standard input is only peeked at.
+    """Return the sources of the inputs; standard input is only peeked at.
 
     Args:
         inputs: paths, globs, or '-' alone.
         input_format: a format, or 'auto'.
-        stdin: standard input, where it is wanted.
-        format_flag: for messages: what forces a format, None where nothing does.
-        own: real paths of files that the run writes itself, which are not read.
+        stdin: standard input, if it is an input.
+        format_flag: option that forces a format, for messages; None: there is none.
+        own: real paths of files that the run writes, which are not read.
 
     Raises:
-        UsageError: nothing, one thing twice, or something that is not on this machine.
-        CorpusError: something that cannot be read.
+        UsageError: no input, a duplicate, or an address of another machine.
+        CorpusError: an input cannot be read.
     """
     forced = check_input_format(input_format)
     if not inputs:
@@ -221,7 +221,7 @@ def find_sources(
         return (_find_stdin(inputs, forced, stdin, format_flag),)
     found = [(path, root) for each in inputs for path, root in _find_files(each) if os.path.realpath(path) not in own]
     if not found:
-        raise CorpusError(f"{' '.join(inputs)}: nothing to read there but what this run writes; give the corpus itself")
+        raise CorpusError(f"{' '.join(inputs)}: only files that this run writes; give the corpus")
     _check_duplicates([path for path, _ in found])
     common = Path(os.path.commonpath([root for _, root in found]))
     sources = tuple(_open_source(path, path.relative_to(common).as_posix(), forced, format_flag) for path, _ in found)
@@ -230,34 +230,34 @@ def find_sources(
     return sources
 
 
-def check_local_input(given: str) -> None:
-    """Check that an input is not the address of something on another machine.
+def check_local_input(name: str) -> None:
+    """Check that an input is not an address of another machine.
 
     Raises:
-        UsageError: it is; the message says what copies it.
+        UsageError: it is.
     """
-    if address := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", given):
+    if address := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", name):
         copying = _COPYING.get(address[1].lower())
         example = f", for example with {copying}" if copying else ""
-        raise UsageError(f"{given}: m3 reads local files; copy it here first{example}")
+        raise UsageError(f"{name}: m3 reads local files; copy it here first{example}")
 
 
 def count_unread(inputs: Sequence[str]) -> dict[str, int]:
-    """Count the files that folders and globs name and that are not read, by their ending, most frequent first."""
+    """Count the files of folders and globs that are not read, by ending, most frequent first."""
     paths: set[str] = set()
-    for given in inputs:
-        if Path(given).is_dir():
-            paths.update(os.path.realpath(path) for path in _walk(Path(given)))
-        elif glob.has_magic(given) and not Path(given).exists():
-            paths.update(os.path.realpath(path) for path in _match(given)[0])
+    for name in inputs:
+        if Path(name).is_dir():
+            paths.update(os.path.realpath(path) for path in _walk(Path(name)))
+        elif glob.has_magic(name) and not Path(name).exists():
+            paths.update(os.path.realpath(path) for path in _match(name)[0])
     endings = Counter(name_endings(path) or "without ending" for path in paths if not has_known_ending(path))
     return dict(sorted(endings.items(), key=lambda item: (-item[1], item[0])))
 
 
-def list_files(given: str) -> list[Path]:
-    """List the files that an input names; what is wrong with it `find_sources` tells."""
+def list_files(name: str) -> list[Path]:
+    """Return the files of an input; none if it is invalid, which `find_sources` reports."""
     try:
-        return [path for path, _ in _find_files(given)]
+        return [path for path, _ in _find_files(name)]
     except (CorpusError, OSError):
         return []
 
@@ -267,31 +267,31 @@ def _find_stdin(
 ) -> Source:
     if len(inputs) > 1:
         raise UsageError("'-' (standard input) must be the only input")
-    assert stdin is not None, "a run that reads standard input passes it along"
+    assert stdin is not None, "stdin is missing"
     if not stdin.peek(1):
-        raise CorpusError("standard input is empty: there are no rows in it; look at what was to write them")
+        raise CorpusError("standard input is empty: check the command that writes it")
     source = Source(name="stdin", path="-", format="text", compression="none", size=-1, mtime_ns=-1)
     return identify(source, forced=forced, stdin=stdin, flag=flag)
 
 
-def _find_files(given: str) -> list[tuple[Path, Path]]:
+def _find_files(name: str) -> list[tuple[Path, Path]]:
     """Return the files of one input, each with the folder that its name is relative to."""
-    path = Path(os.path.abspath(given))  # noqa: PTH100 -- Path.resolve would follow links, and name another file
-    if not glob.has_magic(given):
+    path = Path(os.path.abspath(name))  # noqa: PTH100 -- Path.resolve would follow links
+    if not glob.has_magic(name):
         check_reachable(path, CorpusError)
     if path.is_dir():
         if _is_written_by_m3(path):
-            raise CorpusError(f"{given} is a folder that m3 writes: give the corpus itself")
+            raise CorpusError(f"{name} is a folder that m3 writes: give the corpus")
         files = (file for file in _walk(path) if has_known_ending(file.name))
         found = sorted(files, key=lambda file: file.relative_to(path).as_posix())
         if not found:
-            raise CorpusError(f"{given}: nothing to read in this folder; {_hint(path)}")
+            raise CorpusError(f"{name}: nothing to read in this folder; {_hint(path)}")
         return [(file, path) for file in found]
     if path.exists():
         return [(path, path.parent)]
-    if glob.has_magic(given):
-        return _expand(given)
-    raise CorpusError(f"{given}: no such file or folder")
+    if glob.has_magic(name):
+        return _expand(name)
+    raise CorpusError(f"{name}: no such file or folder")
 
 
 def _expand(pattern: str) -> list[tuple[Path, Path]]:
@@ -304,7 +304,7 @@ def _expand(pattern: str) -> list[tuple[Path, Path]]:
 
 
 def _match(pattern: str) -> tuple[list[Path], Path]:
-    """Return the files that a glob matches, and the folder that it begins in."""
+    """Return the files that a glob matches, and the folder before its first wildcard."""
     fixed = Path(os.path.abspath(pattern))  # noqa: PTH100 -- as above
     while glob.has_magic(str(fixed)):
         fixed = fixed.parent
@@ -315,18 +315,18 @@ def _match(pattern: str) -> tuple[list[Path], Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder, of all in it and of all that links lead to; none is hidden, none is ours.
+    """Yield the files of a folder, its subfolders and the targets of links, without hidden files and m3's own.
 
-    Each folder is walked once, by its own name if it has one here, not by a link's.
+    Each folder is walked once, by its own name rather than a link's.
     """
 
-    def refuse(error: OSError) -> None:
+    def fail(error: OSError) -> None:
         raise CorpusError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     seen: set[tuple[int, int]] = set()
     waiting = deque([folder])
     while waiting:
-        for parent, folders, files in os.walk(waiting.popleft(), onerror=refuse):
+        for parent, folders, files in os.walk(waiting.popleft(), onerror=fail):
             status = Path(parent).stat()
             if (status.st_dev, status.st_ino) in seen:
                 folders.clear()
@@ -344,7 +344,7 @@ def _is_written_by_m3(folder: Path) -> bool:
 
 
 def _hint(folder: Path) -> str:
-    """Return the remedy for the first file in the folder that has one of its own, or else the endings that are read."""
+    """Return the remedy of the first file that has one, or else the endings that are read."""
     for file in sorted(folder.iterdir()):
         remedy = REMEDIES.get(split_endings(file.name)[0])
         if remedy is not None:

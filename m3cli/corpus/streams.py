@@ -1,7 +1,7 @@
-"""The bytes of a source as they were before compression, opened or peeked at; every fault of reading names the source.
+"""Decompressed bytes of sources, read or peeked at; every error names the source.
 
-Standard input can be looked at without being lost (`PeekableStream`) but read only once. Memory is bounded against
-compression bombs: no single read gives much more than was asked for.
+Standard input can be peeked at (`PeekableStream`) but read only once. A read returns little more than its size, which
+bounds memory against compression bombs.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from m3cli.errors import CorpusError
 from m3cli.records import Compression, Source
 
 BLOCK_BYTES = 1 << 20
-"what is read at once"
-# zstd makes at most 128 KiB of 4 bytes (a run-length block), so a bomb makes at most 128 MiB of one piece.
+"read at once"
+# zstd expands 4 bytes to at most 128 KiB (a run-length block), so one piece to at most 128 MiB.
 ZSTD_PIECE_BYTES = 4096
 ZSTD_MAX_WINDOW = 1 << 31
-"`zstd --long=31`, as large public dumps use it"
+"`zstd --long=31`, which large public dumps use"
 
 
 class Readable(Protocol):
-    """What bytes can be read from; fewer than asked for is no end, none is."""
+    """A source of bytes, in which only an empty read is the end."""
 
     def read(self, size: int, /) -> bytes:
         """Read up to about `size` bytes."""
 
 
 class PeekableStream:
-    """Standard input, whose first bytes can be looked at before they are read. Make one, and pass it along."""
+    """Standard input, whose first bytes can be peeked at; a process has one such object."""
 
     def __init__(self, stream: Readable) -> None:
         self._stream = stream
@@ -44,12 +44,12 @@ class PeekableStream:
         self._ended = False
 
     def peek(self, size: int) -> bytes:
-        """Return the next `size` bytes, fewer only if the stream ends before, and leave them there."""
+        """Return the next `size` bytes, fewer only at the end, without consuming them."""
         self._head += self._pull(size - len(self._head))
         return self._head[:size]
 
     def read(self, size: int, /) -> bytes:
-        """Read `size` bytes, fewer only if the stream ends before."""
+        """Read `size` bytes, fewer only at the end."""
         taken, self._head = self._head[:size], self._head[size:]
         return taken + self._pull(size - len(taken))
 
@@ -57,7 +57,7 @@ class PeekableStream:
         parts = []
         while size > 0 and not self._ended:
             part = self._stream.read(size)
-            self._ended = not part  # a terminal would go on after it
+            self._ended = not part  # a terminal would continue
             parts.append(part)
             size -= len(part)
         return b"".join(parts)
@@ -71,7 +71,7 @@ class ByteStream:
         self._file: BinaryIO | None = None
         raw: Readable
         if source.path == "-":
-            assert stdin is not None, "a run that reads standard input passes it along"
+            assert stdin is not None, "stdin is missing"
             raw = stdin
         else:
             with corpus_errors(source):
@@ -79,7 +79,7 @@ class ByteStream:
         self._bytes = _decompress(raw, source.compression)
 
     def __enter__(self) -> ByteStream:
-        """Give itself."""
+        """Return itself."""
         return self
 
     def __exit__(
@@ -89,7 +89,7 @@ class ByteStream:
         self.close()
 
     def read(self, size: int, /) -> bytes:
-        """Read about `size` bytes; none at the end only."""
+        """Read about `size` bytes, none only at the end."""
         with corpus_errors(self._source):
             return self._bytes.read(size)
 
@@ -107,19 +107,19 @@ class ByteStream:
 
 
 def read_head(source: Source, size: int, *, stdin: PeekableStream | None = None) -> bytes:
-    """Return the first `size` bytes of a source, decompressed, fewer only if it ends before; consume nothing."""
+    """Return the first `size` bytes of a source, decompressed, fewer only at the end; consume nothing."""
     if source.path != "-":
         with ByteStream(source) as stream:
             return PeekableStream(stream).peek(size)
-    assert stdin is not None, "a run that reads standard input passes it along"
-    looked_at = size if source.compression == "none" else max(size, BLOCK_BYTES)
-    raw = stdin.peek(looked_at)
+    assert stdin is not None, "stdin is missing"
+    peek_size = size if source.compression == "none" else max(size, BLOCK_BYTES)
+    raw = stdin.peek(peek_size)
     decompressed = _decompress(io.BytesIO(raw), source.compression)
-    if len(raw) < looked_at:
+    if len(raw) < peek_size:
         with corpus_errors(source):
             return PeekableStream(decompressed).peek(size)
     head = b""
-    # What was peeked at is cut off somewhere; what can be decompressed of it is enough.
+    # The peeked bytes are cut off, so decompress as much as possible.
     try:
         while len(head) < size and (part := decompressed.read(min(8192, size - len(head)))):
             head += part
@@ -132,20 +132,20 @@ def read_head(source: Source, size: int, *, stdin: PeekableStream | None = None)
 
 
 def measure_ratio(source: Source, *, size: int) -> float:
-    """Return how many bytes come out of each byte of a file when it is decompressed, by its first `size` bytes.
+    """Return the decompressed bytes for each byte of a file, measured on its first `size` bytes.
 
-    A little more is read from the disk than was decompressed; a file that is no longer is decompressed whole.
+    The result is approximate, except for files of up to `size` bytes.
     """
     with corpus_errors(source), Path(source.path).open("rb") as file:
         decompressed, length = _decompress(file, source.compression), 0
-        whole = source.size <= size
-        while (whole or file.tell() < size) and (part := decompressed.read(BLOCK_BYTES)):
+        complete = source.size <= size
+        while (complete or file.tell() < size) and (part := decompressed.read(BLOCK_BYTES)):
             length += len(part)
         return length / max(file.tell(), 1)
 
 
 def find_inode(source: Source) -> int | None:
-    """Return what tells a file from one that takes its place; None for standard input."""
+    """Return the inode, which detects a replaced file; None for standard input."""
     if source.path == "-":
         return None
     with corpus_errors(source):
@@ -153,7 +153,7 @@ def find_inode(source: Source) -> int | None:
 
 
 def check_unchanged(source: Source, *, inode: int | None = None) -> None:
-    """Check that a file is there, not written to since it was planned and, where `inode` is given, not replaced.
+    """Check that a file exists and is unchanged since it was planned, and that it has the inode, if not None.
 
     Raises:
         CorpusError: it is not.
@@ -176,19 +176,19 @@ def check_unchanged(source: Source, *, inode: int | None = None) -> None:
 
 @contextmanager
 def corpus_errors(source: Source) -> Iterator[None]:
-    """Turn what can go wrong with a file's bytes into an error that names the source and the remedy."""
+    """Turn errors of reading and decompressing into a CorpusError that names the source and a remedy."""
     try:
         yield
     except FileNotFoundError as error:
-        raise CorpusError(f"{source.name} is gone: put it back and run the same command again") from error
+        raise CorpusError(f"{source.name} is missing: put it back and run the same command again") from error
     except EOFError as error:
         raise CorpusError(
             f"{source.name} ends in the middle of its {source.compression} data: it was cut off; copy or download it "
-            "again, and encode it into another --out, taking over what is done with --since-run"
+            "again, and encode it into another --out, with --since-run to reuse what is done"
         ) from error
     except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise CorpusError(
-            f"{source.name} is damaged {source.compression} data ({error}): "
+            f"{source.name} is corrupt {source.compression} data ({error}): "
             "copy or download it again and run the same command again"
         ) from error
     except OSError as error:
@@ -196,10 +196,7 @@ def corpus_errors(source: Source) -> Iterator[None]:
 
 
 class _ZstdReader:
-    """Frames of zstd, one after the other.
-
-    zstandard's own stream reader takes a stream that is cut off for one that has ended; this one raises EOFError.
-    """
+    """Consecutive frames of zstd; a truncated stream raises EOFError, unlike in zstandard's own stream reader."""
 
     def __init__(self, raw: Readable) -> None:
         self._raw = raw

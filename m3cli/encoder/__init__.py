@@ -1,1 +1,1 @@
-"""From documents to embeddings: tokenizer, chunker, batcher, packed model, heads, and rows back in corpus order."""
+"""Embeddings of documents: tokenizer, chunker, batcher, packed model, heads, and rows in corpus order."""

@@ -1,27 +1,25 @@
-"""Rows of a shard to windows and packed batches: a function of row lengths and budgets, nothing else.
+"""Windows and packed batches of a shard's rows, a function of row lengths and budgets only.
 
-A *window* is a run of consecutive rows whose ColBERT matrices fit in memory together; rows are sorted by length inside
-a window and come out of it in corpus order, so the writer only ever appends. Without ColBERT a shard is one window.
+A *window* is a range of consecutive rows whose ColBERT matrices fit in memory together. Rows are sorted by length
+inside a window and leave it in corpus order, so the writer only appends. Without ColBERT a shard is one window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.records import Batch, Chunks
+from m3cli.records import Batch, Chunks, concat_ranges
 
 WINDOW_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
-"ColBERT bytes of a window by device kind; fixed, because the bytes of a folder depend on it as on max_batch_tokens"
+"ColBERT bytes of a window by device kind; fixed, because the bytes of a folder depend on it"
 BALANCE_STEP = 128
-"tokens; sizes of alike batches are multiples of it, as batches are filled up to one (TOKEN_STEP in model.py)"
+"tokens; budgets of equal batches are multiples of it, as batches are padded to one (TOKEN_STEP in model.py)"
 BALANCE_TRIES = 32
 
 
 def plan_windows(num_tokens: NDArray[np.int64], *, max_window_tokens: int | None) -> list[tuple[int, int]]:
-    """Cut rows into runs [start, stop) of at most `max_window_tokens`; a longer row is a run of its own."""
+    """Return ranges [start, stop) of rows of at most `max_window_tokens`; a longer row is a range of its own."""
     num_rows = len(num_tokens)
     if num_rows == 0:
         return []
@@ -37,78 +35,67 @@ def plan_windows(num_tokens: NDArray[np.int64], *, max_window_tokens: int | None
     return windows
 
 
-def batch_rows(num_tokens: NDArray[np.int64], *, max_batch_tokens: int, lanes: int = 1) -> list[NDArray[np.int64]]:
+def batch_rows(num_tokens: NDArray[np.int64], *, max_batch_tokens: int, threads: int = 1) -> list[NDArray[np.int64]]:
     """Group rows, longest first, into batches of at most `max_batch_tokens`; a longer row is a batch of its own.
 
-    For several lanes batches are made alike, and as many as each lane can have the same number of, as far as rows
-    allow: a last one of a few tokens, or one too many, would leave lanes idle while another one ends.
+    For several threads, batches have nearly equal token counts, and their number is a multiple of the threads as far as
+    rows allow. Otherwise threads would be idle during the last batch.
 
     Returns:
-        row numbers, each exactly once; inside a batch and from batch to batch lengths never grow, equal lengths keep
-        their order.
+        row numbers, each exactly once, by descending length; equal lengths keep their order.
     """
     order = np.argsort(-num_tokens, kind="stable")
     lengths = num_tokens[order]
-    runs = plan_windows(lengths, max_window_tokens=max_batch_tokens)
-    if lanes > 1 and runs:
-        most = -(-len(runs) // lanes) * lanes
+    ranges = plan_windows(lengths, max_window_tokens=max_batch_tokens)
+    if threads > 1 and ranges:
+        limit = -(-len(ranges) // threads) * threads
         step = max(BALANCE_STEP, max_batch_tokens // BALANCE_TRIES // BALANCE_STEP * BALANCE_STEP)
-        least_tokens = -(-int(lengths.sum()) // most // BALANCE_STEP) * BALANCE_STEP
-        for budget in range(least_tokens, max_batch_tokens, step):
-            alike = plan_windows(lengths, max_window_tokens=budget)
-            if len(alike) <= most:
-                runs = alike
+        min_tokens = -(-int(lengths.sum()) // limit // BALANCE_STEP) * BALANCE_STEP
+        for budget in range(min_tokens, max_batch_tokens, step):
+            balanced = plan_windows(lengths, max_window_tokens=budget)
+            if len(balanced) <= limit:
+                ranges = balanced
                 break
-    return [order[start:stop] for start, stop in runs]
+    return [order[start:stop] for start, stop in ranges]
 
 
 def lengths_with_mcls(num_tokens: NDArray[np.int64], *, every: int) -> NDArray[np.int64]:
-    """Return the tokens that rows of `num_tokens` have with those that are added; `every` 0 adds none."""
+    """Return the token counts of rows after MCLS adds its `<s>`; `every` 0 adds none."""
     if not every:
         return num_tokens
-    # Of the text between <s> and </s>, `every` tokens have the row's own <s>.
+    # The row's own <s> is the one of the first `every` tokens of text.
     return num_tokens + np.maximum(0, (num_tokens - 3) // every)
 
 
 def fit_length(limit: int, *, every: int) -> int:
-    """Return the most tokens that a row may have so that with those added it has at most `limit`."""
+    """Return the largest token count of a row that MCLS extends to at most `limit` tokens."""
     length = limit - max(0, (limit - 3) // (every + 1))
     while lengths_with_mcls(np.array([length]), every=every)[0] > limit:
         length -= 1
     return length
 
 
-def pack_batches(chunks: Chunks, *, start: int, stop: int, max_batch_tokens: int) -> Iterator[Batch]:
-    """Yield the rows [start, stop) of a shard as packed batches, longest first."""
-    num_tokens = chunks.num_tokens[start:stop]
-    for rows in batch_rows(num_tokens, max_batch_tokens=max_batch_tokens):
-        yield pack_rows(chunks, rows + start)
-
-
 def pack_rows(chunks: Chunks, rows: NDArray[np.int64]) -> Batch:
-    """Copy some rows of a shard one after the other."""
-    begins = chunks.cu_seqlens[rows]
-    lengths = chunks.cu_seqlens[rows + 1] - begins
-    cu_seqlens = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum(lengths, out=cu_seqlens[1:])
-    # Token i of the batch stands at begins[row] + (i - cu_seqlens[row]) of the shard.
-    take = np.arange(cu_seqlens[-1]) + np.repeat(begins - cu_seqlens[:-1], lengths)
+    """Return some rows of a shard as one batch."""
+    lengths = chunks.num_tokens[rows]
+    cu_seqlens, tokens = concat_ranges(chunks.cu_seqlens[rows], lengths)
     return Batch(
         rows=rows,
-        input_ids=chunks.input_ids[take].astype(np.int64),
+        input_ids=chunks.input_ids[tokens].astype(np.int64),
         cu_seqlens=cu_seqlens.astype(np.int32),
         max_seqlen=int(lengths.max()),
     )
 
 
 def split_batch(batch: Batch) -> tuple[Batch, Batch]:
-    """Split a batch of two or more rows in two of nearly equal token counts, order kept."""
+    """Split a batch of two or more rows into two of nearly equal token counts, in the same order."""
     middle = int(np.searchsorted(batch.cu_seqlens, batch.cu_seqlens[-1] / 2))
     middle = min(max(middle, 1), len(batch.rows) - 1)
-    return _slice_batch(batch, 0, middle), _slice_batch(batch, middle, len(batch.rows))
+    return slice_batch(batch, 0, middle), slice_batch(batch, middle, len(batch.rows))
 
 
-def _slice_batch(batch: Batch, start: int, stop: int) -> Batch:
+def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
+    """Return the rows [start, stop) of a batch."""
     cu_seqlens = batch.cu_seqlens[start : stop + 1]
     return Batch(
         rows=batch.rows[start:stop],

@@ -1,11 +1,11 @@
-"""A checkpoint in BGE-M3's file layout: where it is found, what it is, what makes two of them the same.
+"""Checkpoints in BGE-M3's file layout: find, check, describe and hash them.
 
 Layout (BAAI/bge-m3 on the hub): `config.json` of an XLM-RoBERTa, weights as `model.safetensors` or `pytorch_model.bin`
 (or their sharded form with an index), `tokenizer.json`, `sparse_linear.pt`, `colbert_linear.pt`,
-`1_Pooling/config.json`. Without the two `.pt` heads a checkpoint gives dense vectors only. Nothing here loads torch.
+`1_Pooling/config.json`. Without the two `.pt` heads a checkpoint has dense vectors only. This module loads no torch.
 
-A file that a download left damaged is told before anything is loaded from it. A hub's cache that another library filled
-often lacks the heads and the pooling; the hub is asked for these small files then.
+A corrupt file is an error before anything is loaded from it. A hub cache that another library wrote often lacks the
+heads and the pooling: these small files are then downloaded.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ TOKENIZER_FILES = (
 HEAD_FILES: dict[Output, str] = {"sparse": "sparse_linear.pt", "colbert": "colbert_linear.pt"}
 POOLING_FILE = "1_Pooling/config.json"
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_WANTED = (
+_DOWNLOADED = (
     *("config.json", POOLING_FILE, *TOKENIZER_FILES, *HEAD_FILES.values()),
     *("*.safetensors", "*.index.json", "pytorch_model*.bin"),
 )
-"of a hub's repository"
-_UNWANTED = ("onnx/*", "openvino/*")
+"files of a hub's repository"
+_IGNORED = ("onnx/*", "openvino/*")
 _HUB_SECONDS = 10.0
 _EDGE = 1 << 20
 _HEAD = 200
-"bytes by which a file is recognised that is another than its name says"
+"bytes read to recognise a Git LFS pointer or an HTML page"
 _LFS_POINTER = b"version https://git-lfs"
 _HTML = (b"<!doctype html", b"<html")
 _LEAST_POSITIONS = POSITION_OFFSET + 3
@@ -61,7 +61,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """What a checkpoint's files say of it, weights unread."""
+    """Properties of a checkpoint, read from its files without the weights."""
 
     folder: Path
     name: str
@@ -75,31 +75,31 @@ class Checkpoint:
     layer_norm_eps: float
     pooling: Pooling
     outputs: tuple[Output, ...]
-    "what it can give: dense always, sparse and colbert where their heads are there"
+    "dense always, sparse and colbert if the files of their heads exist"
     weight_files: tuple[Path, ...]
 
     @property
     def max_length(self) -> int:
-        """Longest chunk in tokens, <s> and </s> included, that may be asked for."""
+        """Most tokens of a chunk that the positions allow, <s> and </s> included."""
         return self.num_positions - POSITION_OFFSET
 
     @property
     def default_max_length(self) -> int:
-        """Longest chunk in tokens if nothing is asked for."""
+        """Most tokens of a chunk by default."""
         return min(MAX_LENGTH_CEILING, self.max_length)
 
 
 def find_checkpoint(model: str, *, revision: str | None = None, download: bool = True, heads: bool = True) -> Path:
-    """Return the folder of a checkpoint: a path as it is, a hub id from the hub's cache or else downloaded.
+    """Return the folder of a checkpoint: a path as is, a hub id from the hub's cache or else downloaded.
 
     Args:
         model: a folder or a hub id.
         revision: of the hub's repository.
-        download: False takes what the hub's cache holds.
+        download: False uses the hub's cache only.
         heads: whether heads and pooling that the cache lacks are downloaded too.
 
     Raises:
-        ModelError: neither a folder nor to be had from the hub.
+        ModelError: neither a folder nor available from the hub.
     """
     folder = Path(model).expanduser()
     check_reachable(folder, ModelError)
@@ -116,7 +116,7 @@ def _fetch_from_hub(model: str, *, revision: str | None, download: bool, heads: 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import snapshot_download  # noqa: PLC0415  half a second, only for hub ids
 
-    patterns: dict[str, Any] = {"allow_patterns": [*_WANTED], "ignore_patterns": [*_UNWANTED]}
+    patterns: dict[str, Any] = {"allow_patterns": [*_DOWNLOADED], "ignore_patterns": [*_IGNORED]}
     cached: Path | None = None
     try:
         cached = Path(snapshot_download(model, revision=revision, local_files_only=True, **patterns))
@@ -139,7 +139,7 @@ def _fetch_from_hub(model: str, *, revision: str | None, download: bool, heads: 
 
 
 def _holds_model(folder: Path) -> bool:
-    """Whether a cached snapshot has config, tokenizer and all parts of the weights."""
+    """Return whether a cached snapshot has config, tokenizer and all parts of the weights."""
     try:
         weights = _find_weights(folder)
     except ModelError:
@@ -148,7 +148,7 @@ def _holds_model(folder: Path) -> bool:
 
 
 def _fetch_small_files(model: str, cached: Path) -> None:
-    """Ask the hub for heads and pooling that a cached snapshot lacks; that it has none is kept in its cache."""
+    """Download heads and pooling that a cached snapshot lacks; the cache remembers those that the hub lacks too."""
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache  # noqa: PLC0415
     from huggingface_hub.errors import EntryNotFoundError, HTTPError  # type: ignore[attr-defined]  # noqa: PLC0415
 
@@ -159,10 +159,10 @@ def _fetch_small_files(model: str, cached: Path) -> None:
     try:
         # The download's own retries take half a minute; this has none.
         listed = HfApi().model_info(model, revision=commit, timeout=_HUB_SECONDS).siblings or ()
-        there = {file.rfilename for file in listed}
-        for name in (name for name in unknown if name in there):
+        published = {file.rfilename for file in listed}
+        for name in (name for name in unknown if name in published):
             hf_hub_download(model, name, revision=commit)
-        for name in (name for name in unknown if name not in there):
+        for name in (name for name in unknown if name not in published):
             with suppress(EntryNotFoundError):  # the cache remembers it
                 hf_hub_download(model, name, revision=commit)
     except (OSError, ValueError, HTTPError) as error:
@@ -193,13 +193,13 @@ def _log_download(model: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error of a library says, on one line."""
+    """Return the first line of a library's error message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def check_content(path: Path) -> None:
-    """Check that a file is not what a failed download leaves in its place.
+    """Check that a file is not the remains of a failed download.
 
     Raises:
         ModelError: it is empty, a Git LFS pointer or a web page, or cannot be read.
@@ -221,10 +221,10 @@ def check_content(path: Path) -> None:
 
 
 def read_checkpoint(folder: Path, *, name: str | None = None) -> Checkpoint:
-    """Read what a checkpoint is from its small files, and check that the others are what their names say.
+    """Read a checkpoint's properties from its small files, and check the content of the others.
 
     Raises:
-        ModelError: not a folder with an XLM-RoBERTa checkpoint in BGE-M3's layout, or one with a damaged file.
+        ModelError: not a folder with an XLM-RoBERTa checkpoint in BGE-M3's layout, or one with a corrupt file.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -283,7 +283,7 @@ def _read_number(path: Path, config: dict[str, Any], key: str, *, least: int, de
     number = config.get(key, default)
     if type(number) is not int or not least <= number <= _MOST:
         found = "missing" if number is None else repr(number)[:40]
-        raise ModelError(f"{path}: {key} is {found}, expected a whole number from {least} up; {DOWNLOAD_AGAIN}")
+        raise ModelError(f"{path}: {key} is {found}, expected an integer of at least {least}; {DOWNLOAD_AGAIN}")
     return number
 
 
@@ -295,7 +295,6 @@ def _read_epsilon(path: Path, config: dict[str, Any]) -> float:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """Read a small file that holds a JSON object."""
     check_content(path)
     try:
         content = orjson.loads(path.read_bytes())
@@ -307,7 +306,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _find_weights(folder: Path) -> tuple[Path, ...]:
-    """Return the weight files, safetensors before pickled ones, the parts of an index in name order."""
+    """Return the weight files: safetensors before pickled ones, the parts of an index in name order."""
     for name in _WEIGHTS:
         path = folder / name
         if path.exists():
@@ -316,7 +315,6 @@ def _find_weights(folder: Path) -> tuple[Path, ...]:
 
 
 def _list_parts(index: Path) -> tuple[Path, ...]:
-    """Return the weight files that an index names."""
     names = _read_object(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ModelError(f"{index} has no weight_map, which names the weight files; {DOWNLOAD_AGAIN}")
@@ -333,7 +331,7 @@ def _list_parts(index: Path) -> tuple[Path, ...]:
 
 
 def _read_pooling(folder: Path) -> Pooling:
-    """Return the pooling that sentence-transformers' `1_Pooling` names; cls, as BGE-M3 has it, where there is none."""
+    """Return the pooling that sentence-transformers' `1_Pooling` names; cls, as in BGE-M3, if the file is missing."""
     path = folder / POOLING_FILE
     if not path.exists():
         return "cls"
@@ -351,10 +349,10 @@ def _read_pooling(folder: Path) -> Pooling:
 
 
 def hash_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
-    """Hash what makes two checkpoints the same, wherever they lie.
+    """Return the hashes that identify a checkpoint in any folder.
 
-    Small files (config, pooling, heads, tokenizer) are hashed whole, each weight file by its size and its first and
-    last MiB: 2 GB need not be read before every run, and a retrained or converted file differs in its ends.
+    Small files (config, pooling, heads, tokenizer) are hashed completely, weight files by size, first and last MiB.
+    A retrained or converted weight file differs there, and 2 GB are not read before every run.
     """
     hashes: dict[str, str] = {}
     for name in ("config.json", POOLING_FILE, *HEAD_FILES.values(), *TOKENIZER_FILES):

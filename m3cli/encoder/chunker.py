@@ -1,11 +1,11 @@
-"""The tokens of a long text to windows, each of which becomes a chunk.
+"""Documents as chunks: tokenised, and cut into windows if they are longer than `max_length` tokens.
 
-`tokens`: every window is full, and repeats exactly `overlap` tokens of the one before. `sentence`: windows are of about
-equal length, so that the last is no sliver, and end at the best border in reach of that length: a paragraph's end, or
-else a sentence's, a line's, a word's. An overlap begins at the best border too, so it has `overlap` to `overlap` +
-reach tokens. The reach is an eighth of the tokens by which a window can go on from the one before.
+With split `tokens` every window is full and repeats exactly `overlap` tokens of the previous one. With `sentence`
+windows have about equal length, and each ends at the best border within reach of it: of a paragraph, or else of a
+sentence, a line, a word. An overlap begins at the best border too, so it has `overlap` to `overlap` + reach tokens.
+The reach is an eighth of the tokens that a window can have beyond its overlap.
 
-No window ends inside a character as long as one fits: a cut that would is moved to the nearest border of characters.
+No window ends inside a character that fits a window: such a cut moves to the nearest border between characters.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from m3cli.errors import UsageError
 from m3cli.records import Chunks, Document
 
 REACH_PART = 8
-"of the tokens that a window can have beyond its overlap, the part that a border is looked for in, to either side"
+"fraction (1 / REACH_PART) of a window's new tokens in which a border is searched, to either side"
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Tokens [start, stop) of a text, of which the first `repeated` are in the window before too."""
+    """Tokens [start, stop) of a text, the first `repeated` of which are in the previous window too."""
 
     start: int
     stop: int
@@ -37,71 +37,73 @@ class Window:
 
 
 def cut_windows(levels: NDArray[np.uint8], *, size: int, overlap: int, split: Split) -> list[Window]:
-    """Cut T tokens, given how good the border before each is [T], into windows of at most `size`; at least one.
+    """Return the windows of T tokens, at least one, of at most `size` tokens each.
+
+    `levels` [T] is the `Border` before each token.
 
     Raises:
         UsageError: `size` leaves no token beyond the overlap.
     """
     if size <= overlap:
         raise UsageError(
-            f"--overlap {overlap} and --prefix leave no room: a chunk holds {max(size, 0)} tokens of text; "
+            f"--overlap {overlap} and --prefix leave no space for text: a chunk holds {max(size, 0)} tokens of it; "
             "lower --overlap, shorten --prefix or raise --max-length"
         )
     reach = (size - overlap) // REACH_PART if split == "sentence" else 0
     windows: list[Window] = []
     start = covered = 0
     while len(levels) - start > size:
-        room, target = size - (covered - start), 0
+        limit, target = size - (covered - start), 0
         if split == "sentence":
-            ahead = overlap if covered == 0 else 0  # of the first window, which the second is to repeat
-            left = len(levels) - covered - ahead
-            target = ahead + -(-left // -(-left // (size - overlap - reach)))
-        stop = _choose_stop(levels, covered, room=room, target=min(target, room) or room, reach=reach)
+            repeated = overlap if covered == 0 else 0  # by the second window, of the first
+            remaining = len(levels) - covered - repeated
+            target = repeated + -(-remaining // -(-remaining // (size - overlap - reach)))
+        stop = _choose_stop(levels, covered, limit=limit, target=min(target, limit) or limit, reach=reach)
         windows.append(Window(start, stop, covered - start))
         start, covered = _choose_start(levels, start, stop, overlap=overlap, reach=reach, size=size), stop
     return [*windows, Window(start, len(levels), covered - start)]
 
 
-def _choose_stop(levels: NDArray[np.uint8], covered: int, *, room: int, target: int, reach: int) -> int:
-    low, high = covered + max(1, target - reach), covered + min(room, target + reach)
+def _choose_stop(levels: NDArray[np.uint8], covered: int, *, limit: int, target: int, reach: int) -> int:
+    low, high = covered + max(1, target - reach), covered + min(limit, target + reach)
     stop = _find_best(levels, low, high, near=covered + target)
     if levels[stop] > Border.GRAPHEME:
         return stop
-    return _find_nearest(levels, covered + 1, covered + room, near=covered + target)
+    return _find_nearest(levels, covered + 1, covered + limit, near=covered + target)
 
 
-def _choose_start(levels: NDArray[np.uint8], before: int, stop: int, *, overlap: int, reach: int, size: int) -> int:
-    """Return where the window after [before, stop) begins."""
+def _choose_start(levels: NDArray[np.uint8], previous: int, stop: int, *, overlap: int, reach: int, size: int) -> int:
+    """Return the start of the window after [previous, stop)."""
     if overlap == 0:
         return stop
-    high = max(before + 1, stop - overlap)
-    start = _find_best(levels, max(before + 1, high - reach), high, near=high)
+    high = max(previous + 1, stop - overlap)
+    start = _find_best(levels, max(previous + 1, high - reach), high, near=high)
     if levels[start] > Border.GRAPHEME:
         return start
-    # At least half of what a window has beyond its overlap stays free for new tokens.
-    return _find_nearest(levels, max(before + 1, high - (size - overlap) // 2), stop, near=high)
+    # At least half of a window beyond its overlap remains for new tokens.
+    return _find_nearest(levels, max(previous + 1, high - (size - overlap) // 2), stop, near=high)
 
 
 def _find_best(levels: NDArray[np.uint8], low: int, high: int, *, near: int) -> int:
-    """Return the best border in [low, high], and of equal ones the nearest to `near`."""
+    """Return the best border in [low, high], of equal ones the nearest to `near`."""
     found = levels[low : high + 1]
     best = np.flatnonzero(found == found.max()) + low
     return int(best[np.argmin(np.abs(best - near))])
 
 
 def _find_nearest(levels: NDArray[np.uint8], low: int, high: int, *, near: int) -> int:
-    """Return the border between characters in [low, high] nearest to `near`, or else one inside a grapheme."""
+    """Return the border between graphemes in [low, high] nearest to `near`, or else one between code points."""
     found = levels[low : high + 1]
     for least in (Border.INSIDE_WORD, Border.GRAPHEME):
-        places = np.flatnonzero(found >= least) + low
-        if len(places):
-            return int(places[np.argmin(np.abs(places - near))])
+        indices = np.flatnonzero(found >= least) + low
+        if len(indices):
+            return int(indices[np.argmin(np.abs(indices - near))])
     return near
 
 
 NUM_SPECIALS = 2
 LIKELY_CHARS = 4
-"of a text to a token: one with more than this times `max_length` is likely too long"
+"characters a token: a text of more than this times `max_length` is likely too long"
 
 Row = tuple[NDArray[np.int32], int, int, int, int, bool, int]
 "input_ids, chunk_index, num_chunks, char_start, char_end, truncated, num_repeated"
@@ -109,7 +111,7 @@ Row = tuple[NDArray[np.int32], int, int, int, int, bool, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cutting:
-    """How documents are cut."""
+    """Options of cutting documents."""
 
     max_length: int
     "tokens of a row, <s>, </s> and prefix included"
@@ -120,7 +122,7 @@ class Cutting:
 
 
 def cutting_of(config: EncodeConfig) -> Cutting:
-    """Return how a run cuts documents."""
+    """Return the options of cutting in a config."""
     return Cutting(
         max_length=config.max_length,
         overlap=config.overlap,
@@ -130,18 +132,17 @@ def cutting_of(config: EncodeConfig) -> Cutting:
     )
 
 
-def check_chunk_room(tokenizer: Tokenizer, cutting: Cutting) -> None:
-    """Refuse a prefix and an overlap that leave no room for text in a chunk.
+def check_chunk_space(tokenizer: Tokenizer, cutting: Cutting) -> None:
+    """Check that prefix and overlap leave space for text in a chunk.
 
     Raises:
-        UsageError: naming both, and the length.
+        UsageError: they do not.
     """
     num_prefix = len(tokenizer.backend.encode(cutting.prefix, add_special_tokens=False).ids)
-    room = cutting.max_length - NUM_SPECIALS - num_prefix
-    if room <= cutting.overlap:
+    if cutting.max_length - NUM_SPECIALS - num_prefix <= cutting.overlap:
         raise UsageError(
             f"--prefix of {num_prefix} tokens and --overlap {cutting.overlap}: a chunk of {cutting.max_length} tokens "
-            f"has room for {cutting.max_length - NUM_SPECIALS}, and none is left for text; "
+            f"holds {cutting.max_length - NUM_SPECIALS} of them, and none remains for text; "
             "shorten --prefix, lower --overlap or raise --max-length"
         )
 
@@ -150,23 +151,22 @@ def chunk_documents(documents: Sequence[Document], tokenizer: Tokenizer, cutting
     """Tokenise documents and cut those that are longer than `max_length` tokens.
 
     Raises:
-        UsageError: prefix and overlap leave no room for text in `max_length`.
+        UsageError: prefix and overlap leave no space for text in `max_length`.
     """
-    # What is surely or likely too long goes straight to the way that knows places, which costs twice as much a token;
-    # nothing goes both ways but what is longer than its characters promise.
-    most_chars = min(SEGMENT_CHARS, LIKELY_CHARS * cutting.max_length)
-    tried = [cutting.prefix + document.text for document in documents if len(document.text) <= most_chars]
-    found = (ids if len(ids) <= cutting.max_length else None for ids in tokenizer.encode(tried))
-    whole = [next(found) if len(document.text) <= most_chars else None for document in documents]
+    # Tokens with offsets cost twice as much: only texts that are likely too long, or turn out so, are read with them.
+    max_chars = min(SEGMENT_CHARS, LIKELY_CHARS * cutting.max_length)
+    short = [cutting.prefix + document.text for document in documents if len(document.text) <= max_chars]
+    encoded = (ids if len(ids) <= cutting.max_length else None for ids in tokenizer.encode(short))
+    complete = [next(encoded) if len(document.text) <= max_chars else None for document in documents]
     tokens = read_texts(
-        (document.text for document, input_ids in zip(documents, whole, strict=True) if input_ids is None),
+        (document.text for document, input_ids in zip(documents, complete, strict=True) if input_ids is None),
         tokenizer,
         prefix=cutting.prefix,
         enough=cutting.max_length if cutting.long_docs == "truncate" else None,
     )
     rows: list[Row] = []
     owners: list[int] = []
-    for owner, (document, input_ids) in enumerate(zip(documents, whole, strict=True)):
+    for owner, (document, input_ids) in enumerate(zip(documents, complete, strict=True)):
         if input_ids is not None:
             rows.append((input_ids, 0, 1, 0, len(document.text), False, 0))
         else:

@@ -1,4 +1,4 @@
-"""ColBERT matrices as the heads make them to what is stored of them: chosen by weight, pooled, quantised."""
+"""Compression of ColBERT matrices: vectors chosen by weight, pooled and quantised."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from scipy.spatial.distance import squareform
 
 from m3cli.config import ColbertForm
 from m3cli.encoder.embeddings import take_vectors
-from m3cli.records import Embeddings, TokenMatrices
+from m3cli.records import Embeddings, TokenMatrices, concat_ranges
 
 
 def compress_rows(embeddings: Embeddings, form: ColbertForm) -> Embeddings:
-    """Return embeddings with their ColBERT matrices as they are to be stored; without any, as they are."""
+    """Return embeddings with their ColBERT matrices in the form that is stored."""
     if embeddings.colbert_vecs is None:
         return embeddings
     return replace(embeddings, colbert_vecs=compress_matrices(embeddings.colbert_vecs, form))
@@ -25,7 +25,7 @@ def compress_rows(embeddings: Embeddings, form: ColbertForm) -> Embeddings:
 def compress_matrices(matrices: TokenMatrices, form: ColbertForm) -> TokenMatrices:
     """Choose, pool and quantise the float32 vectors of some rows, each of which ends in its `</s>`.
 
-    Vectors of another type are taken for what an older folder has stored in this form, and left alone.
+    Vectors of another type come from a previous folder in this form and are returned unchanged.
     """
     if matrices.vectors.dtype != np.float32:
         return matrices
@@ -44,13 +44,13 @@ def compress_matrices(matrices: TokenMatrices, form: ColbertForm) -> TokenMatric
 
 
 def bound_vectors(num_vectors: NDArray[Any], form: ColbertForm) -> NDArray[np.int64]:
-    """Return how many vectors [R] are stored at most of rows that have so many [R] before."""
+    """Return the most vectors [R] that are stored of rows with `num_vectors` [R]."""
     vectors = num_vectors.astype(np.int64)
     if form.top_k is not None:
         vectors = np.minimum(vectors, form.top_k)
     if form.pool == 1:
         return vectors
-    # Each block is rounded up, and the protected vector stands by itself.
+    # Each block is rounded up, and the protected vector is a cluster of its own.
     bound: NDArray[np.int64] = np.minimum(vectors, vectors // form.pool + -(-vectors // BLOCK_VECTORS) + 1)
     return bound
 
@@ -64,7 +64,7 @@ def pool_vectors(matrices: TokenMatrices, *, factor: int, protected: NDArray[np.
     Args:
         matrices: float32 vectors of norm 1.
         factor: 1 or more.
-        protected: [V] vectors that stay as they are.
+        protected: [V] vectors that are not merged.
     """
     cluster = np.empty(len(matrices.vectors), np.int64)
     indptr = np.zeros(len(matrices.indptr), np.int64)
@@ -93,12 +93,12 @@ def _number_clusters(vectors: NDArray[np.float32], *, factor: int, protected: ND
 
 
 def _cluster(vectors: NDArray[np.float32], *, num_clusters: int) -> NDArray[np.int64]:
-    """Return for each of some vectors the first one of its cluster."""
+    """Return for each vector the index of the first one of its cluster."""
     count = len(vectors)
     distances = 2.0 - 2.0 * (vectors @ vectors.T).astype(np.float64)
     np.sqrt(np.maximum(distances, 0.0, out=distances), out=distances)
     merges = linkage(squareform(distances, checks=False), "ward")[: count - num_clusters, :2].astype(np.int64).tolist()
-    # From the last merge to the first each hands its cluster down to the two it was made of.
+    # From the last merge to the first, pass the cluster on to the two parts of each.
     top = list(range(count + len(merges)))
     for merge in range(len(merges) - 1, -1, -1):
         for part in merges[merge]:
@@ -109,28 +109,25 @@ def _cluster(vectors: NDArray[np.float32], *, num_clusters: int) -> NDArray[np.i
 
 
 def keep_vectors(matrices: TokenMatrices, mask: NDArray[np.bool_]) -> TokenMatrices:
-    """Return the vectors that `mask` [V] is true for, in their rows and their order."""
+    """Return the vectors for which `mask` [V] is true, in the same rows and order."""
     kept = np.concatenate((np.zeros(1, np.int64), np.cumsum(mask, dtype=np.int64)))
     return take_vectors(matrices, kept[matrices.indptr], mask)
 
 
 def choose_vectors(matrices: TokenMatrices, *, top_k: int) -> NDArray[np.bool_]:
-    """Return which vectors [V] are of the `top_k` heaviest tokens of their row.
-
-    Of equal weights the earlier token is taken.
-    """
+    """Return whether each vector [V] belongs to the `top_k` heaviest tokens of its row; of equal ones, the first."""
     assert matrices.weights is not None
     weights, lengths = matrices.weights, np.diff(matrices.indptr)
     row = np.repeat(np.arange(len(lengths)), lengths)
     order = np.lexsort((np.arange(len(weights)), -weights, row))
     rank = np.empty(len(weights), np.int64)
-    rank[order] = np.arange(len(weights)) - np.repeat(matrices.indptr[:-1], lengths)
+    _, rank[order] = concat_ranges(0, lengths)
     mask: NDArray[np.bool_] = rank < top_k
     return mask
 
 
 BLOCK_BYTES = 1 << 20
-"of float32; what stays in the processor's cache"
+"of float32, which fit the processor's cache"
 
 
 def quantise_int8(vectors: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -140,8 +137,8 @@ def quantise_int8(vectors: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArr
     step = max(1, BLOCK_BYTES // max(1, vectors.shape[1] * 4))
     for start in range(0, len(vectors), step):
         block = vectors[start : start + step]
-        peak = np.maximum(block.max(axis=1), -block.min(axis=1))
-        factor = np.divide(127.0, peak, out=np.zeros_like(peak), where=peak > 0)
+        largest = np.maximum(block.max(axis=1), -block.min(axis=1))
+        factor = np.divide(127.0, largest, out=np.zeros_like(largest), where=largest > 0)
         numbers = np.rint(block * factor[:, None])
         rounded[start : start + step] = numbers
         norm = np.sqrt(np.einsum("ij,ij->i", numbers, numbers))
@@ -150,5 +147,5 @@ def quantise_int8(vectors: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArr
 
 
 def quantise_binary(vectors: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return the signs [V, D / 8] of vectors [V, D], eight to a byte."""
+    """Return the signs [V, D / 8] of vectors [V, D], eight in a byte."""
     return np.packbits(vectors > 0, axis=1)

@@ -1,7 +1,7 @@
-"""What `auto` means on this machine: device, dtype, batch budget, threads.
+"""Device, dtype, batch budget and threads: what `auto` resolves to on this machine, and its matmul rate.
 
-float16 on CUDA; bfloat16 on a CPU that multiplies it in hardware (a float16 matmul there runs at a tenth of the rate);
-float32 elsewhere. int8 only where it is asked for: it is not quite the same numbers.
+The dtype is float16 on CUDA, bfloat16 on a CPU that has it in hardware, float32 elsewhere. int8 is never automatic,
+because its vectors differ slightly.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ FLOAT16 = ("avx512_fp16", "amx_fp16", "fp16_arith")
 INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm")
 "instruction sets that multiply a dtype"
 _CPU_BATCH_TOKENS = 4096
-"queries, keys and values of 8,192 tokens, 48 MiB, would be mapped anew in each layer: see INNER_ROWS in model.py"
+"twice as many would need new memory pages in each layer: see INNER_ROWS in model.py"
 MAX_PARALLEL = 4
-"""each has a batch's activations, some 100 MiB at the width of BGE-M3; fixed, as the threads a lane has may decide the
-last bit of a sum, and with it a folder's bytes"""
+"""batches at once, each with activations of some 100 MiB; fixed, because the threads of a batch may decide the last bit
+of a sum, and so a folder's bytes"""
 _GPU_BATCH_TOKENS = ((40 << 30, 65536), (20 << 30, 32768), (0, 16384))
 "(bytes of GPU memory from, tokens)"
 
@@ -38,7 +38,7 @@ def resolve_device(device: str | None) -> str:
     """Return 'cpu' or 'cuda[:i]'; `auto` (None) takes a GPU if there is one.
 
     Raises:
-        UsageError: a GPU is asked for that is not there.
+        UsageError: the GPU does not exist.
     """
     if device in (None, "auto"):
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,10 +63,10 @@ def auto_dtype(device: str) -> Dtype:
 
 
 def resolve_dtype(dtype: Dtype | None, device: str) -> Dtype:
-    """Return the dtype that was asked for, or the one that suits a device (None).
+    """Return `dtype`, or the automatic one of a device (None).
 
     Raises:
-        UsageError: int8 is asked for where it cannot run.
+        UsageError: int8 cannot run here.
     """
     if dtype == "int8" and device.startswith("cuda"):
         raise UsageError(f"--dtype int8 runs on a CPU only, not on {device}; use float16 there, or --device cpu")
@@ -81,19 +81,19 @@ def resolve_dtype(dtype: Dtype | None, device: str) -> Dtype:
 
 
 def state_dtype(dtype: Dtype) -> torch.dtype:
-    """Return the dtype of hidden states: with int8, which is for weights and matmuls, the CPU's fastest other one."""
+    """Return the dtype of hidden states: with int8, which applies to matmuls only, the CPU's automatic one."""
     found: torch.dtype = getattr(torch, auto_dtype("cpu") if dtype == "int8" else dtype)
     return found
 
 
 def is_emulated(dtype: torch.dtype, device: str) -> bool:
-    """Whether a CPU has no instructions to multiply a dtype, and float32 is faster on it."""
+    """Return whether a CPU has no instructions to multiply a dtype, so that float32 is faster."""
     names = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}.get(dtype)
     return names is not None and not device.startswith("cuda") and not cpu_has(names)
 
 
 def auto_batch_tokens(device: str) -> int:
-    """Return tokens of a batch that keep the device busy and leave room for the longest chunk."""
+    """Return the tokens of a batch that keep the device busy and leave memory for the longest chunk."""
     if not device.startswith("cuda"):
         return _CPU_BATCH_TOKENS
     memory = torch.cuda.get_device_properties(device).total_memory
@@ -101,28 +101,28 @@ def auto_batch_tokens(device: str) -> int:
 
 
 def auto_threads() -> int:
-    """Return the threads torch would take for a matmul: the physical cores it may use."""
+    """Return torch's default: the physical cores that it may use."""
     return torch.get_num_threads()
 
 
 def set_threads(threads: int) -> None:
-    """Use so many threads for matmuls on a CPU."""
+    """Set the threads of a matmul on a CPU."""
     torch.set_num_threads(threads)
 
 
 def plan_threads(threads: int, *, device: str) -> int:
     """Return how many batches go through the model at once, each with an equal share of the threads.
 
-    Between one matmul and the next a batch has work for a single thread (packing, layout, the heads' ends), which
-    other lanes fill with theirs. On a GPU the next batch is launched ahead instead.
+    Between matmuls a batch has work for one thread (packing, layout, parts of the heads), and other batches use the
+    cores. On a GPU the next batch is launched ahead instead.
     """
     if device.startswith("cuda"):
         return 1
-    return next(lanes for lanes in range(MAX_PARALLEL, 0, -1) if lanes <= threads and threads % lanes <= 1)
+    return next(count for count in range(MAX_PARALLEL, 0, -1) if count <= threads and threads % count <= 1)
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Whether torch could not get memory: for a GPU that is an error of its own, for a CPU it is told by its text."""
+    """Return whether an error is a lack of memory: an own class for a GPU, recognised by its text for a CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError, ModelTooLarge)):
         return True
     # "... DefaultCPUAllocator: can't allocate memory ...", "unable to mmap ...: Cannot allocate memory (12)"
@@ -130,25 +130,25 @@ def lacks_memory(error: Exception) -> bool:
 
 
 def peak_device_bytes(device: str) -> int:
-    """Return the most GPU memory that was allocated at once; 0 on a CPU."""
+    """Return the peak of allocated GPU memory; 0 on a CPU."""
     return int(torch.cuda.max_memory_allocated(device)) if device.startswith("cuda") else 0
 
 
 def cpu_has(names: Collection[str]) -> bool:
-    """Whether the CPU has one of the instruction sets, as torch names them."""
+    """Return whether the CPU has one of the instruction sets, by torch's names."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(capabilities.get(name) for name in names)
 
 
 _ROWS, _WIDTH, _COLUMNS = 4096, 1024, 4096
 _SECONDS = 0.4
-"that a rate is measured for, if its rounds are done by then"
+"for which a rate is measured"
 _ROUNDS = 4
-"at least, the first of which warms up"
+"at least, with one to warm up"
 _LONGEST_ROUND = 3.0
-"seconds that a round may take"
+"seconds"
 _PACKED_SHARE = 0.85
-"of the matmul rate that packed encoding reached: 337 of 396 GFLOP/s in bfloat16 on the CPU of DESIGN, section 8"
+"of the matmul rate, which packed encoding reaches in bfloat16 (scripts/bench_results/README.md)"
 _HEAD_WIDTH = 64
 "of BGE-M3 and all XLM-RoBERTa"
 
@@ -166,33 +166,33 @@ def list_devices() -> list[dict[str, Any]]:
         }
     ]
     for number in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(number)
+        properties = torch.cuda.get_device_properties(number)
         found.append(
             {
                 "device": f"cuda:{number}",
-                "name": about.name,
-                "memory_bytes": about.total_memory,
-                "compute_capability": f"{about.major}.{about.minor}",
-                "hardware_dtypes": ["float32", "float16", *(["bfloat16"] if about.major >= 8 else [])],
+                "name": properties.name,
+                "memory_bytes": properties.total_memory,
+                "compute_capability": f"{properties.major}.{properties.minor}",
+                "hardware_dtypes": ["float32", "float16", *(["bfloat16"] if properties.major >= 8 else [])],
             }
         )
     return found
 
 
 def name_attention(device: str, dtype: Dtype) -> str:
-    """Say which attention a device would use with a dtype."""
+    """Return the name of the attention that a device uses with a dtype."""
     varlen = takes_varlen(torch.device(device), state_dtype(dtype), head_width=_HEAD_WIDTH)
     return "variable-length flash attention" if varlen else "batched matmuls, one block a length"
 
 
 @torch.inference_mode()
 def measure_matmul(device: str, dtype: Dtype) -> float:
-    """Return FLOP/s of the best of a few rounds; of a smaller matmul where one round would take seconds.
+    """Return FLOP/s of the best of a few rounds, of a smaller matmul if a round would take seconds.
 
-    A dtype that is not in hardware can be a thousand times slower: float16 on a CPU without it.
+    A dtype without hardware support can be a thousand times slower.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine, threads that wait for each other would make any small matmul slow
+    torch.set_num_threads(1)  # on a busy machine, waiting threads slow a small matmul down
     try:
         small = threads * _time_matmul(device, dtype, rows=_ROWS // 16, columns=_COLUMNS // 16, seconds=_SECONDS / 4)
     finally:
@@ -204,21 +204,21 @@ def measure_matmul(device: str, dtype: Dtype) -> float:
 
 def _time_matmul(device: str, dtype: Dtype, *, rows: int, columns: int, seconds: float) -> float:
     """Return FLOP/s of [rows x 1024] x [1024 x columns], the best of the rounds after the first."""
-    kind, place = getattr(torch, dtype), torch.device(device)
-    left = torch.randn(rows, _WIDTH, device=place).to(kind)
-    right = torch.randn(_WIDTH, columns, device=place).to(kind)
+    kind, target = getattr(torch, dtype), torch.device(device)
+    first = torch.randn(rows, _WIDTH, device=target).to(kind)
+    second = torch.randn(_WIDTH, columns, device=target).to(kind)
     rounds: list[float] = []
     while len(rounds) < _ROUNDS or sum(rounds[1:]) < seconds:
         start = time.perf_counter()
-        torch.mm(left, right)
-        if place.type == "cuda":
-            torch.cuda.synchronize(place)
+        torch.mm(first, second)
+        if target.type == "cuda":
+            torch.cuda.synchronize(target)
         rounds.append(time.perf_counter() - start)
     return 2.0 * rows * _WIDTH * columns / min(rounds[1:])
 
 
 def count_flops(checkpoint: Checkpoint, *, intermediate_size: int, length: int) -> float:
-    """Return FLOP a token of a text of `length` tokens: matmuls of all layers, attention, ColBERT head."""
+    """Return the FLOP of one token in a text of `length` tokens: all layers, attention, ColBERT head."""
     width = checkpoint.hidden_size
     layer = 8 * width * width + 4 * width * intermediate_size + 4 * length * width
     head = 2 * width * width if "colbert" in checkpoint.outputs else 0

@@ -1,14 +1,13 @@
-"""Hidden states to the three outputs, as FlagEmbedding's `BGEM3FlagModel` means them (its `m3/modeling.py`).
+"""The three outputs from hidden states, as FlagEmbedding's `BGEM3FlagModel` defines them (its `m3/modeling.py`).
 
 - dense: the pooled state (of `<s>` for BGE-M3), L2-normalised;
 - sparse: relu(sparse_linear(h)), for each token id of a row the maximum over its positions, specials and zeros dropped;
 - colbert: colbert_linear(h) of every token but `<s>`, L2-normalised: n tokens give n - 1 vectors.
 
-Norms and sums are float32 whatever the model's dtype. Everything is reduced on the device, without once waiting for it:
-what is chosen by place is chosen by places known on the host, and what depends on numbers, how many weights there are,
-has room for all of them and is cut on the host.
+Norms and sums are float32 with every dtype. Everything is reduced on the device without waiting for it: indices come
+from the host, and lexical weights, whose number only the device knows, get memory for all and are cut on the host.
 
-Shapes: B rows, N tokens, M >= N states with the filling behind them, C hidden width, D width of a vector.
+Shapes: B rows, N tokens, M >= N states with the padding after them, C hidden width, D width of a vector.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from m3cli.encoder.transfer import send
 from m3cli.records import Batch, Embeddings, LexicalWeights, Output, TokenMatrices
 
 NO_KEY = np.iinfo(np.int64).max
-"stands where there is no lexical weight; sorts behind all keys, (row << 32) | token id"
+"key without a lexical weight; greater than all keys, (row << 32) | token id"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What the heads are to make."""
+class OutputOptions:
+    """Outputs of the heads, and their dtypes."""
 
     outputs: Collection[Output]
     special_ids: Collection[int]
@@ -44,7 +43,7 @@ class Wanted:
     dense_dtype: VectorDtype = "float16"
     colbert_dtype: VectorDtype = "float16"
     vector_weights: bool = False
-    "with each ColBERT vector the lexical weight of its token"
+    "whether each ColBERT vector comes with the lexical weight of its token"
 
 
 @torch.inference_mode()
@@ -53,48 +52,49 @@ def run_heads(
     batch: Batch,
     last_hidden_state: torch.Tensor,
     layout: SequenceLayout,
-    wanted: Wanted,
+    options: OutputOptions,
 ) -> dict[str, torch.Tensor]:
-    """Compute what is wanted of a batch from its hidden states [M, C], M >= N as `run_model` gives them.
+    """Compute the outputs of a batch from its hidden states [M, C] of `run_model`.
 
     Returns:
-        on the device, what `build_embeddings` takes: dense_vecs [B, C]; lexical_keys [N] int64 and lexical_values [N]
-        float32; colbert_vecs [N - B, D] and vector_weights [N - B] float32. And finite [N]: whether a token's state
-        and its lexical weight are numbers.
+        tensors on the device: dense_vecs [B, C]; lexical_keys [N] int64 and lexical_values [N] float32; colbert_vecs
+        [N - B, D] and vector_weights [N - B] float32; and finite [N], whether a token's state and lexical weight are.
     """
-    made = {"finite": torch.isfinite(last_hidden_state[: len(batch.input_ids)].sum(-1, dtype=torch.float32))}
-    with_vectors = "colbert" in wanted.outputs
-    vector_weights = with_vectors and wanted.vector_weights
-    if "dense" in wanted.outputs:
+    outputs = {"finite": torch.isfinite(last_hidden_state[: len(batch.input_ids)].sum(-1, dtype=torch.float32))}
+    with_vectors = "colbert" in options.outputs
+    vector_weights = with_vectors and options.vector_weights
+    if "dense" in options.outputs:
         pooled = pool_rows(last_hidden_state, layout, pooling=model.checkpoint.pooling)
-        made["dense_vecs"] = pooled.to(getattr(torch, wanted.dense_dtype))
+        outputs["dense_vecs"] = pooled.to(getattr(torch, options.dense_dtype))
     rows_of_tokens = np.repeat(np.arange(len(batch.rows), dtype=np.int32), np.diff(batch.cu_seqlens))
     tokens_of_vectors = np.delete(np.arange(len(batch.input_ids), dtype=np.int32), batch.cu_seqlens[:-1])
-    input_ids, rows, places = send(model.device, batch.input_ids, rows_of_tokens, tokens_of_vectors)
-    if "sparse" in wanted.outputs or vector_weights:
+    input_ids, rows, tokens = send(model.device, batch.input_ids, rows_of_tokens, tokens_of_vectors)
+    if "sparse" in options.outputs or vector_weights:
         assert model.sparse_linear is not None
-        weights = weigh_positions(last_hidden_state, input_ids, model.sparse_linear, special_ids=wanted.special_ids)
-        made["finite"] &= torch.isfinite(weights)
-        if "sparse" in wanted.outputs:
-            made["lexical_keys"], made["lexical_values"] = find_maxima(weights, input_ids, rows)
+        weights = weigh_positions(last_hidden_state, input_ids, model.sparse_linear, special_ids=options.special_ids)
+        outputs["finite"] &= torch.isfinite(weights)
+        if "sparse" in options.outputs:
+            outputs["lexical_keys"], outputs["lexical_values"] = find_maxima(weights, input_ids, rows)
         if vector_weights:
-            made["vector_weights"] = weights.index_select(0, places)
+            outputs["vector_weights"] = weights.index_select(0, tokens)
     if with_vectors:
         assert model.colbert_linear is not None
-        vectors = project_tokens(last_hidden_state, places, model.colbert_linear)
-        made["colbert_vecs"] = vectors.to(getattr(torch, wanted.colbert_dtype))
-    return made
+        vectors = project_tokens(last_hidden_state, tokens, model.colbert_linear)
+        outputs["colbert_vecs"] = vectors.to(getattr(torch, options.colbert_dtype))
+    return outputs
 
 
-def build_embeddings(batch: Batch, made: Mapping[str, NDArray[Any]]) -> Embeddings:
-    """Build the record of a batch's outputs from what `run_heads` made, on the host."""
+def build_embeddings(batch: Batch, outputs: Mapping[str, NDArray[Any]]) -> Embeddings:
+    """Return the outputs of `run_heads`, copied to the host, as a record."""
     lexical = colbert = None
-    if "lexical_keys" in made:
-        lexical = _build_weights(made["lexical_keys"], made["lexical_values"], num_rows=len(batch.rows))
-    if "colbert_vecs" in made:
+    if "lexical_keys" in outputs:
+        lexical = _build_weights(outputs["lexical_keys"], outputs["lexical_values"], num_rows=len(batch.rows))
+    if "colbert_vecs" in outputs:
         indptr = batch.cu_seqlens.astype(np.int64) - np.arange(len(batch.rows) + 1)
-        colbert = TokenMatrices(indptr=indptr, vectors=made["colbert_vecs"], weights=made.get("vector_weights"))
-    return Embeddings(rows=batch.rows, dense_vecs=made.get("dense_vecs"), lexical_weights=lexical, colbert_vecs=colbert)
+        colbert = TokenMatrices(indptr=indptr, vectors=outputs["colbert_vecs"], weights=outputs.get("vector_weights"))
+    return Embeddings(
+        rows=batch.rows, dense_vecs=outputs.get("dense_vecs"), lexical_weights=lexical, colbert_vecs=colbert
+    )
 
 
 def pool_rows(hidden: torch.Tensor, layout: SequenceLayout, *, pooling: Pooling) -> torch.Tensor:
@@ -106,7 +106,7 @@ def pool_rows(hidden: torch.Tensor, layout: SequenceLayout, *, pooling: Pooling)
         pooled = hidden.index_select(0, borders[1:] - 1).float()
     else:
         states = hidden[: layout.num_tokens].float()
-        # `unsafe` leaves out checks of the lengths, which would wait for the device.
+        # `unsafe` omits checks of the lengths, which would wait for the device.
         pooled = torch.segment_reduce(states, "mean", lengths=borders.diff(), axis=0, unsafe=True)
     return F.normalize(pooled, dim=-1)
 
@@ -114,10 +114,10 @@ def pool_rows(hidden: torch.Tensor, layout: SequenceLayout, *, pooling: Pooling)
 def find_maxima(
     weights: torch.Tensor, input_ids: torch.Tensor, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find for each token id of a row the largest of its weights [N] above 0.
+    """Return for each token id of a row the largest of its weights [N] above 0.
 
     Returns:
-        keys [N] int64, (row << 32) | token id, ascending, none twice, then NO_KEY; and their weights [N] float32.
+        keys [N] int64, (row << 32) | token id, distinct and ascending, then NO_KEY; and their weights [N] float32.
     """
     keys = ((rows.long() << 32) | input_ids).masked_fill_(~(weights > 0), NO_KEY)  # NaN goes too
     keys, order = torch.sort(keys)
@@ -133,7 +133,7 @@ def _build_weights(keys: NDArray[np.int64], values: NDArray[np.float32], *, num_
     return LexicalWeights(
         indptr=np.searchsorted(keys, np.arange(num_rows + 1) << 32),
         indices=(keys & 0xFFFFFFFF).astype(np.uint32),
-        values=values[: len(keys)].copy(),  # or the room for all of them would be kept
+        values=values[: len(keys)].copy(),  # frees the memory of the others
     )
 
 
@@ -147,8 +147,8 @@ def weigh_positions(
     return weights
 
 
-def project_tokens(hidden: torch.Tensor, places: torch.Tensor, colbert_linear: Linear) -> torch.Tensor:
-    """Return [N - B, D] float32 of norm 1, of the tokens at `places`: every one but `<s>`, rows in order."""
-    # The filling goes through the matmul too, so that its shape is one of few (TOKEN_STEP), and is dropped after it.
+def project_tokens(hidden: torch.Tensor, tokens: torch.Tensor, colbert_linear: Linear) -> torch.Tensor:
+    """Return [N - B, D] float32 of norm 1, of the tokens with these indices: all but `<s>`."""
+    # Padding goes through the matmul too, so that few shapes occur (TOKEN_STEP).
     projected = colbert_linear.apply(hidden)
-    return F.normalize(projected.index_select(0, places).float(), dim=-1)
+    return F.normalize(projected.index_select(0, tokens).float(), dim=-1)

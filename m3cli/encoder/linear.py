@@ -1,11 +1,10 @@
-"""Affine maps in the form that a device runs fastest, what follows them fused in where it can be.
+"""Affine maps in the form that a device runs fastest, with gelu or an addition fused in.
 
-On a CPU in bfloat16 and float32 weights are laid out once for oneDNN, and gelu is done while a tile is still in cache:
-torch's plain `linear` lays bfloat16 out anew at every call, leaves float32 to MKL, which is slower on AMD's processors,
-and its gelu reads and writes the widest tensor of the layer once more. Everywhere else it is torch's own `linear`.
+On a CPU, bfloat16 and float32 weights are packed once for oneDNN, and gelu runs while a tile is in cache. torch's own
+`linear` packs bfloat16 weights at every call, uses MKL for float32, which is slower on AMD processors, and has no fused
+gelu. Other devices use `linear`.
 
-The operator's overloads are called by name: without one torch tries them in turn, and formats the tensors into the
-error text of each that does not fit.
+The operator's overloads are called by name. Otherwise torch tries each one, and formats all tensors into an error text.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
 
 ROWS_HINT = 8192
-"rows that the layout is chosen for; others run in the same layout"
+"rows for which the layout is optimised"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +23,7 @@ class Linear:
     """x -> x W^T + b."""
 
     weight: torch.Tensor
-    "[out, in], or the same laid out by oneDNN"
+    "[out, in], or packed by oneDNN"
     bias: torch.Tensor
     "[out]"
     packed: bool
@@ -32,41 +31,39 @@ class Linear:
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Map [N, in] to [N, out]."""
         if self.packed:
-            made: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
+            out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
                 states, self.weight, self.bias, "none", [], ""
             )
-            return made
+            return out
         return F.linear(states, self.weight, self.bias)
 
     def apply_gelu(self, states: torch.Tensor) -> torch.Tensor:
         """Map [N, in] to [N, out], then gelu (the exact one, with erf)."""
         if self.packed:
-            made: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
+            out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
                 states, self.weight, self.bias, "gelu", [], "none"
             )
-            return made
+            return out
         return F.gelu(F.linear(states, self.weight, self.bias))
 
     def apply_add(self, states: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
         """Map [N, in] to [N, out], then add [N, out]."""
         if self.packed:
-            made: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(
-                states, addend, self.weight, self.bias, "add"
-            )
-            return made
+            out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(states, addend, self.weight, self.bias, "add")
+            return out
         return F.linear(states, self.weight, self.bias).add_(addend)
 
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor) -> Linear:
-    """Prepare an affine map where its weights lie."""
+    """Return an affine map on the device of its weights."""
     if _can_pack(weight):
-        laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
-        return Linear(weight=laid_out, bias=bias, packed=True)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
+        return Linear(weight=packed, bias=bias, packed=True)
     return Linear(weight=weight, bias=bias, packed=False)
 
 
 def _can_pack(weight: torch.Tensor) -> bool:
-    # The operators are those that torch.compile freezes CPU models into; a torch built without oneDNN has none.
+    # torch.compile freezes CPU models into these operators; a torch built without oneDNN lacks them.
     return (
         weight.device.type == "cpu"
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -79,16 +76,15 @@ def _can_pack(weight: torch.Tensor) -> bool:
 
 
 LEVELS = 127
-"each side of zero"
+"steps on each side of zero"
 ZERO_POINT = 128
-"of states; oneDNN is fast with unsigned ones only, and took seconds for a small matmul of signed ones"
+"of states; oneDNN is fast with unsigned states only"
 GELU_MINIMUM = -0.17
-"gelu is nowhere smaller: states behind it are shifted up by this, so that all 255 steps are used"
+"minimum of gelu: states after it are shifted up by this, so that all 255 steps are used"
 QUANTISED_ROWS = 64
-"""at once: as float32, 4,096 wide, they are 1 MiB and stay in the second level cache. 1,024 rows at once took 2.5 times
-as long, most of it for memory that the system zeroes anew each time"""
+"at once: 4,096 wide in float32 they are 1 MiB, which fits the second level cache (scripts/bench_results/LOG.md)"
 INT8_ROWS_HINT = 2048
-"rows that the layout is chosen for; others run in the same layout"
+"rows for which the layout is optimised"
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -97,7 +93,7 @@ class Int8Linear:
     """x -> x W^T + b, with W and, on the way, x in 8-bit integers."""
 
     weight: torch.Tensor
-    "[out, in] int8, laid out by oneDNN"
+    "[out, in] int8, packed by oneDNN"
     scale: torch.Tensor
     "[out] float32, of the weight's rows"
     zero: torch.Tensor
@@ -105,15 +101,15 @@ class Int8Linear:
     bias: torch.Tensor
     "[out] in the states' dtype"
     shift: float
-    "added to x before it is quantised, and taken out again by the bias; 0: x lies around zero"
+    "added to x before it is quantised, and subtracted by the bias; 0 unless x comes from gelu"
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Map [N, in] to [N, out], both bfloat16 or float32."""
         quantised, scale, zero_point = self._quantise(states)
-        made = torch.ops.onednn.qlinear_pointwise(
+        out = torch.ops.onednn.qlinear_pointwise(
             quantised, 1.0, zero_point, self.weight, self.scale, self.zero, None, 1.0, 0, states.dtype, "none", [], ""
         )
-        mapped: torch.Tensor = torch.addcmul(self.bias, made, scale.to(states.dtype), out=made)
+        mapped: torch.Tensor = torch.addcmul(self.bias, out, scale.to(states.dtype), out=out)
         return mapped
 
     def apply_gelu(self, states: torch.Tensor) -> torch.Tensor:
@@ -134,22 +130,22 @@ class Int8Linear:
             scale = torch.maximum(largest, -states.amin(-1, keepdim=True).float()) / LEVELS
             zero_point = ZERO_POINT
         steps = scale.clamp_(min=_SMALLEST).reciprocal()
-        offsets = steps * self.shift + (zero_point + 0.5)  # the conversion cuts off, hence the half
+        offsets = steps * self.shift + (zero_point + 0.5)  # the half rounds, as the conversion truncates
         quantised = torch.empty(states.shape, dtype=torch.uint8)
-        room = torch.empty((min(QUANTISED_ROWS, len(states)), states.shape[1]))
+        buffer = torch.empty((min(QUANTISED_ROWS, len(states)), states.shape[1]))
         for start in range(0, len(states), QUANTISED_ROWS):
-            run = slice(start, start + QUANTISED_ROWS)
-            levels = room[: len(states) - start].copy_(states[run])
-            quantised[run] = torch.addcmul(offsets[run], levels, steps[run], out=levels)
+            rows = slice(start, start + QUANTISED_ROWS)
+            levels = buffer[: len(states) - start].copy_(states[rows])
+            quantised[rows] = torch.addcmul(offsets[rows], levels, steps[rows], out=levels)
         return quantised, scale, zero_point
 
 
-def make_int8_linear(weight: torch.Tensor, bias: torch.Tensor, *, dtype: torch.dtype, behind_gelu: bool) -> Int8Linear:
-    """Quantise an affine map [out, in] whose states come in `dtype`."""
+def make_int8_linear(weight: torch.Tensor, bias: torch.Tensor, *, dtype: torch.dtype, after_gelu: bool) -> Int8Linear:
+    """Return a quantised affine map [out, in] for states of `dtype`."""
     exact = weight.float()
     scale = (exact.abs().amax(1) / LEVELS).clamp(min=_SMALLEST)
     quantised = (exact / scale[:, None]).round().to(torch.int8)
-    shift = -GELU_MINIMUM if behind_gelu else 0.0
+    shift = -GELU_MINIMUM if after_gelu else 0.0
     unshifted = bias.float() - shift * scale * quantised.sum(1, dtype=torch.float32)
     return Int8Linear(
         weight=torch.ops.onednn.qlinear_prepack(quantised, [INT8_ROWS_HINT, weight.shape[1]]),
@@ -161,5 +157,5 @@ def make_int8_linear(weight: torch.Tensor, bias: torch.Tensor, *, dtype: torch.d
 
 
 def can_run_int8() -> bool:
-    """Whether this torch has oneDNN's 8-bit matmul; it is fast where the processor has VNNI."""
+    """Return whether this torch has oneDNN's 8-bit matmul; its result needs a CPU with VNNI."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")  # type: ignore[no-untyped-call]

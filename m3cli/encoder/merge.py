@@ -1,14 +1,16 @@
-"""Rows of chunks to rows of documents: `--long-docs merge` and `both`.
+"""Rows of documents from rows of chunks: `--long-docs merge` and `both`.
 
-A document of several chunks becomes one row: dense is the mean of its chunks' vectors, each weighted by its num_tokens,
-normalised; of each token the largest lexical weight; ColBERT the chunks' matrices one after the other, what an overlap
-repeats taken from the chunk where it comes first, and only the last chunk's `</s>`. So a merged row has one `<s>`, each
-token of the text once, the prefix once and one `</s>`, and num_tokens - 1 vectors. Documents of one chunk stay as they
-are. With `both` the chunks' rows stay, and the document's own row, chunk_index -1, follows them; its ColBERT matrix is
-empty, as the chunks have those vectors.
+A document of several chunks becomes one row:
+- dense: the mean of the chunks' vectors, weighted by num_tokens and normalised;
+- sparse: the largest weight of each token id;
+- ColBERT: the chunks' matrices one after the other, each token of the text once, with the last chunk's `</s>`.
 
-Chunks come window by window: of a document that goes on, the sum of dense vectors (float64), the largest weights, and
-the ColBERT vectors so far are held.
+So a merged row has one `<s>`, each token of the text once, the prefix once and one `</s>`, and num_tokens - 1 vectors.
+Documents of one chunk do not change. With `both` the chunks' rows remain, and the document's own row, chunk_index -1,
+follows them. Its ColBERT matrix is empty, because the chunks have those vectors.
+
+Chunks arrive in windows. For a document that continues in the next window, memory holds the sum of dense vectors
+(float64), the largest weights and the ColBERT vectors.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from m3cli.encoder.embeddings import join_chunks, select_chunks, select_rows
 from m3cli.records import Chunks, Embeddings, LexicalWeights, TokenMatrices
 
 DOCUMENT_ROW = -1
-"chunk_index of a document's own row beside its chunks' rows"
+"chunk_index of a document's own row, which follows its chunks' rows"
 
 
 def merge_chunks(chunks: Chunks) -> Chunks:
-    """Return one row for each document, whose chunks' rows are all there, with the tokens of its merged row."""
+    """Return one row for each document with the tokens of its merged row; all its chunks must be in `chunks`."""
     first, last = chunks.chunk_index == 0, chunks.chunk_index == chunks.num_chunks - 1
     num_rows = int(first.sum())
     keep = _keep_once(chunks)
@@ -49,7 +51,7 @@ def merge_chunks(chunks: Chunks) -> Chunks:
 
 
 def add_document_rows(chunks: Chunks, *, taken: NDArray[np.int64]) -> Chunks:
-    """Return all rows, and behind those of each document of several chunks its own; rows taken over have theirs."""
+    """Return all rows, and the own row of each document of several chunks after them; `taken` rows include theirs."""
     fresh = np.setdiff1d(np.flatnonzero(chunks.num_chunks > 1), taken)
     merged = merge_chunks(select_chunks(chunks, fresh))
     own = replace(
@@ -62,7 +64,7 @@ def add_document_rows(chunks: Chunks, *, taken: NDArray[np.int64]) -> Chunks:
 
 
 def plan_rows(chunks: Chunks, *, long_docs: LongDocs, taken: NDArray[np.int64]) -> Chunks:
-    """Return the rows that are written for the rows that are encoded, or taken over."""
+    """Return the rows that are written for rows that are encoded or reused (`taken`)."""
     if long_docs == "merge":
         return merge_chunks(chunks)
     if long_docs == "both":
@@ -71,22 +73,22 @@ def plan_rows(chunks: Chunks, *, long_docs: LongDocs, taken: NDArray[np.int64]) 
 
 
 def _keep_once(chunks: Chunks) -> NDArray[np.bool_]:
-    """Return which tokens [N] are their documents' once: no `<s>` but the first, no `</s>` but the last, no overlap."""
+    """Return whether each token [N] is kept: the first `<s>`, the last `</s>`, and no repeated tokens."""
     later = np.flatnonzero(chunks.chunk_index > 0)
     begins = chunks.cu_seqlens[later]
-    # Steps up where what is left out begins, and down where it ends; their sum is 0 outside.
+    # The running sum of the steps is 1 on tokens that are left out, else 0.
     steps = np.zeros(len(chunks.input_ids) + 1, np.int8)
     steps[begins] = 1
     steps[begins + 1 + chunks.num_repeated[later]] -= 1
     keep: NDArray[np.bool_] = np.cumsum(steps[:-1], dtype=np.int8) == 0
-    going_on = (chunks.chunk_index >= 0) & (chunks.chunk_index < chunks.num_chunks - 1)
-    keep[chunks.cu_seqlens[1:][going_on] - 1] = False
+    continued = (chunks.chunk_index >= 0) & (chunks.chunk_index < chunks.num_chunks - 1)
+    keep[chunks.cu_seqlens[1:][continued] - 1] = False
     return keep
 
 
 @dataclass(slots=True)
 class _Document:
-    """What is known of a document that is not complete."""
+    """The chunks of an incomplete document, merged so far."""
 
     dense: NDArray[np.float64] | None = None
     "[D] sum of vectors times tokens"
@@ -97,7 +99,7 @@ class _Document:
 
 
 class Merger:
-    """Merges the rows of one shard as they come, in order."""
+    """Merges the rows of one shard, which arrive in order."""
 
     def __init__(
         self,
@@ -113,30 +115,30 @@ class Merger:
         self._dense_dtype = dense_dtype
         self._form = colbert_form
         self._keep = _keep_once(chunks) if long_docs == "merge" else np.empty(0, np.bool_)
-        self._places = _find_places(chunks, long_docs=long_docs, taken=taken)
+        self._row_numbers = _number_rows(chunks, long_docs=long_docs, taken=taken)
         self._open = _Document()
 
-    def place(self, embeddings: Embeddings) -> Embeddings:
-        """Return embeddings of rows that are written as they are, under the numbers they are written with."""
-        return replace(embeddings, rows=self._places[embeddings.rows])
+    def number(self, embeddings: Embeddings) -> Embeddings:
+        """Return the embeddings of unmerged rows under the numbers with which they are written."""
+        return replace(embeddings, rows=self._row_numbers[embeddings.rows])
 
     def feed(self, window: Embeddings) -> Iterator[Embeddings]:
-        """Take the rows that follow, ascending, and yield those to be written that are complete, in any order."""
+        """Accept the next rows, ascending, and yield the complete rows to write, in any order."""
         several = self._chunks.num_chunks[window.rows] > 1
         if self._long_docs == "both":
-            yield self.place(self._round(window))
+            yield self.number(self._round(window))
         elif not several.all():
             alone = np.flatnonzero(~several)
-            yield self.place(self._round(select_rows(window, alone, rows=window.rows[alone])))
+            yield self.number(self._round(select_rows(window, alone, rows=window.rows[alone])))
         many = np.flatnonzero(several)
         borders = np.flatnonzero(np.diff(self._chunks.document[window.rows[many]])) + 1
-        for places in np.split(many, borders) if len(many) else ():
-            self._add(window, int(places[0]), int(places[-1]) + 1)
-            last_row = int(window.rows[places[-1]])
+        for indices in np.split(many, borders) if len(many) else ():
+            self._add(window, int(indices[0]), int(indices[-1]) + 1)
+            last_row = int(window.rows[indices[-1]])
             if self._chunks.chunk_index[last_row] == self._chunks.num_chunks[last_row] - 1:
                 yield self._close(last_row, window)
             else:
-                self._thin_out()
+                self._prune()
 
     def _add(self, window: Embeddings, first: int, last: int) -> None:
         """Add the chunks at [first, last) of a window to the open document."""
@@ -155,29 +157,29 @@ class Merger:
             document.matrices.append(self._take_once(window.colbert_vecs, rows, first, last))
 
     def _take_once(self, matrices: TokenMatrices, rows: NDArray[np.int64], first: int, last: int) -> TokenMatrices:
-        """Return the vectors of some consecutive rows as those of one row, each token of the text once."""
+        """Return the vectors of consecutive rows as one row, each token of the text once."""
         begin, end = int(matrices.indptr[first]), int(matrices.indptr[last])
         tokens = np.ones(int(self._chunks.cu_seqlens[rows[-1] + 1] - self._chunks.cu_seqlens[rows[0]]), np.bool_)
         tokens[self._chunks.cu_seqlens[rows] - self._chunks.cu_seqlens[rows[0]]] = False  # <s> has no vector
         mask = self._keep[self._chunks.cu_seqlens[rows[0]] : self._chunks.cu_seqlens[rows[-1] + 1]][tokens]
-        whole = TokenMatrices(
+        joined = TokenMatrices(
             indptr=np.array([0, end - begin]),
             vectors=matrices.vectors[begin:end],
             weights=None if matrices.weights is None else matrices.weights[begin:end],
         )
-        return keep_vectors(whole, mask)
+        return keep_vectors(joined, mask)
 
-    def _thin_out(self) -> None:
-        """Let go of vectors that cannot be among the heaviest of the whole document."""
+    def _prune(self) -> None:
+        """Drop vectors that cannot be among the heaviest of the document."""
         top_k, matrices = self._form.top_k, self._open.matrices
         if top_k is not None and matrices and sum(len(part.vectors) for part in matrices) > 2 * top_k:
-            together = _join_rows(matrices)
-            self._open.matrices = [keep_vectors(together, choose_vectors(together, top_k=top_k))]
+            joined = _join_rows(matrices)
+            self._open.matrices = [keep_vectors(joined, choose_vectors(joined, top_k=top_k))]
 
     def _close(self, last_row: int, window: Embeddings) -> Embeddings:
-        """Return the row of the open document, which `last_row` completes."""
+        """Return the row of the open document, whose last chunk is `last_row`."""
         document, self._open = self._open, _Document()
-        place = self._places[last_row] + (1 if self._long_docs == "both" else 0)
+        number = self._row_numbers[last_row] + (1 if self._long_docs == "both" else 0)
         lexical = matrices = None
         if window.lexical_weights is not None:
             indptr = np.array([0, len(document.values)])
@@ -185,7 +187,7 @@ class Merger:
         if window.colbert_vecs is not None:
             matrices = _join_rows(document.matrices) if document.matrices else _empty_row(window.colbert_vecs)
         return Embeddings(
-            rows=np.array([place]),
+            rows=np.array([number]),
             dense_vecs=None if document.dense is None else self._normalise(document.dense),
             lexical_weights=lexical,
             colbert_vecs=matrices,
@@ -201,20 +203,20 @@ class Merger:
         return replace(embeddings, dense_vecs=embeddings.dense_vecs.astype(self._dense_dtype, copy=False))
 
 
-def _find_places(chunks: Chunks, *, long_docs: LongDocs, taken: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the number [R] of the row that each row is written as; with merge, of its document's row."""
+def _number_rows(chunks: Chunks, *, long_docs: LongDocs, taken: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the number [R] with which each row is written; with merge, its document's."""
     if long_docs == "merge":
         return chunks.document
     adds = (chunks.num_chunks > 1) & (chunks.chunk_index == chunks.num_chunks - 1)
     adds[taken] = False
-    places: NDArray[np.int64] = np.arange(chunks.num_rows) + np.cumsum(adds) - adds
-    return places
+    numbers: NDArray[np.int64] = np.arange(chunks.num_rows) + np.cumsum(adds) - adds
+    return numbers
 
 
 def _take_largest(
     indices: NDArray[np.uint32], values: NDArray[np.float32]
 ) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-    """Return each token id once, ascending, with its largest weight."""
+    """Return the distinct token ids, ascending, with their largest weights."""
     if not len(indices):
         return indices, values
     order = np.argsort(indices, kind="stable")
@@ -224,7 +226,7 @@ def _take_largest(
 
 
 def _join_rows(parts: list[TokenMatrices]) -> TokenMatrices:
-    """Return the vectors of several rows as those of one."""
+    """Return the vectors of several rows as one row."""
     weights = [part.weights for part in parts if part.weights is not None]
     vectors = np.concatenate([part.vectors for part in parts]) if len(parts) > 1 else parts[0].vectors
     return TokenMatrices(

@@ -1,7 +1,7 @@
-"""The XLM-RoBERTa forward pass over packed batches: no padding anywhere, one fused qkv matmul a layer.
+"""The XLM-RoBERTa forward pass over packed batches, with one fused qkv matmul a layer.
 
-Weights come from safetensors or from `pytorch_model.bin` read with `weights_only=True`; names may carry the prefix
-`roberta.`. The token-type row (XLM-R has one) is folded into the positions, which start at 2 for every sequence.
+Weights are safetensors, or `pytorch_model.bin` read with `weights_only=True`; names may have the prefix `roberta.`. The
+single token-type row is added to the position embeddings. Positions start at 2 in every sequence.
 
 Shapes: B sequences, N tokens, C hidden width, I intermediate width, H heads.
 """
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
-from numpy.typing import NDArray
 
 from m3cli.config import Dtype
 from m3cli.encoder.attention import SequenceLayout, attend, lay_out, pad_borders
@@ -34,31 +33,28 @@ from m3cli.encoder.device import is_emulated, lacks_memory, resolve_dtype, state
 from m3cli.encoder.linear import Int8Linear, Linear, make_int8_linear, make_linear
 from m3cli.encoder.transfer import send
 from m3cli.errors import ModelError, ModelTooLarge
-from m3cli.records import Batch
+from m3cli.records import Batch, concat_ranges
 
 _log = logging.getLogger(__name__)
 
 TOKEN_STEP = 128
-"""Packed batches are filled up to a multiple of this many tokens, which belong to no sequence and cost at most 1.5 % of
-a full batch. oneDNN prepares a kernel for each new number of rows and keeps it: without steps memory grew by 8 MB a
-shard in bfloat16, and small models spent more time preparing kernels than running them."""
+"""Batches are padded to a multiple of this many tokens. oneDNN prepares and keeps a kernel for each number of rows, so
+without steps memory grows, and a small model spends more time on preparing kernels than on running them."""
 
 OCTAVE_STEPS = 8
-"""Sizes that a batch may be filled up to between one power of two and the next on CUDA, where kernels are chosen by
-shape and a graph would be captured for each. Full batches come to the budget itself where it is a power of two, as
-every automatic one is; the last batch of a window, which may be of any size, grows by an eighth at most."""
+"""Padded sizes between one power of two and the next on CUDA, where kernels are chosen by shape. Full batches have the
+budget if it is a power of two, as automatic ones are. The last batch of a window grows by an eighth at most."""
 
 INNER_ROWS = 1024
-"""Tokens that go through a layer's widest tensor at once on a CPU: [1024, 4096] are 8 MiB in bfloat16, and 16 MiB in
-float32 while they are quantised. From 32 MiB on glibc maps fresh pages for every tensor, and zeroing them took 15 % of
-a bfloat16 matmul (420 to 360 GFLOP/s on one core), and twenty times what quantising did."""
+"""Tokens that go through a layer's widest tensor at once on a CPU: [1024, 4096] in float32 are 16 MiB. glibc maps new
+pages for tensors of 32 MiB or more, and zeroing them is slow (scripts/bench_results/LOG.md)."""
 
 _PREFIXES = ("roberta.", "model.", "encoder_model.", "")
 _ZIP = b"PK"
 _MAGICS = (_ZIP, b"\x80\x02")
-"first bytes of what torch saves: the zip form of torch 1.6 and later, which can be mapped, and the older pickles"
+"first bytes of torch's files: the zip format of torch 1.6 and later, which can be mapped, and older pickles"
 _FOREIGN_CODE = re.compile("unsupported global|unsupported class|can only (build|create)", re.IGNORECASE)
-"in what torch says of a pickle that calls something else than tensors take"
+"in torch's error for a pickle that calls foreign code"
 
 Norm = tuple[torch.Tensor, torch.Tensor]
 
@@ -101,7 +97,7 @@ def load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
     """Read a checkpoint's weights onto a device.
 
     Raises:
-        ModelError: a weight is missing or has another shape than config.json says, or a file carries code.
+        ModelError: a weight is missing or has another shape than config.json says, or a file contains code.
         ModelTooLarge: the weights do not fit memory.
         UsageError: the device cannot run the dtype.
     """
@@ -121,8 +117,7 @@ def _load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
     if is_emulated(kind, device):
         _log.warning("%s is not in this CPU's hardware: float32 would be several times faster here", dtype)
     if target.type == "cuda":
-        # Sums of products in float32 throughout: partial sums in float16 overflow where states are large, and save
-        # nothing at thousands of rows. (Whole sums in float16, allow_fp16_accumulation, are off already.)
+        # Partial sums in float16 overflow with large states, and save nothing at thousands of rows.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     tensors = _Tensors(_read_weights(checkpoint), checkpoint)
@@ -131,11 +126,11 @@ def _load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
     def put(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device=target, dtype=kind).contiguous()
 
-    def linear(names: list[str], *shape: int | None, behind_gelu: bool = False) -> Linear | Int8Linear:
+    def linear(names: list[str], *shape: int | None, after_gelu: bool = False) -> Linear | Int8Linear:
         weight = torch.cat([tensors.take(f"{name}.weight", *shape) for name in names])
         bias = torch.cat([tensors.take(f"{name}.bias", shape[0]) for name in names])
         if dtype == "int8":
-            return make_int8_linear(weight, bias, dtype=kind, behind_gelu=behind_gelu)
+            return make_int8_linear(weight, bias, dtype=kind, after_gelu=after_gelu)
         return make_linear(put(weight), put(bias))
 
     def norm(name: str) -> Norm:
@@ -150,7 +145,7 @@ def _load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
                 attention_out=linear([f"{at}.attention.output.dense"], width, width),
                 attention_norm=norm(f"{at}.attention.output.LayerNorm"),
                 intermediate=linear([f"{at}.intermediate.dense"], inner, width),
-                output=linear([f"{at}.output.dense"], width, inner, behind_gelu=True),
+                output=linear([f"{at}.output.dense"], width, inner, after_gelu=True),
                 output_norm=norm(f"{at}.output.LayerNorm"),
             )
         )
@@ -170,7 +165,7 @@ def _load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
 
 
 class _Tensors:
-    """Named tensors of a checkpoint, taken by the name they have without a prefix."""
+    """Tensors of a checkpoint by their names without prefix."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
         self._tensors = tensors
@@ -179,7 +174,7 @@ class _Tensors:
         self._prefix = next((prefix for prefix in _PREFIXES if prefix + probe in tensors), "")
 
     def take(self, name: str, *shape: int | None) -> torch.Tensor:
-        """Return a tensor after checking its shape; None stands for any size."""
+        """Return a tensor after checking its shape; None is any size."""
         tensor = self._tensors.get(self._prefix + name)
         if tensor is None:
             raise ModelError(f"{self._folder}: the weights hold no {name}, which XLM-RoBERTa has; {DOWNLOAD_AGAIN}")
@@ -207,7 +202,7 @@ def _read_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def read_pickled(path: Path) -> dict[str, torch.Tensor]:
-    """Read tensors from torch's own format; a file that carries code is refused, never run."""
+    """Read tensors in torch's own format; a file with code is an error, the code never runs."""
     from pickle import UnpicklingError  # noqa: PLC0415, TID251  only the name of what torch raises
 
     check_content(path)
@@ -217,13 +212,13 @@ def read_pickled(path: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"{path} is not a file of tensors; {DOWNLOAD_AGAIN}")
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=magic == _ZIP)
-    except Exception as error:  # torch's unpickler raises nearly anything for a damaged file
+    except Exception as error:  # torch's unpickler raises nearly anything for a corrupt file
         if lacks_memory(error):
             raise
         if _FOREIGN_CODE.search(str(error)):
-            raise ModelError(f"{path} carries code and is refused; get the checkpoint from its publisher") from error
-        # Of its own errors the unpickler says that they go away if code is let in.
-        reason = "it is damaged" if isinstance(error, UnpicklingError) else first_line(error)
+            raise ModelError(f"{path} contains code, which m3 never runs; get another checkpoint") from error
+        # The unpickler's own messages suggest to allow code.
+        reason = "it is corrupt" if isinstance(error, UnpicklingError) else first_line(error)
         raise ModelError(f"{path} cannot be read: {reason}; {DOWNLOAD_AGAIN}") from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ModelError(f"{path} is not a dictionary of tensors; get the checkpoint from its publisher")
@@ -245,15 +240,15 @@ def run_model(model: Model, batch: Batch) -> tuple[torch.Tensor, SequenceLayout]
     """Run a packed batch through all layers.
 
     Returns:
-        last_hidden_state [M, C] in the model's dtype on its device, M >= N (what stands behind the batch's N tokens is
-        filling), and the batch's layout there.
+        last_hidden_state [M, C] in the model's dtype on its device, M >= N (states after the batch's N tokens are
+        padding), and the batch's layout.
     """
     checkpoint, device = model.checkpoint, model.device
     num_tokens = len(batch.input_ids)
-    filled = padded_num_tokens(num_tokens, device=device)
-    ids_and_positions = np.zeros((2, filled), np.int32)
+    num_padded = padded_num_tokens(num_tokens, device=device)
+    ids_and_positions = np.zeros((2, num_padded), np.int32)
     ids_and_positions[0, :num_tokens] = batch.input_ids
-    ids_and_positions[1, :num_tokens] = _positions(batch.cu_seqlens)
+    _, ids_and_positions[1, :num_tokens] = concat_ranges(POSITION_OFFSET, np.diff(batch.cu_seqlens))
     cu_seqlens = pad_borders(batch.cu_seqlens) if device.type == "cuda" else batch.cu_seqlens
     input_ids, positions, borders = send(device, *ids_and_positions, cu_seqlens)
     layout = lay_out(
@@ -274,17 +269,11 @@ def run_model(model: Model, batch: Batch) -> tuple[torch.Tensor, SequenceLayout]
 
 
 def padded_num_tokens(num_tokens: int, *, device: torch.device) -> int:
-    """Return how many tokens a packed batch is filled up to on a device: one of few sizes."""
+    """Return the number of tokens with padding, one of few sizes."""
     step = TOKEN_STEP
     if device.type == "cuda":
         step = max(step, (1 << (num_tokens - 1).bit_length()) // (2 * OCTAVE_STEPS))
     return -(-num_tokens // step) * step
-
-
-def _positions(cu_seqlens: NDArray[np.int32]) -> NDArray[np.int64]:
-    """[N] positions, from 2 in every sequence."""
-    starts = cu_seqlens[:-1].astype(np.int64) - POSITION_OFFSET
-    return np.arange(cu_seqlens[-1]) - np.repeat(starts, np.diff(cu_seqlens))
 
 
 def _run_layer(
@@ -294,8 +283,8 @@ def _run_layer(
     qkv = layer.qkv.apply(hidden).view(num_tokens, 3, num_heads, width // num_heads)
     hidden = _normalise(layer.attention_out.apply_add(attend(qkv, layout), hidden), layer.attention_norm, eps)
     parts = torch.split(hidden, INNER_ROWS if hidden.device.type == "cpu" else num_tokens)
-    made = [layer.output.apply_add(layer.intermediate.apply_gelu(part), part) for part in parts]
-    return _normalise(torch.cat(made) if len(made) > 1 else made[0], layer.output_norm, eps)
+    outputs = [layer.output.apply_add(layer.intermediate.apply_gelu(part), part) for part in parts]
+    return _normalise(torch.cat(outputs) if len(outputs) > 1 else outputs[0], layer.output_norm, eps)
 
 
 def _normalise(hidden: torch.Tensor, norm: Norm, eps: float) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""A cross-encoder over the packed forward pass: query and passage read together, one logit a pair.
+"""A cross-encoder over the packed forward pass: one logit for each pair of query and passage.
 
-BAAI/bge-reranker-v2-m3 and its like are XLM-RoBERTa with the head of `XLMRobertaForSequenceClassification` and one
-label: out_proj(tanh(dense(state of <s>))). A pair is `<s> query </s></s> passage </s>`, as XLM-R's tokenizer joins two
-texts. Queries are cut first, at three quarters of the length, then the passage at what is left, as FlagEmbedding's
-FlagReranker does. The head is computed in float32 whatever the states are in.
+BAAI/bge-reranker-v2-m3 is an XLM-RoBERTa with the head of `XLMRobertaForSequenceClassification` and one label:
+out_proj(tanh(dense(state of <s>))). A pair is `<s> query </s></s> passage </s>`, as XLM-R's tokenizer joins two texts.
+Queries are cut at three quarters of the length, passages at the rest, as in FlagEmbedding's FlagReranker. The head is
+computed in float32.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ class Reranker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logits:
-    """What pairs of a batch are worth."""
+    """Logits of a batch's pairs."""
 
     rows: NDArray[np.int64]
     "[B], as in the batch"
     values: NDArray[np.float32]
-    "[B]; NaN or infinite where the forward pass overflowed"
+    "[B]; NaN or infinite if the forward pass overflowed"
 
 
 def load_reranker(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Reranker:
     """Read a checkpoint's weights and head onto a device.
 
     Raises:
-        ModelError: there is no head, it has another number of labels than one, or a weight is misshapen.
+        ModelError: there is no head, it has more than one label, or a weight has a wrong shape.
     """
     head = _read_head(checkpoint)
     width = checkpoint.hidden_size
@@ -90,23 +90,23 @@ def join_pair(
     Returns:
         the pair's token ids, and whether the passage lost tokens.
     """
-    room = max_length - (len(query) - 2) - PAIR_SPECIALS
+    limit = max_length - (len(query) - 2) - PAIR_SPECIALS
     content = passage[1:-1]
     end = passage[-1:]
-    return np.concatenate([query, end, content[:room], end]), len(content) > room
+    return np.concatenate([query, end, content[:limit], end]), len(content) > limit
 
 
 def score_batch(reranker: Reranker, batch: Batch) -> Iterator[Logits]:
-    """Yield the logits of a batch's pairs, in order: at once, or in parts where memory does not hold it whole.
+    """Yield the logits of a batch's pairs in order, in parts if memory does not hold the batch.
 
     Raises:
-        ModelError: memory does not hold one single pair.
+        ModelError: memory does not hold a single pair.
     """
     values = _run(reranker, batch)
     if values is not None:
         yield Logits(rows=batch.rows, values=values)
         return
-    # Not in the handler of the error: there the traceback would keep the failed batch's tensors alive.
+    # Outside the error's handler, whose traceback keeps the failed batch's tensors alive.
     torch.cuda.empty_cache()
     if len(batch.rows) == 1:
         raise ModelError(
@@ -120,7 +120,7 @@ def score_batch(reranker: Reranker, batch: Batch) -> Iterator[Logits]:
 
 @torch.inference_mode()
 def _run(reranker: Reranker, batch: Batch) -> NDArray[np.float32] | None:
-    """Return the logits [B], None where memory ran out."""
+    """Return the logits [B]; None: memory ran out."""
     try:
         states, _ = run_model(reranker.model, batch)
         firsts = torch.from_numpy(batch.cu_seqlens[:-1].astype(np.int64)).to(states.device)
@@ -134,7 +134,7 @@ def _run(reranker: Reranker, batch: Batch) -> NDArray[np.float32] | None:
 
 
 def _read_head(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Read the head's tensors, and no others, from the weight files."""
+    """Return the tensors of the head from the weight files."""
     found: dict[str, torch.Tensor] = {}
     for path in checkpoint.weight_files:
         found |= _read_mapped(path) if path.suffix == ".safetensors" else read_pickled(path)

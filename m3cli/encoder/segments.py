@@ -1,9 +1,8 @@
-"""The tokens of one text of any size, with their places and how good the borders before them are.
+"""The tokens of a text of any size, with their offsets and ratings of the borders before them.
 
-A long text is tokenised in segments of at most SEGMENT_CHARS characters, which keeps time and memory linear. They are
-cut before a run of white space, where a tokeniser that splits at white space finds the same tokens as in the whole
-text. Only where there is none in a whole segment (a script without blanks, joined-up data) is a cut made between two
-characters, after a full stop if there is one near: there the token that follows may be another than in the whole text.
+A long text is tokenised in segments of at most SEGMENT_CHARS characters, so time and memory are linear. Segments end
+before white space, where the tokens are the same as without segments. A segment without white space (a script without
+blanks, joined-up data) ends between two characters, after a full stop if one is near. There the next token may differ.
 """
 
 # ruff: noqa: RUF001  - punctuation of other scripts is meant
@@ -25,18 +24,18 @@ from m3cli.encoder.tokenizer import Tokenizer
 
 SEGMENT_CHARS = 1 << 15
 CONTEXT_CHARS = 64
-"around a segment that its outermost borders are rated by"
-MOST_CHARS = 8
-"of a text to a token, as a rule: where only its beginning is wanted, a segment is no longer than that asks for"
+"of text around a segment, for rating its first and last borders"
+TOKEN_CHARS = 8
+"characters a token, as a rule: limits a segment of a text of which only the beginning is needed"
 SPARE_TOKENS = 16
-"beyond those that are enough, as the last of a segment that ends inside a word may be others in the whole text"
+"tokens read in addition, because the last ones of a segment may differ from those of the text"
 SEGMENTS_TOGETHER = 32
-"that are spread over the cores"
+"tokenised in parallel"
 _BLANKS = (" ", "\n", "\t")
 _WHITE_SPACE = " \n\t\r"
 _SENTENCE_ENDS = ("。", "！", "？", "।", "།", "។")
 _EXTENDING = 16
-"characters that a cut without white space may move back, not to part a mark from its letter"
+"characters that a cut without white space may move back, to keep a mark with its letter"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +43,9 @@ class TextTokens:
     """T tokens of a text, or of its beginning."""
 
     lead_ids: NDArray[np.int32]
-    "tokens of the prefix before the text's first token, which has the end of a prefix that is glued to it"
+    "tokens of the prefix before the text's first token, which may contain the end of the prefix"
     prefix_ids: NDArray[np.int32]
-    "tokens of the whole prefix, for where the text goes on behind it"
+    "tokens of the complete prefix, for chunks after the first"
     input_ids: NDArray[np.int32]
     "[T], without <s>, </s> and prefix"
     starts: NDArray[np.int64]
@@ -56,7 +55,7 @@ class TextTokens:
 
 
 class _Reading:
-    """A text on its way to tokens, a segment at a time."""
+    """A text that is being tokenised, segment by segment."""
 
     def __init__(self, text: str, *, prefix: str, segment_chars: int) -> None:
         self._text, self._prefix = text, prefix
@@ -77,28 +76,28 @@ class _Reading:
         self._last = spans[-1][1]
         return spans
 
-    def piece(self, span: tuple[int, int]) -> str:
+    def segment(self, span: tuple[int, int]) -> str:
         first, last = span
         return self._text[first:last] if first else self._prefix + self._text[:last]
 
     def add(self, span: tuple[int, int], encoding: Encoding, tokenizer: Tokenizer) -> None:
         first, last = span
-        mine = np.array(encoding.ids, np.int32)
+        input_ids = np.array(encoding.ids, np.int32)
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2) + (first - (0 if first else len(self._prefix)))
         if self._prefix and not first:
-            # A token that reaches past the prefix (the blank before a word is glued to it) is the text's.
+            # A token that reaches past the prefix (a word with the blank before it) belongs to the text.
             num_lead = int(np.count_nonzero(offsets[:, 1] <= 0))
-            self._lead_ids, mine, offsets = mine[:num_lead], mine[num_lead:], offsets[num_lead:]
+            self._lead_ids, input_ids, offsets = input_ids[:num_lead], input_ids[num_lead:], offsets[num_lead:]
             self._prefix_ids = self._lead_ids
             if len(offsets) and offsets[0, 0] + len(self._prefix) < len(self._prefix.rstrip()):
-                whole = tokenizer.backend.encode(self._prefix, add_special_tokens=False)
-                self._prefix_ids = np.array(whole.ids, np.int32)
+                encoded = tokenizer.backend.encode(self._prefix, add_special_tokens=False)
+                self._prefix_ids = np.array(encoded.ids, np.int32)
             offsets = np.maximum(offsets, 0)
         low, high = max(0, first - CONTEXT_CHARS), min(len(self._text), last + CONTEXT_CHARS)
-        self._ids.append(mine)
+        self._ids.append(input_ids)
         self._starts.append(offsets[:, 0])
         self._levels.append(rate_borders(self._text[low:high], offsets[:, 0] - low, offsets[:, 1] - low))
-        self.num_tokens += len(mine)
+        self.num_tokens += len(input_ids)
 
     def join(self) -> TextTokens:
         starts = np.concatenate(self._starts)
@@ -115,33 +114,33 @@ class _Reading:
 def read_texts(
     texts: Iterable[str], tokenizer: Tokenizer, *, prefix: str = "", enough: int | None = None
 ) -> Iterator[TextTokens]:
-    """Tokenise texts in segments, those of several texts spread over the cores.
+    """Yield the tokens of each text, segments of several texts in parallel.
 
-    With `enough`, each text is read only as far as is needed for more than that many tokens.
+    With `enough`, a text is read only until it has more than that many tokens.
     """
-    segment_chars = SEGMENT_CHARS if enough is None else min(SEGMENT_CHARS, MOST_CHARS * (enough + SPARE_TOKENS))
+    segment_chars = SEGMENT_CHARS if enough is None else min(SEGMENT_CHARS, TOKEN_CHARS * (enough + SPARE_TOKENS))
     texts = iter(texts)
     while group := [
         _Reading(text, prefix=prefix, segment_chars=segment_chars) for text in islice(texts, SEGMENTS_TOGETHER)
     ]:
-        left = group
-        while left:
-            each = 1 if enough is not None else max(1, SEGMENTS_TOGETHER // len(left))
-            lot = [(reading, span) for reading in left for span in reading.next_spans(each)]
-            pieces = [reading.piece(span) for reading, span in lot]
-            encodings = tokenizer.backend.encode_batch(pieces, add_special_tokens=False)
-            for (reading, span), encoding in zip(lot, encodings, strict=True):
+        remaining = group
+        while remaining:
+            count = 1 if enough is not None else max(1, SEGMENTS_TOGETHER // len(remaining))
+            spans = [(reading, span) for reading in remaining for span in reading.next_spans(count)]
+            segments = [reading.segment(span) for reading, span in spans]
+            encodings = tokenizer.backend.encode_batch(segments, add_special_tokens=False)
+            for (reading, span), encoding in zip(spans, encodings, strict=True):
                 reading.add(span, encoding, tokenizer)
-            left = [
+            remaining = [
                 reading
-                for reading in left
+                for reading in remaining
                 if not reading.ended and (enough is None or reading.num_tokens <= enough + SPARE_TOKENS)
             ]
         yield from (reading.join() for reading in group)
 
 
 def cut_segments(text: str, *, segment_chars: int) -> Iterator[tuple[int, int]]:
-    """Yield [start, stop) of the segments of a text, at least one, each of at most `segment_chars`."""
+    """Yield the segments [start, stop) of a text, at least one, of at most `segment_chars` each."""
     start = 0
     while len(text) - start > segment_chars:
         stop = _find_cut(text, start, start + segment_chars)
@@ -154,7 +153,7 @@ def _find_cut(text: str, start: int, limit: int) -> int:
     """Return the last good place to cut in (start, limit]."""
     blank = max(text.rfind(character, start + 1, limit) for character in _BLANKS)
     if blank > start:
-        # One token may stand for a run of blanks; one as long as a segment is cut all the same.
+        # Several blanks may be one token; blanks as long as a segment are cut all the same.
         before = start + len(text[start:blank].rstrip(_WHITE_SPACE))
         return before if before > start else blank
     near = limit - (limit - start) // 4
@@ -162,18 +161,18 @@ def _find_cut(text: str, start: int, limit: int) -> int:
     if stop >= 0:
         return stop + 1
     context = text[limit - _EXTENDING : limit + 1]
-    places = np.arange(1, _EXTENDING + 1)
-    whole = np.flatnonzero(rate_borders(context, places, places + 1) > 1)
-    return limit - _EXTENDING + int(places[whole[-1]]) if len(whole) else limit
+    offsets = np.arange(1, _EXTENDING + 1)
+    good = np.flatnonzero(rate_borders(context, offsets, offsets + 1) > Border.GRAPHEME)
+    return limit - _EXTENDING + int(offsets[good[-1]]) if len(good) else limit
 
 
 class Border(IntEnum):
-    """What a border between two tokens is; more is better to cut at."""
+    """Rating of the border between two tokens; a higher one is a better place to cut."""
 
     CHARACTER = 0
-    "inside one code point of the text, which became several tokens"
+    "inside a code point that became several tokens"
     GRAPHEME = 1
-    "inside what a reader takes for one character"
+    "inside a grapheme, which a reader sees as one character"
     INSIDE_WORD = 2
     WORD = 3
     LINE = 4
@@ -186,11 +185,11 @@ def _codes(characters: str) -> NDArray[np.uint32]:
 
 
 _STOPS = _codes(".!?…؟۔։‼⁇⁈⁉")
-"that end a sentence where white space follows"
+"end a sentence if white space follows"
 _FULL_STOPS = _codes("。！？｡．।॥።፧။៕།༎")
-"that end a sentence by themselves"
+"end a sentence without white space"
 _PAUSES = _codes("，、；：､፣፤،")
-"that end a phrase by themselves"
+"end a phrase without white space"
 _CLOSERS = _codes("\"'’”»)]}」』）】》〉〕｣")
 _JOINER = 0x200D
 _REGIONAL = (0x1F1E6, 0x1F1FF)
@@ -205,22 +204,22 @@ def rate_borders(text: str, starts: NDArray[np.int64], ends: NDArray[np.int64]) 
     """Rate the border before each token.
 
     Args:
-        text: L code points, in which a few before the first token's and after the last token's are context.
-        starts: [T] where tokens begin in `text`, ascending.
-        ends: [T] where they end.
+        text: code points of the tokens, and a few before and after them as context.
+        starts: [T] first code point of each token, ascending.
+        ends: [T] code point after each token.
 
     Returns:
-        [T] a `Border` each; for the first token as if another one had ended before it.
+        [T] a `Border` each; the first one as if a token ended before it.
     """
     if not len(starts):
         return np.empty(0, np.uint8)
     codes = _codes(text)
     space = np.isin(codes, _SPACES)
     at = np.minimum(starts, len(codes) - 1)
-    places = np.arange(len(codes))
-    # The white space around a border is [left + 1, right): after the last character before it, up to the one behind it.
-    left = np.concatenate(([-1], np.maximum.accumulate(np.where(space, -1, places))))[at]
-    right = np.minimum.accumulate(np.where(space, len(codes), places)[::-1])[::-1][at]
+    indices = np.arange(len(codes))
+    # The white space around a border is [left + 1, right).
+    left = np.concatenate(([-1], np.maximum.accumulate(np.where(space, -1, indices))))[at]
+    right = np.minimum.accumulate(np.where(space, len(codes), indices)[::-1])[::-1][at]
     has_space = right - left > 1
     breaks = np.concatenate(([0], np.cumsum(codes == ord("\n"))))
     num_breaks = breaks[right] - breaks[left + 1]
@@ -239,10 +238,10 @@ def rate_borders(text: str, starts: NDArray[np.int64], ends: NDArray[np.int64]) 
 def _ends_sentence(
     codes: NDArray[np.uint32], space: NDArray[np.bool_], left: NDArray[np.int64], right: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Whether a sentence ends in the last character before a border, or before the closing quotes there."""
-    places = np.arange(len(codes))
+    """Return whether a sentence ends at a border: in the last character before it and before closing quotes."""
+    indices = np.arange(len(codes))
     closes = np.isin(codes, _CLOSERS)
-    last = np.maximum.accumulate(np.where(space | closes, -1, places))[left]
+    last = np.maximum.accumulate(np.where(space | closes, -1, indices))[left]
     ender, follower = codes[last], codes[np.minimum(right, len(codes) - 1)]
     has_space = right - left > 1
     lower = _ask(follower, str.islower)
@@ -254,7 +253,7 @@ def _ends_sentence(
 
 
 def _splits_grapheme(codes: NDArray[np.uint32], at: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether the characters before and at a place are one for a reader."""
+    """Return whether the characters before and at an index form one grapheme."""
     here, before = codes[at], codes[np.maximum(at - 1, 0)]
     flags = _within(here, *_REGIONAL) & _within(before, *_REGIONAL)
     line_end = (here == ord("\n")) & (before == ord("\r"))
@@ -269,7 +268,7 @@ def _within(codes: NDArray[np.uint32], first: int, last: int) -> NDArray[np.bool
 
 
 def _ask(codes: NDArray[np.uint32], question: Callable[[str], bool]) -> NDArray[np.bool_]:
-    """Ask something of each code point, once for each that there is."""
+    """Return the answer for each code point, with one call for each distinct one."""
     unique, inverse = np.unique(codes, return_inverse=True)
     answers = np.array([question(chr(code)) for code in unique.tolist()], np.bool_)
     found: NDArray[np.bool_] = answers[inverse.reshape(-1)]
@@ -278,7 +277,7 @@ def _ask(codes: NDArray[np.uint32], question: Callable[[str], bool]) -> NDArray[
 
 @lru_cache(maxsize=1 << 14)
 def _extends(character: str) -> bool:
-    """Whether a character is part of the one before it: marks, joiners, skin tones, tags, later jamo of Hangul."""
+    """Return whether a character extends the one before it: marks, joiners, skin tones, tags, later jamo of Hangul."""
     code = ord(character)
     return (
         unicodedata.category(character) in ("Mn", "Me", "Mc")

@@ -1,4 +1,4 @@
-"""Single texts to packed batches: cut at a length as FlagEmbedding cuts them, never chunked."""
+"""Packed batches of single texts, which are truncated as in FlagEmbedding, never chunked."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ class TokenisedTexts:
     """Some texts as tokens."""
 
     input_ids: tuple[NDArray[np.int32], ...]
-    "one array a text, with its <s> and </s>"
+    "of each text, with <s> and </s>"
     truncated: int
     "texts that lost tokens"
 
     @property
     def num_tokens(self) -> NDArray[np.int64]:
-        """Tokens of each text."""
+        """[R] tokens of each text."""
         return np.array([len(ids) for ids in self.input_ids], np.int64)
 
 
 def tokenise_texts(texts: Sequence[str], tokenizer: Tokenizer, *, max_length: int) -> TokenisedTexts:
-    """Tokenise texts and cut those that are longer than `max_length` tokens; `</s>` stays the last one."""
-    found = tokenizer.encode(list(texts))
-    cut = [np.append(ids[: max_length - 1], ids[-1]) if len(ids) > max_length else ids for ids in found]
-    return TokenisedTexts(input_ids=tuple(cut), truncated=sum(len(ids) > max_length for ids in found))
+    """Tokenise texts and truncate those longer than `max_length` tokens, whose last token stays `</s>`."""
+    encoded = tokenizer.encode(list(texts))
+    cut = [np.append(ids[: max_length - 1], ids[-1]) if len(ids) > max_length else ids for ids in encoded]
+    return TokenisedTexts(input_ids=tuple(cut), truncated=sum(len(ids) > max_length for ids in encoded))
 
 
 def pack_texts(texts: TokenisedTexts, *, max_batch_tokens: int) -> Iterator[Batch]:
-    """Yield texts as packed batches, longest first; a batch's rows are places in `texts`."""
+    """Yield texts as packed batches, longest first; a batch's rows are indices of `texts`."""
     num_tokens = texts.num_tokens
     for rows in batch_rows(num_tokens, max_batch_tokens=max_batch_tokens):
         lengths = num_tokens[rows]

@@ -1,11 +1,11 @@
-"""Text to token ids, as `AutoTokenizer` gives them, with the batches done by its Rust backend.
+"""Token ids of texts, as `AutoTokenizer` produces them, by its Rust backend.
 
-transformers 5 rebuilds XLM-R's pipeline and ignores the one written in `tokenizer.json`; transformers 4 used it as it
-stood. "trailing  " differs by a token. So the hash of the backend's own serialisation is part of a folder's config.
+transformers 5 rebuilds XLM-R's pipeline and ignores the one in `tokenizer.json`, which transformers 4 used; their
+tokens of "trailing  " differ. So the hash of the serialised backend is part of a folder's config.
 
-Importing transformers and building the tokenizer costs about 4 s, loading the saved backend 1 s: the backend is kept
-in a per-user cache keyed by the tokenizer files and the versions that built it. A cache file carries its own hash and
-is rebuilt if that does not agree, so a torn write does no harm.
+Building the tokenizer with transformers takes seconds. So the serialised backend is stored in a per-user cache, keyed
+by the tokenizer files and the versions of the libraries. A cache file starts with its hash and is rebuilt if that is
+wrong.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _HASH_LENGTH = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokenizer:
-    """A loaded tokenizer: no truncation, no padding, `<s> ... </s>` around each text."""
+    """A loaded tokenizer without truncation and padding, `<s> ... </s>` around each text."""
 
     backend: Backend = field(repr=False)
     serialisation_hash: str
     "xxh3_128 (hex) of the backend's own serialisation"
     special_ids: frozenset[int]
-    "ids of <s> </s> <pad> <unk>, which carry no lexical weight"
+    "ids of <s> </s> <pad> <unk>, which have no lexical weight"
     bos_id: int
     eos_id: int
 
     def encode(self, texts: list[str]) -> list[NDArray[np.int32]]:
-        """Return the token ids of each text with `<s>` and `</s>`, texts spread over the cores."""
+        """Return the token ids of each text with `<s>` and `</s>`, computed on all cores."""
         return [np.array(encoding.ids, dtype=np.int32) for encoding in self.backend.encode_batch_fast(texts)]
 
     def token(self, token_id: int) -> str:
@@ -48,7 +48,7 @@ class Tokenizer:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """Load a checkpoint's tokenizer, from the per-user cache where it has been built before.
+    """Load a checkpoint's tokenizer, from the per-user cache if possible.
 
     Raises:
         ModelError: the tokenizer cannot be built, or does not begin with `<s>` and end with `</s>`.
@@ -79,10 +79,10 @@ def _build_backend(checkpoint: Checkpoint) -> str:
     from transformers import AutoTokenizer  # noqa: PLC0415  4 s, only where the cache has nothing
 
     try:
-        # The folder is local by now; remote code is never run.
+        # The folder is local; remote code never runs.
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False, local_files_only=True)
         backend: Backend = tokenizer.backend_tokenizer
-    except Exception as error:  # the Rust backend raises plain ones, transformers nearly anything for a damaged file
+    except Exception as error:  # the Rust backend raises plain ones, transformers nearly anything for a corrupt file
         raise ModelError(
             f"{checkpoint.folder}: its tokenizer cannot be loaded: {first_line(error)}; {DOWNLOAD_AGAIN}"
         ) from error
@@ -116,7 +116,7 @@ def _write_cache(path: Path, serialised: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        with path.open("x", encoding="utf-8") as file:  # a new file: what a link names is not written to
+        with path.open("x", encoding="utf-8") as file:  # a new file: never writes to the target of a link
             file.write(xxhash.xxh3_128_hexdigest(serialised.encode()) + serialised)
     except OSError:
-        pass  # a cache that cannot be written (read-only home) only costs time
+        pass  # without a cache (read-only home) m3 is only slower

@@ -1,1 +1,3 @@
-"""Scoring and exact search over vectors, wherever they come from: the model of this run or a folder."""
+"""Scores of pairs, search of all rows by dense, sparse and ColBERT vectors or BM25, and measures of rankings."""
+
+"""Scores of pairs, search of all rows by dense, sparse and ColBERT vectors or BM25, and measures of rankings."""

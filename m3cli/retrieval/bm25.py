@@ -1,8 +1,8 @@
-"""A BM25 index in memory, by the package bm25s: what the vectors are compared with.
+"""A BM25 index in memory, by the package bm25s, as a baseline for the vectors.
 
-Lucene's variant with k1 0.9 and b 0.4, as pyserini has them, which the tables of BGE-M3's model card were made with.
-Terms are M3's tokens, or plain words: runs of letters and digits without case, and each Chinese or Japanese character
-by itself, as there are no blanks between words there; no stop words, no stemming.
+The variant is Lucene's with k1 0.9 and b 0.4, pyserini's defaults, which BGE-M3's model card uses. Terms are M3's
+tokens, or words: case-folded letters and digits, and single characters in Chinese and Japanese, which have no blanks
+between words. There are no stop words and no stemming.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _CHARACTER = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0
 _WORD = re.compile(rf"[{_CHARACTER}]|[^\W_{_CHARACTER}]+")
 
 Terms = Callable[[Sequence[str]], Iterable[Sequence[int] | Sequence[str]]]
-"what cuts texts into terms"
+"cuts texts into terms"
 
 
 def plain_terms(texts: Sequence[str]) -> list[list[str]]:
-    """Cut texts into words."""
+    """Return the words of each text."""
     return [_WORD.findall(text.casefold()) for text in texts]
 
 
 class Bm25Index:
-    """Texts as an inverted index; all of it is held.
+    """Inverted index of texts, in memory.
 
-    4 bytes a token, and about 24 for each different term of a text while bm25s makes the index, 8 from then on.
+    It needs 4 bytes a token and 8 for each distinct term of a text, 24 while bm25s builds the index.
     """
 
     def __init__(self, terms: Terms) -> None:
@@ -42,13 +42,13 @@ class Bm25Index:
         self._texts: list[np.ndarray] = []
 
     def add(self, texts: Sequence[str]) -> None:
-        """Add texts, in the corpus' order."""
+        """Add texts in corpus order."""
         for found in self._terms(texts):
             numbers = [self._numbers.setdefault(term, len(self._numbers)) for term in found]
             self._texts.append(np.array(numbers, np.int32))
 
-    def search(self, queries: Sequence[str], top: TopRows, *, places: Rows, keys: Rows) -> None:
-        """Offer all texts that share a term with a query; [R] places and keys of the texts."""
+    def search(self, queries: Sequence[str], top: TopRows, *, positions: Rows, keys: Rows) -> None:
+        """Offer all texts that share a term with a query; [R] positions and keys of the texts."""
         bm25s = import_bm25s()
         if not self._numbers:
             return
@@ -60,11 +60,11 @@ class Bm25Index:
             if known:
                 scores = index.get_scores_from_ids(known)
                 rows = np.flatnonzero(scores > top.thresholds[number])
-                top.offer(np.full(len(rows), number), places[rows], keys[rows], scores[rows].astype(np.float32))
+                top.offer(np.full(len(rows), number), positions[rows], keys[rows], scores[rows].astype(np.float32))
 
 
 class _Lists:
-    """Arrays that are lists while they are looked at: bm25s goes over them twice, and Python's ints are large."""
+    """Arrays that become lists one by one: bm25s iterates twice, and Python's ints are large."""
 
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
         self._arrays = arrays
@@ -86,5 +86,5 @@ def import_bm25s() -> Any:
         import bm25s  # noqa: PLC0415  an extra
     except ImportError as error:
         raise UsageError("--mode bm25 needs the package bm25s: pip install 'm3cli[bm25]'") from error
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it says on stderr what it is about to do
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs its steps on stderr
     return bm25s

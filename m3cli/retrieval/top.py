@@ -1,8 +1,7 @@
-"""The best rows of each query, kept while a corpus streams by: what is above a query's threshold is offered.
+"""The best rows of each query while a corpus is scanned: rows above a query's threshold are offered.
 
-Ranks are by score, best first; of equal scores the row that comes first in the corpus. Rows of one key (the chunks of
-a document) count once, by the best of them, so a document stands where its best row does. Memory is the lists and about
-as much again that waits to be merged into them.
+Ranks are by score, best first, equal scores in corpus order. Rows with the same key (the chunks of a document) count
+once, by the best of them. Memory holds the lists and about as many offered rows that are not merged yet.
 """
 
 from __future__ import annotations
@@ -12,45 +11,47 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from m3cli.records import concat_ranges
+
 Rows = NDArray[np.int64]
 Scores = NDArray[np.float32]
 
-_LEAST_WAITING = 1 << 12
-"offered rows that are worth a merge: until the first there is no threshold, and each row's id is hashed"
+_MIN_WAITING = 1 << 12
+"offered rows before a merge; without one there is no threshold, and each row's id is hashed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranked:
-    """The best rows of some queries; H of them, sorted by query, then best first."""
+    """The best rows of some queries, H in total, sorted by query, then best first."""
 
     query: Rows
     "[H]"
     row: Rows
-    "[H] place in the corpus, ascending as the corpus is"
+    "[H] position in the corpus"
     key: Rows
-    "[H] what the row is a part of; once a query"
+    "[H] distinct within a query"
     score: Scores
     "[H]"
 
     @property
     def rank(self) -> Rows:
-        """[H] place in the query's list, from 0."""
+        """[H] rank for the query, from 0."""
         return number_runs(self.query)
 
 
 class TopRows:
     """The `limit` best rows of each of Q queries so far."""
 
-    def __init__(self, num_queries: int, *, limit: int, floor: float = -np.inf) -> None:
-        self.thresholds: Scores = np.full(num_queries, floor, np.float32)
-        "[Q] what a score must be above to matter"
+    def __init__(self, num_queries: int, *, limit: int, threshold: float = -np.inf) -> None:
+        self.thresholds: Scores = np.full(num_queries, threshold, np.float32)
+        "[Q] lower bound of useful scores"
         self._limit = limit
-        self._enough = max(num_queries * limit, _LEAST_WAITING)
+        self._enough = max(num_queries * limit, _MIN_WAITING)
         self._held: list[tuple[Rows, Rows, Rows, Scores]] = []
         self._waiting = 0
 
     def offer(self, query: Rows, row: Rows, key: Rows, score: Scores) -> None:
-        """Offer rows that come later in the corpus than those before: [H] each."""
+        """Offer rows, [H] each, which follow those of earlier calls in the corpus."""
         if not len(query):
             return
         self._held.append((query, row, key, score))
@@ -59,7 +60,7 @@ class TopRows:
             self._merge()
 
     def finish(self) -> Ranked:
-        """Return the lists."""
+        """Return the best rows."""
         self._merge()
         query, row, key, score = self._held[0]
         return Ranked(query=query, row=row, key=key, score=score)
@@ -73,21 +74,21 @@ class TopRows:
 
 
 def rank_rows(query: Rows, row: Rows, key: Rows, score: Scores, *, limit: int) -> Ranked:
-    """Rank rows of several queries, given in any order: [H] each; of each query at most `limit` keys are kept."""
+    """Rank rows of several queries, [H] each in any order, with at most `limit` keys for each query."""
     order = np.lexsort((row, -score, query))
     query, row, key, score = query[order], row[order], key[order], score[order]
     by_key = np.lexsort((key, query))  # stable: the best row of a key comes first
-    again = (np.diff(query[by_key], prepend=-1) == 0) & (np.diff(key[by_key], prepend=0) == 0)
-    again[:1] = False
+    repeated = (np.diff(query[by_key], prepend=-1) == 0) & (np.diff(key[by_key], prepend=0) == 0)
+    repeated[:1] = False
     kept = np.ones(len(query), np.bool_)
-    kept[by_key[again]] = False
+    kept[by_key[repeated]] = False
     query, row, key, score = query[kept], row[kept], key[kept], score[kept]
     best = number_runs(query) < limit
     return Ranked(query=query[best], row=row[best], key=key[best], score=score[best])
 
 
 def number_runs(values: Rows) -> Rows:
-    """Return [H] the place of each value in its run of equal ones, from 0."""
+    """Return [H] the number of each value among equal neighbours, from 0."""
     starts = np.flatnonzero(np.diff(values, prepend=-1))
     lengths = np.diff(starts, append=len(values))
-    return np.arange(len(values)) - np.repeat(starts, lengths)
+    return concat_ranges(0, lengths)[1]

@@ -24,6 +24,7 @@ from m3cli.encoder.chunker import Cutting, chunk_documents
 from m3cli.encoder.device import auto_batch_tokens, auto_threads, measure_matmul, plan_threads, set_threads
 from m3cli.encoder.embeddings import restore_order
 from m3cli.encoder.encode import BatchEncoder, FailedRow
+from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.model import load_model, padded_num_tokens, run_model
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.records import Document, Output
@@ -46,15 +47,14 @@ def load_m3(folder: Path, dtype: str, outputs: str = ",".join(OUTPUTS), *, devic
     cutting = Cutting(max_length=checkpoint.default_max_length, long_docs="truncate")
     budget = auto_batch_tokens(device)
     wanted = cast("tuple[Output, ...]", tuple(outputs.split(",")))
-    encoder = BatchEncoder(model, outputs=wanted, special_ids=tokenizer.special_ids)
-    if parallel > 1:
-        encoder.spread = partial(parallel_map, num_threads=parallel, name="encoding")
+    options = OutputOptions(outputs=wanted, special_ids=tokenizer.special_ids)
+    encoder = BatchEncoder(model, options, num_threads=parallel, parallel_map=parallel_map)
 
     def run(group: Group) -> Made:
         clock = [time.perf_counter()]
         chunks = chunk_documents(make_documents(group.texts), tokenizer, cutting)
         clock.append(time.perf_counter())
-        groups = batch_rows(chunks.num_tokens, max_batch_tokens=budget, lanes=parallel)
+        groups = batch_rows(chunks.num_tokens, max_batch_tokens=budget, threads=parallel)
         batches = [pack_rows(chunks, rows) for rows in groups]
         clock.append(time.perf_counter())
         parts = [part for part in encoder.encode_all(batches) if not isinstance(part, FailedRow)]
@@ -113,14 +113,14 @@ def measure_forward(folder: Path, texts: Sequence[str], *, dtype: str) -> float:
     chunks = chunk_documents(make_documents(list(texts)), load_tokenizer(checkpoint), cutting)
     threads = auto_threads()
     parallel = plan_threads(threads, device="cpu")
-    rows = batch_rows(chunks.num_tokens, max_batch_tokens=auto_batch_tokens("cpu"), lanes=parallel)
+    rows = batch_rows(chunks.num_tokens, max_batch_tokens=auto_batch_tokens("cpu"), threads=parallel)
     batches = [pack_rows(chunks, some) for some in rows]
     set_threads(threads // parallel)
     run = partial(run_model, model)
     try:
-        deque(parallel_map(run, batches[:WARM_UP_BATCHES], num_threads=parallel, name="forward"), maxlen=0)
+        deque(parallel_map(run, batches[:WARM_UP_BATCHES], threads=parallel, name="forward"), maxlen=0)
         began = time.perf_counter()
-        deque(parallel_map(run, batches, num_threads=parallel, name="forward"), maxlen=0)
+        deque(parallel_map(run, batches, threads=parallel, name="forward"), maxlen=0)
         return len(chunks.input_ids) / (time.perf_counter() - began)
     finally:
         set_threads(threads)

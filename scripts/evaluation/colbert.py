@@ -33,6 +33,7 @@ from m3cli.encoder import device as machine
 from m3cli.encoder.colbert import compress_matrices
 from m3cli.encoder.embeddings import concat_embeddings, select_rows
 from m3cli.encoder.encode import BatchEncoder, FailedRow
+from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.model import load_model
 from m3cli.encoder.texts import pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import load_tokenizer
@@ -110,11 +111,13 @@ class Encoder:
         self._tokenizer = load_tokenizer(checkpoint)
         self._encoder = BatchEncoder(
             load_model(checkpoint, device=self.device, dtype=machine.auto_dtype(self.device)),
-            outputs=("dense", "sparse", "colbert"),
-            special_ids=self._tokenizer.special_ids,
-            dense_dtype="float32",
-            colbert_dtype="float32",
-            colbert_weights=True,
+            OutputOptions(
+                outputs=("dense", "sparse", "colbert"),
+                special_ids=self._tokenizer.special_ids,
+                dense_dtype="float32",
+                colbert_dtype="float32",
+                vector_weights=True,
+            ),
         )
 
     def encode(self, texts: Sequence[str]) -> Embeddings:

@@ -64,7 +64,7 @@ def test_messages_name_the_flags_of_the_command() -> None:
     for row, wanted, words in (
         (b'{"a":"x"}', {}, "name it with --words"),
         (b"{", {}, "name its text with --words"),
-        (b"a\tb\tc\td\n", {}, "say which it is with --words N"),
+        (b"a\tb\tc\td\n", {}, "name its number, from 1, with --words"),
         (b'{"text":"x"}', {"text_field": "b"}, "correct --words"),
         (b'{"text":"x"}', {"text_field": ""}, "--words is empty"),
         (b'{"text":"x"}', {"id_field": "b"}, "correct --key"),
@@ -125,7 +125,7 @@ def test_no_text_field_is_refused_with_those_that_are_there() -> None:
         resolve_text(body)
 
 
-def test_only_malformed_rows_keep_what_is_named_and_refuse_what_is_not() -> None:
+def test_only_invalid_rows_need_a_named_text_field() -> None:
     body = b'{"text":\n{\n'
     assert triple(resolve_text(body, text_field="t", id_field="i", title_field="")) == ("i", None, "t")
     with pytest.raises(CorpusError, match=r"stdin: none of the first rows can be read.*invalid JSON \(.*--text-field"):
@@ -225,7 +225,7 @@ def test_a_file_without_tabs_is_not_taken_for_tsv(tmp_path: Path) -> None:
 
 def test_columns_can_be_named_or_counted() -> None:
     wide = "7\thttp\tt\tone\n"
-    with pytest.raises(CorpusError, match=r"stdin has 4 columns and no header.*--text-field N"):
+    with pytest.raises(CorpusError, match=r"stdin has 4 columns and no header.*--text-field"):
         resolve_text(wide)
     assert triple(resolve_text(wide, text_field="4")) == ("1", None, "4")
     assert triple(resolve_text(wide, text_field="4", id_field="2", title_field="3")) == ("2", "3", "4")

@@ -82,7 +82,7 @@ def test_csv_with_quotes_and_line_breaks(tmp_path: Path) -> None:
 
 
 def test_csv_whose_quote_is_not_closed_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="mend the quoting"):
+    with pytest.raises(CorpusError, match="correct the quoting"):
         read(write(tmp_path / "p.csv", 'a,b\n"c,d\ne,f\n'))
 
 

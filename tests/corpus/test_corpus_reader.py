@@ -392,7 +392,7 @@ def prepare(path: Path, *, shard_size: int) -> tuple[Any, Plan]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda path: path.unlink(), "a.txt is gone: put it back"),
+        (lambda path: path.unlink(), "a.txt is missing: put it back"),
         (lambda path: path.write_bytes(b"1234\n"), "a.txt changed while it was read: it had 10 bytes and has 5 now"),
         (lambda path: path.write_bytes(b"1234\n" * 3), "a.txt changed while it was read"),
         (lambda path: path.write_bytes(b"5678\n5678\n"), "a.txt changed while it was read: it was written to or rep"),
@@ -419,7 +419,7 @@ def test_cut_off_or_damaged_stream_gives_what_came_before_and_its_name(tmp_path:
     assert len(packed) > 2 << 20
     flipped = bytearray(packed)
     flipped[-3 if ending == ".gz" else -2] ^= 1
-    broken = {"ends in the middle of its": packed[:-1], "is damaged": bytes(flipped)}
+    broken = {"ends in the middle of its": packed[:-1], "is corrupt": bytes(flipped)}
     for message, data in broken.items():
         path = tmp_path / f"a.jsonl{ending}"
         path.write_bytes(data)
@@ -556,10 +556,10 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[4:400] = b"\xff" * 396
     path.write_bytes(data)
-    with pytest.raises(CorpusError, match=r"a.parquet (is damaged|cannot be read).*"):
+    with pytest.raises(CorpusError, match=r"a.parquet (is corrupt|cannot be read).*"):
         read_all([path])
     path.write_bytes(data[:-20])
-    with pytest.raises(CorpusError, match=r"a.parquet is damaged or no Parquet"):
+    with pytest.raises(CorpusError, match=r"a.parquet is corrupt, or not Parquet"):
         read_all([path])
 
 

@@ -89,7 +89,7 @@ def test_cut_off_and_damaged_pipes_are_told(packed: bytes) -> None:
     kind = "gzip" if packed.startswith(b"\x1f") else "zstd"
     with pytest.raises(CorpusError, match=f"stdin ends in the middle of its {kind} data: it was cut off; copy"):
         find_sources(["-"], stdin=PeekableStream(io.BytesIO(packed[:-1])))
-    with pytest.raises(CorpusError, match=f"stdin is damaged {kind} data"):
+    with pytest.raises(CorpusError, match=f"stdin is corrupt {kind} data"):
         find_sources(["-"], stdin=PeekableStream(io.BytesIO(packed + b"garbage")))
 
 
@@ -115,7 +115,7 @@ def test_unchanged_file_passes_and_a_missing_or_unreadable_one_is_named(tmp_path
     (source,) = find_sources([str(path)])
     check_unchanged(source)
     path.unlink()
-    with pytest.raises(CorpusError, match=r"a.txt is gone: put it back and run the same command again"):
+    with pytest.raises(CorpusError, match=r"a.txt is missing: put it back and run the same command again"):
         ByteStream(source)
     path.mkdir()
     with pytest.raises(CorpusError, match=r"a.txt cannot be read: Is a directory"):

@@ -34,42 +34,42 @@ def attend_one_by_one(qkv: torch.Tensor, borders: np.ndarray) -> torch.Tensor:
 
 
 @settings(deadline=None, max_examples=40)
-@given(lengths=LENGTHS, most_scores=st.integers(1, 40_000), most_held=st.integers(1, 40_000))
-def test_attention_equals_one_sequence_after_the_other(lengths: list[int], most_scores: int, most_held: int) -> None:
+@given(lengths=LENGTHS, max_scores=st.integers(1, 40_000), max_held=st.integers(1, 40_000))
+def test_attention_equals_one_sequence_after_the_other(lengths: list[int], max_scores: int, max_held: int) -> None:
     borders = to_borders(lengths)
     generator = torch.Generator().manual_seed(sum(lengths))
     qkv = torch.randn(int(borders[-1]) + 3, 3, 2, 8, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(attention.BLOCK_SCORES, "cpu", most_scores)
-        patch.setitem(attention.HELD_SCORES, "cpu", most_held)
-        patch.setattr(attention, "LEAST_QUERIES", LENGTH_STEP)
+        patch.setitem(attention.BLOCK_SCORES, "cpu", max_scores)
+        patch.setitem(attention.HELD_SCORES, "cpu", max_held)
+        patch.setattr(attention, "MIN_QUERIES", LENGTH_STEP)
         layout = lay(borders, max_seqlen=lengths[0])
-        made = attend(qkv, layout)
-    assert torch.allclose(made[: borders[-1]].double(), attend_one_by_one(qkv, borders), atol=1e-5)
-    assert not made[borders[-1] :].any()
+        out = attend(qkv, layout)
+    assert torch.allclose(out[: borders[-1]].double(), attend_one_by_one(qkv, borders), atol=1e-5)
+    assert not out[borders[-1] :].any()
 
 
-@given(lengths=st.lists(st.integers(1, 8192), min_size=1, max_size=200), most_scores=st.integers(1, 1 << 20))
-def test_blocks_hold_every_sequence_once_in_few_shapes(lengths: list[int], most_scores: int) -> None:
-    blocks = plan_blocks(np.array(lengths, np.int32), most_scores=most_scores)
-    assert [place for first, last, _ in blocks for place in range(first, last)] == list(range(len(lengths)))
+@given(lengths=st.lists(st.integers(1, 8192), min_size=1, max_size=200), max_scores=st.integers(1, 1 << 20))
+def test_blocks_hold_every_sequence_once_in_few_shapes(lengths: list[int], max_scores: int) -> None:
+    blocks = plan_blocks(np.array(lengths, np.int32), max_scores=max_scores)
+    assert [index for first, last, _ in blocks for index in range(first, last)] == list(range(len(lengths)))
     for first, last, length in blocks:
         count = last - first
         assert count & (count - 1) == 0
         assert length % LENGTH_STEP == 0
-        assert count == 1 or count * length**2 <= most_scores
+        assert count == 1 or count * length**2 <= max_scores
         assert all(length - LENGTH_STEP < one <= length for one in lengths[first:last])
 
 
-def test_what_is_no_number_stays_in_its_sequence() -> None:
+def test_nan_stays_in_its_sequence() -> None:
     borders = to_borders([20, 19, 18, 3])
     qkv = torch.randn(60, 3, 2, 8)
     qkv[25] = torch.nan
     layout = lay(borders, max_seqlen=20)
-    made = attend(qkv, layout)
-    assert made[20:39].isnan().any(-1).all()
-    assert made[:20].isfinite().all()
-    assert made[39:].isfinite().all()
+    out = attend(qkv, layout)
+    assert out[20:39].isnan().any(-1).all()
+    assert out[:20].isfinite().all()
+    assert out[39:].isfinite().all()
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=70))

@@ -59,9 +59,9 @@ def test_without_a_pooling_file_pooling_is_cls(copy: Path) -> None:
     assert read_checkpoint(copy).pooling == "cls"
 
 
-@pytest.mark.parametrize("spelled", [{"pooling_mode": "mean"}, {"pooling_mode_mean_tokens": True}])
-def test_both_spellings_of_pooling_are_read(copy: Path, spelled: dict[str, object]) -> None:
-    rewrite(copy / "1_Pooling" / "config.json", orjson.dumps({"word_embedding_dimension": 64, **spelled}))
+@pytest.mark.parametrize("config", [{"pooling_mode": "mean"}, {"pooling_mode_mean_tokens": True}])
+def test_both_forms_of_pooling_are_read(copy: Path, config: dict[str, object]) -> None:
+    rewrite(copy / "1_Pooling" / "config.json", orjson.dumps({"word_embedding_dimension": 64, **config}))
     assert read_checkpoint(copy).pooling == "mean"
 
 
@@ -274,11 +274,11 @@ class Hub:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    made = Hub(tmp_path, {**WEIGHTS, **SMALL, "README.md": b"read me"})
-    threading.Thread(target=made.server.serve_forever, daemon=True).start()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
+    result = Hub(tmp_path, {**WEIGHTS, **SMALL, "README.md": b"read me"})
+    threading.Thread(target=result.server.serve_forever, daemon=True).start()
+    yield result
+    result.server.shutdown()
+    result.server.server_close()
 
 
 def test_a_checkpoint_is_downloaded_once_without_what_is_not_read(hub: Hub) -> None:

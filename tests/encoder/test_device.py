@@ -1,4 +1,4 @@
-"""What `auto` means on this machine."""
+"""What `auto` resolves to on this machine."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from m3cli.errors import UsageError
 
 
 @pytest.mark.parametrize(
-    ("threads", "lanes"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 4), (6, 3), (7, 3), (8, 4), (32, 4)]
+    ("threads", "batches"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 4), (6, 3), (7, 3), (8, 4), (32, 4)]
 )
-def test_lanes_share_the_threads(threads: int, lanes: int) -> None:
-    assert plan_threads(threads, device="cpu") == lanes
+def test_batches_share_the_threads(threads: int, batches: int) -> None:
+    assert plan_threads(threads, device="cpu") == batches
     assert plan_threads(threads, device="cuda:1") == 1
 
 
 @given(st.integers(1, 512))
-def test_at_most_one_thread_has_no_lane(threads: int) -> None:
-    lanes = plan_threads(threads, device="cpu")
-    assert 1 <= lanes <= MAX_PARALLEL
-    assert threads - lanes * (threads // lanes) <= 1
+def test_at_most_one_thread_is_idle(threads: int) -> None:
+    batches = plan_threads(threads, device="cpu")
+    assert 1 <= batches <= MAX_PARALLEL
+    assert threads - batches * (threads // batches) <= 1
 
 
 @pytest.mark.parametrize("has", [{"avx512_bf16": True}, {"avx512_fp16": True}, {"avx512_bf16": False}, {}])

@@ -1,12 +1,11 @@
-"""Batches launched ahead, run here on a CPU: the order of what happens is the same there as on CUDA."""
+"""Batches launched ahead on a CPU: the order of events is the same as on CUDA."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from m3cli.concurrency import parallel_map
 from m3cli.encoder import encode as encoding
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.encode import NOT_A_NUMBER, OUT_OF_MEMORY, BatchEncoder, FailedRow
+from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.model import Model, load_model
 from m3cli.encoder.model import run_model as real_run_model
 from m3cli.errors import ModelTooLarge
@@ -25,7 +25,7 @@ from m3cli.records import Batch, Embeddings
 from tests.encoder.test_model import SPECIALS, pack
 
 POISON = 77
-"a token whose embedding is no number in the model of these tests"
+"a token whose embedding is NaN in the model of these tests"
 
 
 @pytest.fixture(scope="module")
@@ -40,34 +40,26 @@ def broken(model: Model) -> Model:
     return replace(model, word_embeddings=words)
 
 
-def make_encoder(model: Model, *, ahead: int | None, load_float32: Callable[[], Model] | None = None) -> BatchEncoder:
-    encoder = BatchEncoder(
-        model,
-        outputs=("dense", "sparse", "colbert"),
-        special_ids=SPECIALS,
-        colbert_weights=True,
-        load_float32=load_float32,
-    )
-    if ahead is not None:
-        encoder.ahead = ahead
-    return encoder
+def make_encoder(model: Model, **arguments: Any) -> BatchEncoder:
+    options = OutputOptions(outputs=("dense", "sparse", "colbert"), special_ids=SPECIALS, vector_weights=True)
+    return BatchEncoder(model, options, parallel_map=parallel_map, **arguments)
 
 
 def make_batches(*lengths: list[int], poisoned: frozenset[int] = frozenset()) -> list[Batch]:
-    """Batches of rows of these lengths, numbered through; a poisoned row has the token in it."""
+    """Return batches of numbered rows of these lengths; a poisoned row contains the token."""
     batches, number = [], 0
     for group in lengths:
         numbers = np.arange(number, number + len(group))
         rows = [[0, *range(100 + row, 98 + row + length), 2] for row, length in zip(numbers, group, strict=True)]
-        for place in np.flatnonzero(np.isin(numbers, list(poisoned))):
-            rows[place][1] = POISON
+        for index in np.flatnonzero(np.isin(numbers, list(poisoned))):
+            rows[index][1] = POISON
         batches.append(replace(pack(*rows), rows=numbers))
         number += len(group)
     return batches
 
 
-def list_rows(made: list[Embeddings | FailedRow]) -> list[int]:
-    return [row for each in made for row in ([each.row] if isinstance(each, FailedRow) else each.rows.tolist())]
+def list_rows(result: list[Embeddings | FailedRow]) -> list[int]:
+    return [row for each in result for row in ([each.row] if isinstance(each, FailedRow) else each.rows.tolist())]
 
 
 def assert_same(one: Embeddings | FailedRow, other: Embeddings | FailedRow) -> None:
@@ -77,9 +69,9 @@ def assert_same(one: Embeddings | FailedRow, other: Embeddings | FailedRow) -> N
     assert isinstance(other, Embeddings)
     assert one.rows.tolist() == other.rows.tolist()
     for name in ("dense_vecs", "lexical_weights", "colbert_vecs"):
-        for left, right in zip(list_arrays(getattr(one, name)), list_arrays(getattr(other, name)), strict=True):
-            assert left.dtype == right.dtype
-            assert left.tobytes() == right.tobytes()
+        for first, second in zip(list_arrays(getattr(one, name)), list_arrays(getattr(other, name)), strict=True):
+            assert first.dtype == second.dtype
+            assert first.tobytes() == second.tobytes()
 
 
 def list_arrays(held: Any) -> list[np.ndarray]:
@@ -91,20 +83,19 @@ def list_arrays(held: Any) -> list[np.ndarray]:
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_batches_ahead_give_the_same_rows_in_the_same_order(broken: Model, ahead: int) -> None:
     batches = make_batches([30, 20], [9], [8, 7, 7, 3], [3], [3, 3], poisoned=frozenset({2, 4, 9}))
-    usual = [made for batch in batches for made in make_encoder(broken, ahead=None).encode(batch)]
+    usual = [result for batch in batches for result in make_encoder(broken).encode(batch)]
     assert list_rows(usual) == [0, 1, 2, 3, 5, 6, 4, 7, 8, 9]
-    assert [made.reason for made in usual if isinstance(made, FailedRow)] == [NOT_A_NUMBER] * 3
+    assert [result.reason for result in usual if isinstance(result, FailedRow)] == [NOT_A_NUMBER] * 3
     other = list(make_encoder(broken, ahead=ahead).encode_all(iter(batches)))
     assert len(usual) == len(other)
     for one, two in zip(usual, other, strict=True):
         assert_same(one, two)
 
 
-def test_batches_side_by_side_give_the_same_rows_in_the_same_order(broken: Model) -> None:
+def test_batches_in_threads_give_the_same_rows_in_the_same_order(broken: Model) -> None:
     batches = make_batches([30, 20], [9], [8, 7, 7, 3], [3], [3, 3], poisoned=frozenset({2, 4, 9}))
-    usual = list(make_encoder(broken, ahead=None).encode_all(batches))
-    encoder = make_encoder(broken, ahead=None)
-    encoder.spread = partial(parallel_map, num_threads=3, name="test")
+    usual = list(make_encoder(broken).encode_all(batches))
+    encoder = make_encoder(broken, num_threads=3)
     for one, two in zip(usual, encoder.encode_all(iter(batches)), strict=True):
         assert_same(one, two)
 
@@ -118,14 +109,13 @@ def test_a_batch_that_memory_does_not_hold_goes_in_halves_when_its_turn_comes(
         return real_run_model(model, batch)
 
     monkeypatch.setattr(encoding, "run_model", run_model)
-    encoder = make_encoder(model, ahead=None)
-    encoder.spread = partial(parallel_map, num_threads=2, name="test")
-    made = list(encoder.encode_all(make_batches([20], [10, 10, 10, 10], [26], [9, 9, 9], [5, 5])))
-    assert list_rows(made) == list(range(11))
-    assert [each.row for each in made if isinstance(each, FailedRow)] == [5]
+    encoder = make_encoder(model, num_threads=2)
+    result = list(encoder.encode_all(make_batches([20], [10, 10, 10, 10], [26], [9, 9, 9], [5, 5])))
+    assert list_rows(result) == list(range(11))
+    assert [each.row for each in result if isinstance(each, FailedRow)] == [5]
 
 
-def test_a_row_that_fits_alone_waits_until_the_lanes_beside_it_have_ended(
+def test_a_row_that_fits_alone_waits_until_the_other_threads_have_ended(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running: list[int] = []
@@ -141,11 +131,10 @@ def test_a_row_that_fits_alone_waits_until_the_lanes_beside_it_have_ended(
             running.remove(int(batch.rows[0]))
 
     monkeypatch.setattr(encoding, "run_model", run_model)
-    encoder = make_encoder(model, ahead=None)
-    encoder.spread = partial(parallel_map, num_threads=2, name="test")
-    made = list(encoder.encode_all(make_batches([9], [30], [30], [8], [7])))
-    assert list_rows(made) == [0, 1, 2, 3, 4]
-    assert all(isinstance(each, Embeddings) for each in made)
+    encoder = make_encoder(model, num_threads=2)
+    result = list(encoder.encode_all(make_batches([9], [30], [30], [8], [7])))
+    assert list_rows(result) == [0, 1, 2, 3, 4]
+    assert all(isinstance(each, Embeddings) for each in result)
 
 
 def allocate_too_much() -> None:
@@ -156,9 +145,9 @@ def multiply_what_does_not_fit() -> None:
     torch.zeros(2, 3) @ torch.zeros(2, 3)
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("num_threads", [1, 2])
 def test_memory_of_the_host_runs_out_as_that_of_a_gpu_does(
-    model: Model, lanes: int, monkeypatch: pytest.MonkeyPatch
+    model: Model, num_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run_model(model: Any, batch: Batch) -> Any:
         if len(batch.input_ids) > 25:
@@ -166,28 +155,26 @@ def test_memory_of_the_host_runs_out_as_that_of_a_gpu_does(
         return real_run_model(model, batch)
 
     monkeypatch.setattr(encoding, "run_model", run_model)
-    encoder = make_encoder(model, ahead=None)
-    if lanes > 1:
-        encoder.spread = partial(parallel_map, num_threads=lanes, name="test")
-    made = list(encoder.encode_all(make_batches([20], [10, 10, 10, 10], [26])))
-    assert list_rows(made) == list(range(6))
-    assert [(each.row, each.reason) for each in made if isinstance(each, FailedRow)] == [(5, OUT_OF_MEMORY)]
+    encoder = make_encoder(model, num_threads=num_threads)
+    result = list(encoder.encode_all(make_batches([20], [10, 10, 10, 10], [26])))
+    assert list_rows(result) == list(range(6))
+    assert [(each.row, each.reason) for each in result if isinstance(each, FailedRow)] == [(5, OUT_OF_MEMORY)]
 
 
-def test_a_row_is_given_up_where_memory_does_not_hold_the_model_in_float32(model: Model, broken: Model) -> None:
+def test_a_row_fails_if_memory_does_not_hold_the_model_in_float32(model: Model, broken: Model) -> None:
     def load_float32() -> Model:
         raise ModelTooLarge("no memory for it")
 
     encoder = make_encoder(broken, ahead=0, load_float32=load_float32)
-    made = list(encoder.encode_all(make_batches([9, 8], [7], poisoned=frozenset({1}))))
-    assert list_rows(made) == [0, 1, 2]
-    assert [(each.row, each.reason) for each in made if isinstance(each, FailedRow)] == [(1, OUT_OF_MEMORY)]
+    result = list(encoder.encode_all(make_batches([9, 8], [7], poisoned=frozenset({1}))))
+    assert list_rows(result) == [0, 1, 2]
+    assert [(each.row, each.reason) for each in result if isinstance(each, FailedRow)] == [(1, OUT_OF_MEMORY)]
 
 
 def test_another_error_of_torch_is_no_lack_of_memory(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "run_model", lambda *_: multiply_what_does_not_fit())
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        list(make_encoder(model, ahead=None).encode_all(make_batches([9])))
+        list(make_encoder(model).encode_all(make_batches([9])))
 
 
 @pytest.mark.parametrize(
@@ -212,14 +199,14 @@ def test_the_next_batch_is_launched_before_one_is_collected(
             yield batch
 
     monkeypatch.setattr(encoding, "run_model", run_model)
-    for made in make_encoder(model, ahead=ahead).encode_all(watch(make_batches([9], [8], [7]))):
-        assert isinstance(made, Embeddings)
-        seen.append(f"{made.rows[0]}")
+    for result in make_encoder(model, ahead=ahead).encode_all(watch(make_batches([9], [8], [7]))):
+        assert isinstance(result, Embeddings)
+        seen.append(f"{result.rows[0]}")
     assert seen == events
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_where_memory_runs_out_halves_come_in_their_place(
+def test_halves_replace_a_batch_that_memory_does_not_hold(
     model: Model, ahead: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tried = []
@@ -233,14 +220,14 @@ def test_where_memory_runs_out_halves_come_in_their_place(
     monkeypatch.setattr(encoding, "run_model", run_model)
     encoder = make_encoder(model, ahead=ahead)
     with caplog.at_level(logging.WARNING):
-        made = list(encoder.encode_all(make_batches([20], [10, 10, 10, 10], [26], [9, 9, 9], [5, 5])))
-    assert list_rows(made) == list(range(11))
+        result = list(encoder.encode_all(make_batches([20], [10, 10, 10, 10], [26], [9, 9, 9], [5, 5])))
+    assert list_rows(result) == list(range(11))
     assert encoder.max_tokens == 20
     assert tried == [20, *[40] * (1 + ahead), 20, 20, *[26] * (1 + ahead), 18, 9, 10]
     assert [record.message for record in caplog.records] == [
         "out of memory with a batch of 40 tokens; from here on batches have at most 20"
     ]
-    (failed,) = (each for each in made if isinstance(each, FailedRow))
+    (failed,) = (each for each in result if isinstance(each, FailedRow))
     assert (failed.row, failed.reason) == (5, OUT_OF_MEMORY)
 
 
@@ -254,26 +241,26 @@ def test_a_row_that_fits_alone_is_tried_again_when_nothing_waits(model: Model, m
         return real_run_model(model, batch)
 
     monkeypatch.setattr(encoding, "run_model", run_model)
-    made = []
+    result = []
     for each in make_encoder(model, ahead=1).encode_all(make_batches([9], [30], [8])):
-        made.append(each)
+        result.append(each)
         assert isinstance(each, Embeddings)
         waiting.remove(int(each.rows[0]))
-    assert list_rows(made) == [0, 1, 2]
+    assert list_rows(result) == [0, 1, 2]
 
 
-def test_rows_that_are_no_numbers_are_made_in_float32_while_others_wait(model: Model, broken: Model) -> None:
+def test_rows_that_are_not_finite_are_encoded_in_float32_while_others_wait(model: Model, broken: Model) -> None:
     batches = make_batches([9, 8], [7, 6], [5], poisoned=frozenset({1, 2, 4}))
     encoder = make_encoder(broken, ahead=1, load_float32=lambda: model)
-    made = list(encoder.encode_all(batches))
-    assert list_rows(made) == [0, 1, 3, 2, 4]
-    whole = make_encoder(model, ahead=0)
+    result = list(encoder.encode_all(batches))
+    assert list_rows(result) == [0, 1, 3, 2, 4]
+    exact = make_encoder(model, ahead=0)
     expected = [
         each
         for batch in make_batches([9], [8], [7], [6], [5], poisoned=frozenset({1, 2, 4}))
-        for each in whole.encode(batch)
+        for each in exact.encode(batch)
     ]
-    for each in made:
+    for each in result:
         assert isinstance(each, Embeddings)
         (row,) = each.rows
         same = expected[row]
@@ -291,6 +278,6 @@ def test_a_cpu_keeps_nothing_waiting(model: Model) -> None:
             taken.append(int(batch.rows[0]))
             yield batch
 
-    rows = make_encoder(model, ahead=None).encode_all(watch())
+    rows = make_encoder(model).encode_all(watch())
     next(rows)
     assert taken == [0]

@@ -7,12 +7,13 @@ import orjson
 import pytest
 import torch
 
-from m3cli.encoder.batcher import pack_batches
+from m3cli.encoder.batcher import batch_rows, pack_rows
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
 from m3cli.encoder.device import INT8, cpu_has, resolve_dtype
 from m3cli.encoder.embeddings import restore_order
 from m3cli.encoder.encode import BatchEncoder, FailedRow
+from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.linear import can_run_int8, make_int8_linear
 from m3cli.encoder.model import load_model
 from m3cli.encoder.tokenizer import load_tokenizer
@@ -25,57 +26,59 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("behind_gelu", [False, True])
+@pytest.mark.parametrize("after_gelu", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_int8_is_within_a_few_steps_of_float32(*, dtype: torch.dtype, behind_gelu: bool) -> None:
+def test_int8_is_within_a_few_steps_of_float32(*, dtype: torch.dtype, after_gelu: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(96, 64, generator=generator), torch.randn(96, generator=generator)
     states = torch.randn(40, 64, generator=generator) * torch.linspace(0.01, 50, 40)[:, None]
-    if behind_gelu:
+    if after_gelu:
         states = torch.nn.functional.gelu(states)
     exact = states @ weight.T + bias
-    made = make_int8_linear(weight, bias, dtype=dtype, behind_gelu=behind_gelu).apply(states.to(dtype)).float()
+    result = make_int8_linear(weight, bias, dtype=dtype, after_gelu=after_gelu).apply(states.to(dtype)).float()
     # Each of 64 products is off by half a step of a row's largest state and of a channel's largest weight, at random.
-    step = (states.abs().amax(1, keepdim=True) + 0.17 * behind_gelu) / 127 * weight.abs().amax(1) * 8
-    assert ((made - exact).abs() < step + exact.abs() / 64).all()
+    step = (states.abs().amax(1, keepdim=True) + 0.17 * after_gelu) / 127 * weight.abs().amax(1) * 8
+    assert ((result - exact).abs() < step + exact.abs() / 64).all()
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
-    linear = make_int8_linear(torch.randn(32, 16), torch.randn(32), dtype=torch.float32, behind_gelu=False)
+def test_a_row_does_not_depend_on_other_rows() -> None:
+    linear = make_int8_linear(torch.randn(32, 16), torch.randn(32), dtype=torch.float32, after_gelu=False)
     states = torch.randn(8, 16)
     alone = torch.cat([linear.apply(row[None]) for row in states])
-    beside = linear.apply(torch.cat((states, 1000 * torch.randn(8, 16))))[:8]
-    assert torch.equal(alone, beside)
+    batched = linear.apply(torch.cat((states, 1000 * torch.randn(8, 16))))[:8]
+    assert torch.equal(alone, batched)
 
 
 def test_a_row_of_zeros_and_one_that_is_no_number() -> None:
-    linear = make_int8_linear(torch.randn(32, 16), torch.ones(32), dtype=torch.float32, behind_gelu=False)
-    made = linear.apply(torch.stack((torch.zeros(16), torch.full((16,), torch.nan), torch.full((16,), torch.inf))))
-    assert torch.equal(made[0], torch.ones(32))
-    assert not made[1].isfinite().any()
-    assert not made[2].isfinite().any()
+    linear = make_int8_linear(torch.randn(32, 16), torch.ones(32), dtype=torch.float32, after_gelu=False)
+    result = linear.apply(torch.stack((torch.zeros(16), torch.full((16,), torch.nan), torch.full((16,), torch.inf))))
+    assert torch.equal(result[0], torch.ones(32))
+    assert not result[1].isfinite().any()
+    assert not result[2].isfinite().any()
 
 
 def encode(folder: Path, texts: list[str], dtype: str) -> Embeddings:
     checkpoint = read_checkpoint(folder)
     tokenizer = load_tokenizer(checkpoint)
     documents = [
-        Document(id=str(place), position=place, text=text, text_hash=(0, place), has_own_id=True)
-        for place, text in enumerate(texts)
+        Document(id=str(index), position=index, text=text, text_hash=(0, index), has_own_id=True)
+        for index, text in enumerate(texts)
     ]
     chunks = chunk_documents(documents, tokenizer, Cutting(max_length=checkpoint.default_max_length))
     encoder = BatchEncoder(
         load_model(checkpoint, device="cpu", dtype=dtype),  # type: ignore[arg-type]
-        outputs=("dense", "sparse", "colbert"),
-        special_ids=tokenizer.special_ids,
-        dense_dtype="float32",
-        colbert_dtype="float32",
+        OutputOptions(
+            outputs=("dense", "sparse", "colbert"),
+            special_ids=tokenizer.special_ids,
+            dense_dtype="float32",
+            colbert_dtype="float32",
+        ),
     )
-    batches = pack_batches(chunks, start=0, stop=chunks.num_rows, max_batch_tokens=4096)
+    batches = [pack_rows(chunks, rows) for rows in batch_rows(chunks.num_tokens, max_batch_tokens=4096)]
     parts = [part for batch in batches for part in encoder.encode(batch)]
-    whole = [part for part in parts if not isinstance(part, FailedRow)]
-    assert len(whole) == len(parts)
-    return restore_order(whole, start=0, stop=chunks.num_rows)
+    complete = [part for part in parts if not isinstance(part, FailedRow)]
+    assert len(complete) == len(parts)
+    return restore_order(complete, start=0, stop=chunks.num_rows)
 
 
 @pytest.mark.slow

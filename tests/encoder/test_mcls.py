@@ -9,10 +9,11 @@ import torch.nn.functional as F  # noqa: N812  torch's own convention
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3cli.encoder.batcher import fit_length, lengths_with_mcls, pack_batches
+from m3cli.encoder.batcher import fit_length, lengths_with_mcls, pack_rows
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
 from m3cli.encoder.encode import BatchEncoder
+from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.model import Model, load_model
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
 from m3cli.records import Document, Embeddings
@@ -38,16 +39,18 @@ def encode(model: Model, tokenizer: Tokenizer, *, mcls: int) -> list[Embeddings]
     chunks = chunk_documents(documents, tokenizer, Cutting(max_length=8192))
     encoder = BatchEncoder(
         model,
-        outputs=("dense", "sparse", "colbert"),
-        special_ids=tokenizer.special_ids,
-        dense_dtype="float32",
-        colbert_dtype="float32",
+        OutputOptions(
+            outputs=("dense", "sparse", "colbert"),
+            special_ids=tokenizer.special_ids,
+            dense_dtype="float32",
+            colbert_dtype="float32",
+        ),
         mcls=mcls,
     )
-    made = []
-    for batch in pack_batches(chunks, start=0, stop=chunks.num_rows, max_batch_tokens=10**6):
-        made += [each for each in encoder.encode(batch) if isinstance(each, Embeddings)]
-    return made
+    result = []
+    for batch in [pack_rows(chunks, np.argsort(-chunks.num_tokens, kind="stable"))]:
+        result += [each for each in encoder.encode(batch) if isinstance(each, Embeddings)]
+    return result
 
 
 @torch.inference_mode()
@@ -59,25 +62,25 @@ def encode_naively(folder: Path, text: str, tokenizer: Tokenizer) -> tuple[torch
     body = tokenizer.encode([text])[0].tolist()[1:-1]
     ids: list[int] = []
     marks: list[int] = []
-    for place in range(0, max(len(body), 1), EVERY):
+    for index in range(0, max(len(body), 1), EVERY):
         marks.append(len(ids))
-        ids += [tokenizer.bos_id, *body[place : place + EVERY]]
+        ids += [tokenizer.bos_id, *body[index : index + EVERY]]
     ids.append(tokenizer.eos_id)
     hidden = reference(torch.tensor([ids])).last_hidden_state[0]
     head = torch.load(folder / "colbert_linear.pt", weights_only=True)
-    kept = [place for place in range(len(ids)) if place not in marks]
+    kept = [index for index in range(len(ids)) if index not in marks]
     vectors = F.linear(hidden[kept], head["weight"].float(), head["bias"].float())
     return F.normalize(hidden[marks].mean(0), dim=-1), F.normalize(vectors, dim=-1), len(body)
 
 
 def test_outputs_are_those_of_a_naive_encoder(tiny_m3: Path, model: Model, tokenizer: Tokenizer) -> None:
-    (made,) = encode(model, tokenizer, mcls=EVERY)
-    assert made.dense_vecs is not None
-    assert made.colbert_vecs is not None
-    for place, row in enumerate(made.rows.tolist()):
+    (result,) = encode(model, tokenizer, mcls=EVERY)
+    assert result.dense_vecs is not None
+    assert result.colbert_vecs is not None
+    for index, row in enumerate(result.rows.tolist()):
         dense, vectors, num_tokens = encode_naively(tiny_m3, TEXTS[row], tokenizer)
-        np.testing.assert_allclose(made.dense_vecs[place], dense.numpy(), atol=1e-5)
-        matrix = made.colbert_vecs.vectors[made.colbert_vecs.indptr[place] : made.colbert_vecs.indptr[place + 1]]
+        np.testing.assert_allclose(result.dense_vecs[index], dense.numpy(), atol=1e-5)
+        matrix = result.colbert_vecs.vectors[result.colbert_vecs.indptr[index] : result.colbert_vecs.indptr[index + 1]]
         assert len(matrix) == num_tokens + 1
         np.testing.assert_allclose(matrix, vectors.numpy(), atol=1e-4)
 

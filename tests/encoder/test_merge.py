@@ -71,20 +71,20 @@ def make_embeddings(chunks: Chunks, seed: int) -> Embeddings:
     )
 
 
-def merge_naively(chunks: Chunks, made: Embeddings, document: int) -> tuple[Any, dict[int, float], Any]:
+def merge_naively(chunks: Chunks, result: Embeddings, document: int) -> tuple[Any, dict[int, float], Any]:
     """Merge one document as the README says it, row by row and token by token."""
     rows = np.flatnonzero(chunks.document == document)
-    assert made.dense_vecs is not None
-    assert made.lexical_weights is not None
-    assert made.colbert_vecs is not None
-    dense = sum(chunks.num_tokens[row] * made.dense_vecs[row].astype(np.float64) for row in rows)
+    assert result.dense_vecs is not None
+    assert result.lexical_weights is not None
+    assert result.colbert_vecs is not None
+    dense = sum(chunks.num_tokens[row] * result.dense_vecs[row].astype(np.float64) for row in rows)
     lexical: dict[int, float] = {}
     vectors = []
     for row in rows.tolist():
-        for place in range(made.lexical_weights.indptr[row], made.lexical_weights.indptr[row + 1]):
-            token, weight = int(made.lexical_weights.indices[place]), float(made.lexical_weights.values[place])
+        for place in range(result.lexical_weights.indptr[row], result.lexical_weights.indptr[row + 1]):
+            token, weight = int(result.lexical_weights.indices[place]), float(result.lexical_weights.values[place])
             lexical[token] = max(weight, lexical.get(token, 0.0))
-        matrix = made.colbert_vecs.vectors[made.colbert_vecs.indptr[row] : made.colbert_vecs.indptr[row + 1]]
+        matrix = result.colbert_vecs.vectors[result.colbert_vecs.indptr[row] : result.colbert_vecs.indptr[row + 1]]
         vectors += list(matrix[chunks.num_repeated[row] : -1])
         if row == rows[-1]:
             vectors.append(matrix[-1])
@@ -92,7 +92,7 @@ def merge_naively(chunks: Chunks, made: Embeddings, document: int) -> tuple[Any,
 
 
 def run_merger(
-    chunks: Chunks, made: Embeddings, long_docs: LongDocs, cuts: list[int], form: ColbertForm | None = None
+    chunks: Chunks, result: Embeddings, long_docs: LongDocs, cuts: list[int], form: ColbertForm | None = None
 ) -> Embeddings:
     """Feed rows in windows that end at `cuts`."""
     merger = Merger(chunks, taken=NONE, long_docs=long_docs, dense_dtype="float32", colbert_form=form or ColbertForm())
@@ -100,7 +100,7 @@ def run_merger(
     borders = sorted({0, chunks.num_rows, *(cut % (chunks.num_rows + 1) for cut in cuts)})
     for start, stop in pairwise(borders):
         rows = np.arange(start, stop)
-        parts += merger.feed(select_rows(made, rows, rows=rows))
+        parts += merger.feed(select_rows(result, rows, rows=rows))
         numbers = np.sort(np.concatenate([NONE, *(part.rows for part in parts)]))
         assert numbers.tolist() == list(range(len(numbers))), "windows give what follows, and nothing else"
     return restore_order(parts, start=0, stop=sum(len(part.rows) for part in parts))
@@ -111,15 +111,15 @@ def test_merged_rows_are_the_naive_ones_in_whatever_windows(
     documents: list[list[tuple[int, int]]], cuts: list[int], seed: int
 ) -> None:
     chunks = make_chunks(documents)
-    made = make_embeddings(chunks, seed)
+    result = make_embeddings(chunks, seed)
     rows = plan_rows(chunks, long_docs="merge", taken=NONE)
-    merged = run_merger(chunks, made, "merge", cuts)
+    merged = run_merger(chunks, result, "merge", cuts)
     assert merged.dense_vecs is not None
     assert merged.lexical_weights is not None
     assert merged.colbert_vecs is not None
     assert rows.document.tolist() == list(range(len(documents)))
     for document in range(len(documents)):
-        dense, lexical, vectors = merge_naively(chunks, made, document)
+        dense, lexical, vectors = merge_naively(chunks, result, document)
         ids = rows.input_ids[rows.cu_seqlens[document] : rows.cu_seqlens[document + 1]]
         assert ids.tolist() == [0, *range(10, 10 + len(ids) - 2), 2], "each token of the text once"
         np.testing.assert_allclose(merged.dense_vecs[document], dense, atol=1e-6)
@@ -138,9 +138,9 @@ def test_both_has_the_chunks_and_behind_them_the_document(
     documents: list[list[tuple[int, int]]], cuts: list[int]
 ) -> None:
     chunks = make_chunks(documents)
-    made = make_embeddings(chunks, 1)
+    result = make_embeddings(chunks, 1)
     rows = plan_rows(chunks, long_docs="both", taken=NONE)
-    both, merged = run_merger(chunks, made, "both", cuts), run_merger(chunks, made, "merge", [])
+    both, merged = run_merger(chunks, result, "both", cuts), run_merger(chunks, result, "merge", [])
     own = np.flatnonzero(rows.chunk_index == -1)
     assert rows.document[own].tolist() == [number for number, parts in enumerate(documents) if len(parts) > 1]
     assert (np.diff(rows.document) >= 0).all()
@@ -151,23 +151,23 @@ def test_both_has_the_chunks_and_behind_them_the_document(
     np.testing.assert_array_equal(both.dense_vecs[own], merged.dense_vecs[rows.document[own]])
     assert (np.diff(both.colbert_vecs.indptr)[own] == 0).all()
     left = np.setdiff1d(np.arange(rows.num_rows), own)
-    np.testing.assert_array_equal(both.dense_vecs[left], made.dense_vecs)
-    assert made.colbert_vecs is not None
-    np.testing.assert_array_equal(both.colbert_vecs.vectors, made.colbert_vecs.vectors)
+    np.testing.assert_array_equal(both.dense_vecs[left], result.dense_vecs)
+    assert result.colbert_vecs is not None
+    np.testing.assert_array_equal(both.colbert_vecs.vectors, result.colbert_vecs.vectors)
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 8])
 def test_vectors_let_go_of_early_are_not_among_the_heaviest(top_k: int) -> None:
     chunks = make_chunks([[(9, 2)] * 6])
-    made = make_embeddings(chunks, 3)
-    whole = run_merger(chunks, made, "merge", []).colbert_vecs
-    thin = run_merger(chunks, made, "merge", [1, 2, 3, 4, 5], ColbertForm(top_k=top_k)).colbert_vecs
-    assert whole is not None
-    assert whole.weights is not None
+    result = make_embeddings(chunks, 3)
+    complete = run_merger(chunks, result, "merge", []).colbert_vecs
+    thin = run_merger(chunks, result, "merge", [1, 2, 3, 4, 5], ColbertForm(top_k=top_k)).colbert_vecs
+    assert complete is not None
+    assert complete.weights is not None
     assert thin is not None
     assert thin.weights is not None
-    assert len(thin.vectors) < len(whole.vectors)
-    assert np.sort(thin.weights)[-top_k:].tolist() == np.sort(whole.weights)[-top_k:].tolist()
+    assert len(thin.vectors) < len(complete.vectors)
+    assert np.sort(thin.weights)[-top_k:].tolist() == np.sort(complete.weights)[-top_k:].tolist()
 
 
 def test_rows_taken_over_stay_as_they_are() -> None:

@@ -13,6 +13,7 @@ from transformers import XLMRobertaModel
 
 from m3cli.config import Dtype
 from m3cli.encoder.checkpoint import read_checkpoint
+from m3cli.encoder.device import INT8, cpu_has
 from m3cli.encoder.heads import pool_rows
 from m3cli.encoder.model import OCTAVE_STEPS, TOKEN_STEP, load_model, padded_num_tokens, run_model
 from m3cli.errors import ModelError
@@ -50,11 +51,11 @@ def test_packed_rows_equal_transformers_one_by_one(tiny_m3: Path) -> None:
     rows = [[0, *range(100, 100 + length), 2] for length in (70, 31, 31, 5, 1)]
     batch = pack(*rows)
     hidden, _ = run_model(model, batch)
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         with torch.inference_mode():
             expected = reference(torch.tensor([row])).last_hidden_state[0]
-        mine = hidden[batch.cu_seqlens[place] : batch.cu_seqlens[place + 1]]
-        assert torch.allclose(mine, expected, atol=1e-5)
+        part = hidden[batch.cu_seqlens[index] : batch.cu_seqlens[index + 1]]
+        assert torch.allclose(part, expected, atol=1e-5)
 
 
 def test_heads_equal_a_naive_loop(tiny_m3: Path) -> None:
@@ -62,7 +63,7 @@ def test_heads_equal_a_naive_loop(tiny_m3: Path) -> None:
     rows = [[0, 9, 8, 9, 3, 7, 2], [0, 9, 9, 2], [0, 2]]
     batch = pack(*rows)
     hidden, layout = run_model(model, batch)
-    made = compute_embeddings(
+    result = compute_embeddings(
         model,
         batch,
         hidden,
@@ -72,27 +73,27 @@ def test_heads_equal_a_naive_loop(tiny_m3: Path) -> None:
         dense_dtype="float32",
         colbert_dtype="float32",
     )
-    assert made.dense_vecs is not None
-    assert made.lexical_weights is not None
-    assert made.colbert_vecs is not None
+    assert result.dense_vecs is not None
+    assert result.lexical_weights is not None
+    assert result.colbert_vecs is not None
     weight, bias = read_head(tiny_m3 / "sparse_linear.pt")
     project, shift = read_head(tiny_m3 / "colbert_linear.pt")
-    for place, row in enumerate(rows):
-        states = hidden[batch.cu_seqlens[place] : batch.cu_seqlens[place + 1]].numpy()
-        assert np.allclose(made.dense_vecs[place], states[0] / np.linalg.norm(states[0]), atol=1e-6)
+    for index, row in enumerate(rows):
+        states = hidden[batch.cu_seqlens[index] : batch.cu_seqlens[index + 1]].numpy()
+        assert np.allclose(result.dense_vecs[index], states[0] / np.linalg.norm(states[0]), atol=1e-6)
         expected: dict[int, float] = {}
         for token, state in zip(row, states, strict=True):
             strength = float(weight[0] @ state + bias[0])
             if strength > 0 and token not in SPECIALS:
                 expected[token] = max(expected.get(token, 0.0), strength)
-        first, last = made.lexical_weights.indptr[place : place + 2]
-        assert made.lexical_weights.indices[first:last].tolist() == sorted(expected)
+        first, last = result.lexical_weights.indptr[index : index + 2]
+        assert result.lexical_weights.indices[first:last].tolist() == sorted(expected)
         wanted = [expected[token] for token in sorted(expected)]
-        assert np.allclose(made.lexical_weights.values[first:last], wanted, atol=1e-6)
+        assert np.allclose(result.lexical_weights.values[first:last], wanted, atol=1e-6)
         vectors = states[1:] @ project.T + shift
-        first, last = made.colbert_vecs.indptr[place : place + 2]
+        first, last = result.colbert_vecs.indptr[index : index + 2]
         assert np.allclose(
-            made.colbert_vecs.vectors[first:last], vectors / np.linalg.norm(vectors, axis=1, keepdims=True), atol=1e-6
+            result.colbert_vecs.vectors[first:last], vectors / np.linalg.norm(vectors, axis=1, keepdims=True), atol=1e-6
         )
 
 
@@ -102,10 +103,10 @@ def test_pooling_is_the_one_asked_for(tiny_m3: Path, pooling: str) -> None:
     batch = pack([0, 5, 6, 2], [0, 7, 2])
     hidden, layout = run_model(model, batch)
     pooled = pool_rows(hidden, layout, pooling=pooling)  # type: ignore[arg-type]
-    for place in range(2):
-        states = hidden[batch.cu_seqlens[place] : batch.cu_seqlens[place + 1]]
+    for index in range(2):
+        states = hidden[batch.cu_seqlens[index] : batch.cu_seqlens[index + 1]]
         state = {"cls": states[0], "mean": states.mean(0), "lasttoken": states[-1]}[pooling]
-        assert torch.allclose(pooled[place], state / state.norm(), atol=1e-6)
+        assert torch.allclose(pooled[index], state / state.norm(), atol=1e-6)
 
 
 def test_bin_weights_equal_safetensors(tiny_m3: Path, tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ def test_weights_that_carry_code_are_refused(tiny_m3: Path, tmp_path: Path) -> N
     folder = tmp_path / "evil"
     shutil.copytree(tiny_m3, folder)
     torch.save({"weight": Bomb(), "bias": Bomb()}, folder / "sparse_linear.pt")
-    with pytest.raises(ModelError, match=r"sparse_linear\.pt carries code"):
+    with pytest.raises(ModelError, match=r"sparse_linear\.pt contains code"):
         load_model(read_checkpoint(folder), device="cpu", dtype="float32")
 
 
@@ -145,9 +146,12 @@ def test_cut_off_weights_are_named(tiny_m3: Path, tmp_path: Path) -> None:
         load_model(read_checkpoint(folder), device="cpu", dtype="float32")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["float32", "bfloat16", pytest.param("int8", marks=pytest.mark.skipif(not cpu_has(INT8), reason="no VNNI"))],
+)
 def test_a_forward_formats_no_tensor(tiny_m3: Path, monkeypatch: pytest.MonkeyPatch, dtype: Dtype) -> None:
-    """torch writes tensors into the error texts of overloads that it tries in vain, at every call."""
+    """torch formats tensors into the error texts of overloads that do not match, at every call."""
     model = load_model(read_checkpoint(tiny_m3), device="cpu", dtype=dtype)
     formatted: list[torch.Tensor] = []
 
@@ -161,11 +165,11 @@ def test_a_forward_formats_no_tensor(tiny_m3: Path, monkeypatch: pytest.MonkeyPa
 
 
 @given(st.integers(1, 300_000))
-def test_batches_are_filled_up_a_little(num_tokens: int) -> None:
+def test_batches_are_padded_a_little(num_tokens: int) -> None:
     for device in ("cpu", "cuda"):
-        filled = padded_num_tokens(num_tokens, device=torch.device(device))
-        assert filled % TOKEN_STEP == 0
-        added = filled - num_tokens
+        padded = padded_num_tokens(num_tokens, device=torch.device(device))
+        assert padded % TOKEN_STEP == 0
+        added = padded - num_tokens
         assert 0 <= added < (TOKEN_STEP if device == "cpu" else max(TOKEN_STEP, num_tokens / OCTAVE_STEPS))
 
 

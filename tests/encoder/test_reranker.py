@@ -62,9 +62,9 @@ def test_pairs_are_the_tokenizers(cross_encoder: Path, max_length: int) -> None:
         truncation="only_second",
         max_length=max_length,
     )["input_ids"]
-    made = join(cross_encoder, max_length=max_length)
-    assert [ids.tolist() for ids in made.input_ids] == expected
-    assert made.truncated == (len(QUERIES) if max_length == MAX_LENGTH else 0)
+    result = join(cross_encoder, max_length=max_length)
+    assert [ids.tolist() for ids in result.input_ids] == expected
+    assert result.truncated == (len(QUERIES) if max_length == MAX_LENGTH else 0)
 
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 150, 8192])
@@ -77,8 +77,8 @@ def test_logits_are_those_of_transformers(
     pairs = join(cross_encoder, max_length=MAX_LENGTH)
     found = np.full(len(pairs.input_ids), np.nan, np.float32)
     for batch in pack_texts(pairs, max_batch_tokens=max_batch_tokens):
-        for made in score_batch(reranker, batch):
-            found[made.rows] = made.values
+        for result in score_batch(reranker, batch):
+            found[result.rows] = result.values
     with torch.inference_mode():
         expected = [float(reference(torch.tensor(ids[None].astype(np.int64))).logits[0, 0]) for ids in pairs.input_ids]
     assert np.ptp(expected) > 0.05, "all pairs alike would prove nothing"
@@ -102,7 +102,7 @@ def test_out_of_memory_goes_on_in_halves(
 ) -> None:
     pairs = join(cross_encoder, max_length=MAX_LENGTH)
     (batch,) = pack_texts(pairs, max_batch_tokens=8192)
-    (whole,) = score_batch(reranker, batch)
+    (complete,) = score_batch(reranker, batch)
 
     def run_few(model: Model, batch: Batch) -> object:
         if len(batch.rows) > 3:
@@ -113,7 +113,7 @@ def test_out_of_memory_goes_on_in_halves(
     parts = list(score_batch(reranker, batch))
     assert len(parts) > 4
     assert np.concatenate([part.rows for part in parts]).tolist() == batch.rows.tolist()
-    np.testing.assert_allclose(np.concatenate([part.values for part in parts]), whole.values, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate([part.values for part in parts]), complete.values, atol=1e-5)
 
     def refuse(model: object, batch: Batch) -> object:
         raise torch.OutOfMemoryError

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Encoding
 
 from m3cli.encoder import segments
 from m3cli.encoder.checkpoint import read_checkpoint
-from m3cli.encoder.segments import TextTokens, cut_segments, read_texts
+from m3cli.encoder.segments import Border, TextTokens, cut_segments, rate_borders, read_texts
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -45,16 +46,16 @@ def test_segments_at_white_space_have_the_tokens_of_the_whole_text(
 ) -> None:
     text = "".join(word + blank for word, blank in zip(words, blanks, strict=False))
     found = read_tokens(text, tokenizer)
-    whole = encode_whole(text, tokenizer)
-    assert found.input_ids.tolist() == whole.ids
-    assert found.starts[1:].tolist() == [first for first, _ in whole.offsets][1:]
+    complete = encode_whole(text, tokenizer)
+    assert found.input_ids.tolist() == complete.ids
+    assert found.starts[1:].tolist() == [first for first, _ in complete.offsets][1:]
 
 
 def test_a_run_of_blanks_is_not_parted(tokenizer: Tokenizer, short_segments: None) -> None:
     text = "alpha " * 10 + "mu  <mask> omega\r\n \tend " * 8
-    found, whole = read_tokens(text, tokenizer), encode_whole(text, tokenizer)
-    assert found.input_ids.tolist() == whole.ids
-    assert found.starts[1:].tolist() == [first for first, _ in whole.offsets][1:]
+    found, complete = read_tokens(text, tokenizer), encode_whole(text, tokenizer)
+    assert found.input_ids.tolist() == complete.ids
+    assert found.starts[1:].tolist() == [first for first, _ in complete.offsets][1:]
 
 
 def test_blanks_that_fill_segments_are_cut_all_the_same(short_segments: None) -> None:
@@ -75,12 +76,12 @@ def test_segments_tile_a_text(short_segments: None, text: str) -> None:
 
 def test_without_white_space_only_tokens_at_the_cuts_may_differ(tokenizer: Tokenizer, short_segments: None) -> None:
     text = "山路を登りながらこう考えた智に働けば角が立つ情に棹させば流される" * 20
-    found, whole = read_tokens(text, tokenizer), encode_whole(text, tokenizer)
+    found, complete = read_tokens(text, tokenizer), encode_whole(text, tokenizer)
     joined = [tokenizer.token(token).replace("▁", "") for token in found.input_ids.tolist()]
     assert "".join(joined) == text
     cuts = len(list(cut_segments(text, segment_chars=64))) - 1
-    places = {first for first, _ in whole.offsets}
-    assert len(set(found.starts.tolist()) - places) <= 2 * cuts
+    indices = {first for first, _ in complete.offsets}
+    assert len(set(found.starts.tolist()) - indices) <= 2 * cuts
 
 
 def test_enough_tokens_are_read_and_no_more(tokenizer: Tokenizer) -> None:
@@ -110,3 +111,63 @@ def test_a_prefix_is_apart_and_offsets_are_of_the_text(tokenizer: Tokenizer, sho
     assert found.input_ids.tolist() == encode_whole(text, tokenizer).ids
     assert found.starts[0] == 0
     assert (np.diff(found.starts) >= 0).all()
+
+
+def rate(text: str) -> list[int]:
+    """Rate the border before every code point."""
+    indices = np.arange(len(text))
+    return [int(level) for level in rate_borders(text, indices, indices + 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "index", "level"),
+    [
+        ("abc", 1, Border.INSIDE_WORD),
+        ("ab cd", 3, Border.WORD),
+        ("ab\ncd", 3, Border.LINE),
+        ("ab\n\ncd", 4, Border.PARAGRAPH),
+        ("ab\r\n\r\ncd", 6, Border.PARAGRAPH),
+        ("ab \n \n cd", 7, Border.PARAGRAPH),
+        ("Ab. Cd", 4, Border.SENTENCE),
+        ("e.g. this", 5, Border.WORD),
+        ("v1.2", 3, Border.INSIDE_WORD),
+        ('"Ab." Cd', 6, Border.SENTENCE),
+        ("Да! Нет", 4, Border.SENTENCE),
+        ("こう考えた。智に", 6, Border.SENTENCE),
+        ("「考えた。」智に", 6, Border.SENTENCE),
+        ("「考えた。」智に", 5, Border.INSIDE_WORD),
+        ("登りながら、こう", 6, Border.WORD),
+        ("वाक्य है। यह", 10, Border.SENTENCE),
+        ("e\u0301x", 1, Border.GRAPHEME),
+        ("👩\u200d👧", 1, Border.GRAPHEME),
+        ("👩\u200d👧", 2, Border.GRAPHEME),
+        ("👍🏽", 1, Border.GRAPHEME),
+        ("🇩🇪", 1, Border.GRAPHEME),
+        ("\r\n", 1, Border.GRAPHEME),
+        ("ที่นี่", 1, Border.GRAPHEME),
+        ("\u1112\u1161\u11ab", 2, Border.GRAPHEME),
+    ],
+)
+def test_borders_have_their_levels(text: str, index: int, level: Border) -> None:
+    assert rate(text)[index] == level
+
+
+def test_tokens_of_one_character_share_it() -> None:
+    starts, ends = np.array([0, 1, 1, 1]), np.array([1, 2, 2, 2])
+    assert rate_borders("a﷽", starts, ends).tolist()[2:] == [Border.CHARACTER, Border.CHARACTER]
+
+
+CHARACTERS = "ab .\n\r\u0301é語。한\u1112\u1161\u11abनमस्ते🇩🇪🇫👩👧👍🏽\u200d\ufe0fที่ำ\u0639\u0651"
+
+
+def is_written(text: str) -> bool:
+    """Whether no virama carries a further mark, which no orthography has, and of which we would not know."""
+    return not regex.search("\u094d[\\p{M}\u200d\ufe0f\U0001f3fb-\U0001f3ff]", text)
+
+
+@given(st.text(st.sampled_from(CHARACTERS), max_size=40).filter(is_written))
+def test_no_border_of_words_is_inside_a_grapheme(text: str) -> None:
+    found = rate(text)
+    borders = {match.start() for match in regex.finditer(r"\X", text)}
+    inside = [index for index in range(1, len(text)) if index not in borders]
+    assert all(found[index] == Border.GRAPHEME for index in inside)

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 @given(st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=3 * ALIGNMENT), min_size=1, max_size=5))
 def test_arrays_arrive_as_they_were_sent(lists: list[list[int]]) -> None:
-    arrays = [np.array(one, np.int64 if place % 2 else np.int32) for place, one in enumerate(lists)]
+    arrays = [np.array(one, np.int64 if index % 2 else np.int32) for index, one in enumerate(lists)]
     sent = send(CPU, *arrays)
     assert [tensor.tolist() for tensor in sent] == lists
     assert {tensor.dtype for tensor in sent} == {torch.int32}

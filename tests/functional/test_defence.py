@@ -328,7 +328,7 @@ def test_input_that_vanishes_in_mid_run_is_named_and_what_is_done_is_kept(
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "write_shard", write_and_lose)
-        with pytest.raises(CorpusError, match=rf"{second.name} is gone: put it back and run the same command again"):
+        with pytest.raises(CorpusError, match=rf"{second.name} is missing: put it back and run the same command again"):
             encode_with(folder, out=tmp_path / "out")
     assert first.exists()
     kept = folder_bytes(tmp_path / "out")

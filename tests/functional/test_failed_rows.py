@@ -130,7 +130,7 @@ def test_a_row_too_large_for_float16_is_encoded_in_float32(m3_here: M3, tmp_path
         flags = ("--model", steep_m3, "--dtype", dtype, "--out", f"{dtype}.m3", *FLAGS)
         done = m3_here("encode", "c.jsonl", *flags)
         assert done.returncode == 3, done.stderr
-        assert ("trying it in float32" in done.stderr) == (dtype == "float16")
+        assert ("encoding it again in float32" in done.stderr) == (dtype == "float16")
         tables[dtype] = pq.read_table(tmp_path / f"{dtype}.m3" / "rows")
     ids = tables["float16"].column("id").to_pylist()
     assert ids == [f"d{number}" for number in range(60) if number != 7]

@@ -41,7 +41,7 @@ def test_a_checkpoint_that_carries_code_is_refused(m3_here: M3, tmp_path: Path, 
     (tmp_path / "c.jsonl").write_text('{"text": "one"}\n', encoding="utf-8")
     done = m3_here("encode", "c.jsonl", "--model", model, "--dtype", "float32")
     assert done.returncode == 5
-    assert "carries code and is refused" in done.stderr.splitlines()[-1]
+    assert "contains code, which m3 never runs" in done.stderr.splitlines()[-1]
     assert not trace.exists()
 
 

@@ -183,7 +183,7 @@ def test_a_prefix_without_room_is_refused_before_anything_is_written(
     shutil.rmtree(tmp_path / "o.m3", ignore_errors=True)
     done = m3(*words, "--prefix", "a long instruction of so many words for every one of the texts: ")
     assert done.returncode == 2
-    assert "and --overlap 5: a chunk of 16 tokens has room for 14, and none is left for text" in done.stderr
+    assert "and --overlap 5: a chunk of 16 tokens holds 14 of them, and none remains for text" in done.stderr
     assert not (tmp_path / "o.m3").exists()
 
 

@@ -19,7 +19,7 @@ from m3cli.encoder.attention import SequenceLayout, pad_borders
 from m3cli.encoder.batcher import batch_rows, pack_rows
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.encode import BatchEncoder, FailedRow
-from m3cli.encoder.heads import find_maxima
+from m3cli.encoder.heads import OutputOptions, find_maxima
 from m3cli.encoder.model import Model, load_model, padded_num_tokens
 from m3cli.encoder.model import run_model as real_run_model
 from m3cli.encoder.transfer import fetch, open_stream, send
@@ -104,11 +104,18 @@ def pack_all(chunks: Chunks, *, max_batch_tokens: int) -> list[Batch]:
     return [pack_rows(chunks, rows) for rows in batch_rows(chunks.num_tokens, max_batch_tokens=max_batch_tokens)]
 
 
-def make_encoder(model: Model, *, ahead: int = 1, **settings: Any) -> BatchEncoder:
+def make_encoder(
+    model: Model,
+    *,
+    ahead: int | None = None,
+    mcls: int = 0,
+    load_float32: Callable[[], Model] | None = None,
+    **settings: Any,
+) -> BatchEncoder:
     usual = {"outputs": ALL, "special_ids": SPECIALS, "dense_dtype": "float32", "colbert_dtype": "float32"}
-    encoder = BatchEncoder(model, **{**usual, **settings})
-    assert encoder.ahead == 1
-    encoder.ahead = ahead
+    options = OutputOptions(**{**usual, **settings})
+    encoder = BatchEncoder(model, options, mcls=mcls, load_float32=load_float32, ahead=ahead)
+    assert ahead is not None or encoder._ahead == 1
     return encoder
 
 
@@ -139,7 +146,7 @@ def test_all_outputs_are_those_of_the_cpu(tiny_m3: Path, dtype: str, close: floa
     for device, kind in (("cpu", "float32"), ("cuda", dtype)):
         model = load(tiny_m3, device, kind)
         model = replace(model, checkpoint=replace(model.checkpoint, pooling=pooling))  # type: ignore[arg-type]
-        made.append(encode(make_encoder(model, mcls=mcls, colbert_weights=True), batches))
+        made.append(encode(make_encoder(model, mcls=mcls, vector_weights=True), batches))
     cpu, cuda = made
     assert [each.rows.tolist() for each in cuda] == [batch.rows.tolist() for batch in batches]
     for one, other in zip(cpu, cuda, strict=True):
@@ -163,7 +170,7 @@ def test_batches_ahead_give_the_same_bytes_as_one_after_the_other(tiny_m3: Path)
     model = load(tiny_m3, "cuda", "float16")
     batches = pack_all(make_chunks(3000, longest=300), max_batch_tokens=16384)
     assert len(batches) > 20
-    settings = {"dense_dtype": "float16", "colbert_dtype": "float16"}
+    settings: dict[str, Any] = {"dense_dtype": "float16", "colbert_dtype": "float16"}
     alone, ahead = (encode(make_encoder(model, ahead=count, **settings), batches) for count in (0, 1))
     for one, other in zip(alone, ahead, strict=True):
         assert one.rows.tolist() == other.rows.tolist()
@@ -194,7 +201,7 @@ def test_nothing_waits_while_a_batch_is_launched(
 ) -> None:
     model = load(tiny_m3, "cuda", dtype)
     model = replace(model, checkpoint=replace(model.checkpoint, pooling=pooling))  # type: ignore[arg-type]
-    encoder = make_encoder(model, mcls=mcls, colbert_weights=True, colbert_dtype="float16")
+    encoder = make_encoder(model, mcls=mcls, vector_weights=True, colbert_dtype="float16")
     batches = pack_all(make_chunks(60, longest=300), max_batch_tokens=4096)
     encode(encoder, batches)  # what is set up once may wait
     real = BatchEncoder._launch
@@ -242,12 +249,12 @@ def test_the_matmuls_see_few_shapes(tiny_m3: Path, monkeypatch: pytest.MonkeyPat
     batches = pack_all(make_chunks(2000, longest=300), max_batch_tokens=8192)
     assert len(encode(make_encoder(model), batches)) == len(batches) > 20
     assert shapes == [padded_num_tokens(len(batch.input_ids), device=CUDA) for batch in batches]
-    assert set(shapes[:-1]) == {8192}, "all but the last are filled to the budget"
+    assert set(shapes[:-1]) == {8192}, "all but the last are padded to the budget"
     assert borders == [len(pad_borders(batch.cu_seqlens)) for batch in batches]
     assert len(set(borders)) < 10
 
 
-def test_a_row_does_not_depend_on_what_the_filling_holds(tiny_m3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_does_not_depend_on_padding(tiny_m3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(tiny_m3, "cuda", "float16")
     (batch,) = pack_all(make_chunks(9, longest=150), max_batch_tokens=4096)
     usual, layout = real_run_model(model, batch)
@@ -258,7 +265,7 @@ def test_a_row_does_not_depend_on_what_the_filling_holds(tiny_m3: Path, monkeypa
 
     def attend(qkv: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
         out = real(qkv, layout)
-        out[layout.num_tokens :] = torch.nan  # the kernel leaves as it finds it what it finds there
+        out[layout.num_tokens :] = torch.nan  # the kernel does not write them
         return out
 
     monkeypatch.setattr(attention, "_attend_varlen", attend)

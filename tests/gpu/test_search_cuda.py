@@ -10,7 +10,7 @@ import torch
 
 from m3cli.retrieval.scan import open_scan, scan_part
 from m3cli.retrieval.top import Ranked, TopRows
-from tests.retrieval.search.test_search_kernels import VOCABULARY, make_embeddings
+from tests.retrieval.test_scan import VOCABULARY, make_embeddings
 
 pytestmark = [
     pytest.mark.gpu,

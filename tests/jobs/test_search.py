@@ -191,7 +191,7 @@ def test_search_is_the_naive_ranking(
     root = tmp_path_factory.mktemp("search")
     with (
         mock.patch.object(parquet, "ROW_GROUP_BYTES", group),
-        mock.patch.object(kernels, "LEAST_ROWS", 2),
+        mock.patch.object(kernels, "MIN_ROWS", 2),
         mock.patch("os.fsync"),  # nothing here needs to last
     ):
         corpus = write_folder(root / "c.m3", shards, seed=seed, format=format)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from m3cli.encoder.batcher import pack_batches
+from m3cli.encoder.batcher import batch_rows, pack_rows
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
 from m3cli.encoder.embeddings import restore_order
@@ -78,7 +78,8 @@ def encode(tiny_m3: Path, chunks: Chunks) -> Encode:
                 dense_dtype="float32",
                 colbert_dtype="float32",
             )
-            for batch in pack_batches(chunks, start=start, stop=end, max_batch_tokens=max_batch_tokens)
+            for rows in batch_rows(chunks.num_tokens[start:end], max_batch_tokens=max_batch_tokens)
+            for batch in [pack_rows(chunks, rows + start)]
         ]
         return restore_order(made, start=start, stop=end)
 

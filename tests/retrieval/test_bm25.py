@@ -30,15 +30,15 @@ def test_scores_are_the_formulas() -> None:
     index.add(TEXTS[:3])
     index.add(TEXTS[3:])
     queries = ["Fox DOG?", "狐", "unknown", "fox fox"]
-    top = TopRows(len(queries), limit=10, floor=0.0)
-    index.search(queries, top, places=np.arange(4), keys=np.arange(4))
+    top = TopRows(len(queries), limit=10, threshold=0.0)
+    index.search(queries, top, positions=np.arange(4), keys=np.arange(4))
     ranked = top.finish()
     terms = plain_terms(TEXTS)
     for number, query in enumerate(queries):
         expected = {row: score for row in range(4) if (score := by_formula(query, terms[row], terms)) > 0}
-        mine = ranked.query == number
-        made = dict(zip(ranked.row[mine].tolist(), ranked.score[mine].tolist(), strict=True))
-        assert made == pytest.approx(expected, abs=1e-5)
+        part = ranked.query == number
+        result = dict(zip(ranked.row[part].tolist(), ranked.score[part].tolist(), strict=True))
+        assert result == pytest.approx(expected, abs=1e-5)
 
 
 def test_plain_words() -> None:
@@ -47,7 +47,7 @@ def test_plain_words() -> None:
 
 
 def test_texts_without_terms() -> None:
-    index, top = Bm25Index(plain_terms), TopRows(1, limit=1, floor=0.0)
+    index, top = Bm25Index(plain_terms), TopRows(1, limit=1, threshold=0.0)
     index.add(["?", ""])
-    index.search(["x"], top, places=np.arange(2), keys=np.arange(2))
+    index.search(["x"], top, positions=np.arange(2), keys=np.arange(2))
     assert len(top.finish().row) == 0

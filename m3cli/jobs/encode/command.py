@@ -252,15 +252,15 @@ def encode(
     with watch.count("loading"):
         machine.set_threads(run.runtime.threads)
         model = load_model(checkpoint, device=device, dtype=config.dtype)
-        lanes = machine.plan_threads(run.runtime.threads, device=device)
-        machine.set_threads(run.runtime.threads // lanes)
+        num_threads = machine.plan_threads(run.runtime.threads, device=device)
+        machine.set_threads(run.runtime.threads // num_threads)
     load_float32 = partial(load_model, checkpoint, device=device, dtype="float32")
     encoder = make_encoder(
         model,
         tokenizer,
         config=config,
         load_float32=load_float32 if config.dtype != "float32" else None,
-        lanes=lanes,
+        num_threads=num_threads,
     )
     work.stop.check()
     progress.start(shards_todo=todo)

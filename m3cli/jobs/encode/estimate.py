@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from m3cli.config import ColbertForm, RunConfig
 from m3cli.corpus.plan import Plan, plan_shards
 from m3cli.corpus.reader import Action, read_shards
-from m3cli.corpus.spread import spread_portions
+from m3cli.corpus.sample import sample_shards
 from m3cli.corpus.streams import measure_ratio
 from m3cli.encoder.chunker import chunk_documents, cutting_of
 from m3cli.encoder.colbert import bound_vectors
@@ -139,13 +139,13 @@ class _Sampler:
         self._tokenizer = tokenizer
 
     def read_plain(self, sources: tuple[Source, ...]) -> list[_Sample]:
-        """Read portions of files of which any part can be read."""
+        """Read samples of files in which any part can be read."""
         plan = self._plan(sources)
-        portions = spread_portions(sources, plan, number=SAMPLE_SHARDS, max_row_bytes=self._config.max_row_bytes)
-        plan = replace(plan, shards=tuple(portion.shard for portion in portions), rows_left=None)
+        samples = sample_shards(sources, plan, number=SAMPLE_SHARDS, max_row_bytes=self._config.max_row_bytes)
+        plan = replace(plan, shards=tuple(sample.shard for sample in samples), rows_left=None)
         # A limit may end before the last source: the reader would go on with those that the plan leaves out.
         texts = self._read(sources[: plan.num_sources], plan, lambda _: "read")
-        return [self._measure([text], portion.factor) for text, portion in zip(texts, portions, strict=True)]
+        return [self._measure([text], sample.factor) for text, sample in zip(texts, samples, strict=True)]
 
     def read_streams(self, sources: Sequence[Source]) -> list[_Sample]:
         """Read the beginnings of some compressed files."""

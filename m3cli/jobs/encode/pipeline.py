@@ -28,6 +28,7 @@ from m3cli.encoder.chunker import chunk_documents, cutting_of
 from m3cli.encoder.colbert import bound_vectors, compress_rows
 from m3cli.encoder.embeddings import restore_order, select_chunks, select_rows
 from m3cli.encoder.encode import NOT_A_NUMBER, OUT_OF_MEMORY, BatchEncoder, FailedRow
+from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.merge import Merger, merge_chunks, plan_rows
 from m3cli.encoder.model import Model
 from m3cli.encoder.tokenizer import Tokenizer
@@ -216,7 +217,7 @@ def encode_window(
     groups = batch_rows(
         lengths_with_mcls(shard.chunks.num_tokens[single], every=encoder.mcls),
         max_batch_tokens=min(max_batch_tokens, encoder.max_tokens or max_batch_tokens),
-        lanes=encoder.lanes,
+        threads=encoder.num_threads,
     )
     batches = (pack_rows(shard.chunks, single[group]) for group in groups)
     for result in timed(encoder.encode_all(batches), pipeline.watch, "encoding"):
@@ -299,7 +300,7 @@ def merge_window(parts: Iterable[Embeddings], merger: Merger, shard: TokenisedSh
     fresh = []
     for part in parts:
         if np.isin(part.rows[:1], shard.origins.rows).all():
-            yield merger.place(part)
+            yield merger.number(part)
         else:
             fresh.append(part)
     if fresh:
@@ -325,24 +326,25 @@ def make_encoder(
     *,
     config: EncodeConfig,
     load_float32: Callable[[], Model] | None = None,
-    lanes: int = 1,
+    num_threads: int = 1,
 ) -> BatchEncoder:
     """Make the encoder that a folder's rows go through; what is merged or compressed later leaves it in float32."""
     form = config.colbert_form
-    encoder = BatchEncoder(
-        model,
+    options = OutputOptions(
         outputs=config.outputs,
         special_ids=tokenizer.special_ids,
         dense_dtype="float32" if config.merges else config.dense_dtype,
         colbert_dtype="float16" if form.plain else "float32",
-        colbert_weights=form.by_weight,
+        vector_weights=form.by_weight,
+    )
+    return BatchEncoder(
+        model,
+        options,
         mcls=config.mcls,
         load_float32=load_float32,
+        num_threads=num_threads,
+        parallel_map=parallel_map,
     )
-    if lanes > 1:
-        encoder.lanes = lanes
-        encoder.spread = partial(parallel_map, num_threads=lanes, name="encoding")
-    return encoder
 
 
 def window_tokens(pipeline: Pipeline) -> int | None:

@@ -457,7 +457,7 @@ def _name_out(request: EncodeRequest, sources: tuple[Source, ...]) -> Path:
 def resolve_new_run(request: EncodeRequest, sources: tuple[Source, ...], stdin: PeekableStream | None) -> NewRun:
     """Resolve a new run; every error of corpus and model is raised before a folder is made."""
     # torch, a second: only for a new folder
-    from m3cli.encoder.chunker import check_chunk_room, cutting_of  # noqa: PLC0415
+    from m3cli.encoder.chunker import check_chunk_space, cutting_of  # noqa: PLC0415
     from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415
 
     checkpoint = open_checkpoint(request)
@@ -465,7 +465,7 @@ def resolve_new_run(request: EncodeRequest, sources: tuple[Source, ...], stdin: 
     run = resolve_config(
         request, sources=sources, checkpoint=checkpoint, tokenizer_hash=tokenizer.serialisation_hash, stdin=stdin
     )
-    check_chunk_room(tokenizer, cutting_of(run.config))
+    check_chunk_space(tokenizer, cutting_of(run.config))
     form = make_form(run)
     if request.since_run is not None:
         run = resolve_increment(run, request.since_run)

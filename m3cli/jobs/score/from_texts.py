@@ -19,6 +19,7 @@ from m3cli.encoder import device as machine
 from m3cli.encoder.checkpoint import Checkpoint
 from m3cli.encoder.embeddings import concat_embeddings, select_rows
 from m3cli.encoder.encode import BatchEncoder, FailedRow
+from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.model import Model, load_model
 from m3cli.encoder.texts import TokenisedTexts, pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
@@ -93,10 +94,12 @@ class TextScorer:
         self._progress.say(f"{self._checkpoint.name}, {dtype} on {self._device}")
         self._encoder = BatchEncoder(
             load_model(self._checkpoint, device=self._device, dtype=dtype),
-            outputs=self._wanted,
-            special_ids=self._tokenizer.special_ids,
-            dense_dtype="float32",
-            colbert_dtype="float32",
+            OutputOptions(
+                outputs=self._wanted,
+                special_ids=self._tokenizer.special_ids,
+                dense_dtype="float32",
+                colbert_dtype="float32",
+            ),
             load_float32=None if dtype == "float32" else self._load_float32,
         )
 

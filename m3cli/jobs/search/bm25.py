@@ -114,8 +114,8 @@ def search_input(
 
 def _rank(index: Bm25Index, queries: Queries, request: SearchRequest, *, positions: Rows, keys: Rows) -> Ranked:
     texts = [text for text in queries.texts if text is not None]
-    top = TopRows(len(texts), limit=request.top_k, floor=0.0)
-    index.search(texts, top, places=positions, keys=keys)
+    top = TopRows(len(texts), limit=request.top_k, threshold=0.0)
+    index.search(texts, top, positions=positions, keys=keys)
     return top.finish()
 
 

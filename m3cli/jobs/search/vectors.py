@@ -18,7 +18,7 @@ import numpy as np
 from m3cli.concurrency import prefetch
 from m3cli.records import Embeddings, Output, QueryHits
 from m3cli.requests import Fusion
-from m3cli.retrieval.scan import cut_runs, open_scan, scan_part
+from m3cli.retrieval.scan import cut_slices, open_scan, scan_part
 from m3cli.retrieval.scores import Rows, Weights, average_scores, expand_rows, fuse_ranks, score_rows
 from m3cli.retrieval.top import Ranked, Scores, TopRows, number_runs, rank_rows
 from m3cli.store.lookup import find_rows, iter_blocks, read_metadata
@@ -79,7 +79,7 @@ def scan_folder(target: Target, queries: Embeddings, outputs: Sequence[Output], 
         output: open_scan(output, queries, vocabulary=target.vocabulary, device=target.device) for output in outputs
     }
     lowest = {output: 0.0 if output == "sparse" else -np.inf for output in outputs}
-    tops = {output: TopRows(len(queries.rows), limit=limit, floor=lowest[output]) for output in outputs}
+    tops = {output: TopRows(len(queries.rows), limit=limit, threshold=lowest[output]) for output in outputs}
     parts = prefetch(iter_blocks(target.folder, outputs=outputs, chunks=target.chunks), depth=1, name="read ahead")
     seen = 0
     for part in parts:
@@ -139,7 +139,7 @@ def score_candidates(
     wanted = iter_blocks(target.folder, outputs=blend.outputs, chunks=target.chunks, wanted=positions)
     for part in prefetch(wanted, depth=1, name="read ahead"):
         first, last = np.searchsorted(positions, [part.first, part.first + len(part.positions)])
-        for span in cut_runs(np.concatenate(([0], np.cumsum(counts[first:last]))), most=BLOCK_PAIRS):
+        for span in cut_slices(np.concatenate(([0], np.cumsum(counts[first:last]))), most=BLOCK_PAIRS):
             rows = slice(first + span.start, first + span.stop)
             take, row = expand_rows(begins[rows], counts[rows])
             candidate, position = by_key[take], positions[rows][row]

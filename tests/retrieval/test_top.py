@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from m3cli.retrieval.top import TopRows, number_runs
 
 
-def best_of(scores: np.ndarray, keys: np.ndarray, *, limit: int, floor: float) -> list[tuple[int, int]]:
+def best_of(scores: np.ndarray, keys: np.ndarray, *, limit: int, threshold: float) -> list[tuple[int, int]]:
     """Rank one query's rows by sorting them: (row, key) of the best row of each key."""
     found: dict[int, int] = {}
-    for row in sorted(np.flatnonzero(scores > floor).tolist(), key=lambda row: (-scores[row], row)):
+    for row in sorted(np.flatnonzero(scores > threshold).tolist(), key=lambda row: (-scores[row], row)):
         found.setdefault(int(keys[row]), row)
     return [(row, key) for key, row in found.items()][:limit]
 
@@ -26,16 +26,16 @@ def best_of(scores: np.ndarray, keys: np.ndarray, *, limit: int, floor: float) -
     limit=st.integers(1, 12),
     cuts=st.lists(st.integers(0, 60), max_size=4),
     waits=st.booleans(),
-    floor=st.sampled_from([-np.inf, 0.0]),
+    threshold=st.sampled_from([-np.inf, 0.0]),
 )
 def test_what_is_kept_is_what_sorting_gives(
-    seed: int, rows: int, documents: int, limit: int, cuts: list[int], waits: bool, floor: float
+    seed: int, rows: int, documents: int, limit: int, cuts: list[int], waits: bool, threshold: float
 ) -> None:
     random = np.random.default_rng(seed)
     scores = random.integers(-2, 6, (3, rows)).astype(np.float32)  # few values, so that there are ties
     scores[random.random((3, rows)) < 0.05] = np.nan
     keys = random.integers(-documents, documents, rows)
-    top = TopRows(3, limit=limit, floor=floor)
+    top = TopRows(3, limit=limit, threshold=threshold)
     if not waits:
         top._enough = 1
     bounds = [0, *sorted(min(cut, rows) for cut in cuts), rows]
@@ -44,15 +44,15 @@ def test_what_is_kept_is_what_sorting_gives(
         top.offer(query, row + first, keys[row + first], scores[query, row + first])
     ranked = top.finish()
     for number in range(3):
-        mine = ranked.query == number
-        made = list(zip(ranked.row[mine].tolist(), ranked.key[mine].tolist(), strict=True))
-        assert made == best_of(scores[number], keys, limit=limit, floor=floor)
-        assert np.array_equal(ranked.score[mine], scores[number][ranked.row[mine]])
+        part = ranked.query == number
+        result = list(zip(ranked.row[part].tolist(), ranked.key[part].tolist(), strict=True))
+        assert result == best_of(scores[number], keys, limit=limit, threshold=threshold)
+        assert np.array_equal(ranked.score[part], scores[number][ranked.row[part]])
     assert ranked.rank.tolist() == number_runs(ranked.query).tolist()
 
 
 def test_thresholds_rise_once_a_list_is_full() -> None:
-    top = TopRows(2, limit=2, floor=0.0)
+    top = TopRows(2, limit=2, threshold=0.0)
     top._enough = 1
     top.offer(np.array([0, 0]), np.array([0, 1]), np.array([0, 1]), np.array([3, 2], np.float32))
     top.offer(np.array([1]), np.array([1]), np.array([1]), np.array([9], np.float32))

@@ -63,13 +63,13 @@ def naive(output: str, queries: Any, passages: Any) -> Any:
 def scan_all(output: Any, queries: Embeddings, passages: Embeddings, above: np.ndarray) -> np.ndarray:
     """Scores [Q, R] as found, NaN for what was not."""
     scan = open_scan(output, queries, vocabulary=VOCABULARY, device="cpu")
-    made = np.full((len(queries.rows), len(passages.rows)), np.nan)
+    result = np.full((len(queries.rows), len(passages.rows)), np.nan)
     for block in scan.cut(passages, 0):
         query, row, score = scan.score(passages, block, above)
-        assert np.isnan(made[query, row]).all(), "a pair is found once"
+        assert np.isnan(result[query, row]).all(), "a pair is found once"
         assert ((row >= block.start) & (row < block.stop)).all()
-        made[query, row] = score
-    return made
+        result[query, row] = score
+    return result
 
 
 @pytest.mark.parametrize("output", ["dense", "sparse", "colbert"])
@@ -87,17 +87,17 @@ def test_scores_are_the_naive_ones(
 ) -> None:
     left, right = make_embeddings(seed, queries, dtype), make_embeddings(seed + 1, rows, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "LEAST_ROWS", min(size, 256))
+        patch.setattr(kernels, "MIN_ROWS", min(size, 256))
         patch.setattr(kernels, "BLOCK_SCORES", {"cpu": size})
         patch.setattr(kernels, "BLOCK_PRODUCTS", size)
         patch.setattr(kernels, "BLOCK_VECTORS", size)
-        made = scan_all(output, left, right, np.full(queries, above, np.float32))
+        result = scan_all(output, left, right, np.full(queries, above, np.float32))
     expected = naive(output, left, right)
-    there = ~np.isnan(made)
+    there = ~np.isnan(result)
     clear = np.abs(expected - above) > 1e-4
     shared = naive("sparse", left, right) > 0 if output == "sparse" else np.ones_like(there)
     assert np.array_equal(there[clear], ((expected > above) & shared)[clear])
-    assert made[there] == pytest.approx(expected[there], abs=1e-4)
+    assert result[there] == pytest.approx(expected[there], abs=1e-4)
 
 
 def test_colbert_of_all_pairs_is_colbert_of_pairs() -> None:
@@ -106,17 +106,17 @@ def test_colbert_of_all_pairs_is_colbert_of_pairs() -> None:
     assert right.colbert_vecs is not None
     query, row = (each.ravel() for each in np.mgrid[0:4, 0:9])
     expected = score_colbert(left.colbert_vecs, right.colbert_vecs, query, row)
-    made = scan_all("colbert", left, right, np.full(4, -np.inf, np.float32))
-    assert made.ravel() == pytest.approx(expected, abs=1e-6)
+    result = scan_all("colbert", left, right, np.full(4, -np.inf, np.float32))
+    assert result.ravel() == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_row_without_vectors_is_not_found() -> None:
     left, right = make_embeddings(1, 2), make_embeddings(3, 40, least=0)
     assert right.colbert_vecs is not None
-    made = scan_all("colbert", left, right, np.full(2, -np.inf, np.float32))
+    result = scan_all("colbert", left, right, np.full(2, -np.inf, np.float32))
     empty = np.diff(right.colbert_vecs.indptr) == 0
     assert empty.any()
-    assert np.array_equal(np.isnan(made), np.tile(empty, (2, 1)))
+    assert np.array_equal(np.isnan(result), np.tile(empty, (2, 1)))
 
 
 def test_blocks_grow_with_what_has_been_seen() -> None:
