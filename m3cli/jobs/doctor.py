@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import orjson
 
-from m3cli.config import Dtype, EncodeRequest
+from m3cli.config import Dtype
 from m3cli.corpus.pairs import Pair
 from m3cli.encoder import device as machine
 from m3cli.encoder.checkpoint import HEAD_FILES, Checkpoint
@@ -46,9 +46,7 @@ def examine(*, model: str | None = None, revision: str | None = None, device: st
     given = model or os.environ.get("M3_MODEL") or None
     try:
         # The default model is not downloaded (2 GB).
-        checkpoint = open_checkpoint(
-            EncodeRequest(inputs=(), model=model, revision=revision), download=given is not None
-        )
+        checkpoint = open_checkpoint(model, revision, download=given is not None)
     except ModelError as error:
         if given:
             raise

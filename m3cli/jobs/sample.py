@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.config import CheckRequest, ColbertForm, EncodeRequest, RunConfig
+from m3cli.config import CheckRequest, ColbertForm, RunConfig
 from m3cli.encoder import device as machine
 from m3cli.encoder.batcher import batch_rows, pack_rows
 from m3cli.encoder.chunker import chunk_documents, cutting_of
@@ -63,8 +63,7 @@ def sample_rows(
     """
     chosen = _choose_rows(entries, number=request.sample, seed=request.seed)
     run = find_input(run, root, otherwise="check without --sample")
-    asked = EncodeRequest(inputs=(), model=request.model, revision=request.revision)
-    checkpoint = open_checkpoint(asked)
+    checkpoint = open_checkpoint(request.model, request.revision)
     check_same_checkpoint(run, checkpoint, out=root.name)
     tokenizer = load_tokenizer(checkpoint)
     check_same_tokenizer(run, tokenizer.serialisation_hash, out=root.name)

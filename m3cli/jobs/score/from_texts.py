@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.config import EncodeRequest
 from m3cli.corpus.pairs import Pair, WindowLimits
 from m3cli.encoder import device as machine
 from m3cli.encoder.checkpoint import Checkpoint
@@ -63,9 +62,7 @@ class TextScorer:
 
     def __init__(self, request: ScoreRequest, progress: Progress, *, checkpoint: Checkpoint | None = None) -> None:
         self._request, self._progress = request, progress
-        self._checkpoint = checkpoint or open_checkpoint(
-            EncodeRequest(inputs=(), model=request.model, revision=request.revision)
-        )
+        self._checkpoint = checkpoint or open_checkpoint(request.model, request.revision)
         limit = self._checkpoint.max_length
         for flag, typed in (("query", request.max_query_length), ("passage", request.max_passage_length)):
             if typed is not None and typed > limit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from m3cli.config import EncodeRequest, FieldFlags, SearchRequest
+from m3cli.config import FieldFlags, SearchRequest
 from m3cli.corpus.fields import resolve_fields
 from m3cli.corpus.plan import plan_shards
 from m3cli.corpus.reader import read_shards
@@ -204,11 +205,8 @@ def encode_queries(
 
 def resolve_model(corpus: OutputFolder, request: SearchRequest) -> str | None:
     """Return --model, or $M3_MODEL, or the hub id of the corpus' checkpoint, or None."""
-    from m3cli.jobs.encode.resolve import name_model  # noqa: PLC0415
-
     name = corpus.run.checkpoint.name
-    typed = name_model(EncodeRequest(inputs=(), model=request.model))
-    return typed or (name if name.count("/") == 1 else None)
+    return request.model or os.environ.get("M3_MODEL") or (name if name.count("/") == 1 else None)
 
 
 def open_corpus_checkpoint(corpus: OutputFolder, request: SearchRequest) -> Checkpoint:
@@ -227,7 +225,7 @@ def open_corpus_checkpoint(corpus: OutputFolder, request: SearchRequest) -> Chec
             f"{corpus.path.name} was encoded with a checkpoint called {made.name!r}: give its path with --model "
             "(or M3_MODEL), or give --queries an encoded folder"
         )
-    checkpoint = open_checkpoint(EncodeRequest(inputs=(), model=model, revision=request.revision))
+    checkpoint = open_checkpoint(model, request.revision)
     if (other := find_other_file(made, checkpoint)) is not None:
         raise ForeignFolder(
             f"{corpus.path.name} was encoded with {made.name}, the queries would be with {checkpoint.name}, and "
