@@ -156,29 +156,26 @@ def encode_queries(
         ForeignFolder: the checkpoint or its tokenizer differs from the corpus'.
         ModelError: the checkpoint cannot be loaded, or no text can be encoded.
     """
-    from m3cli.jobs.score.command import ScoreRequest  # noqa: PLC0415
-    from m3cli.jobs.score.from_texts import DEFAULT_LENGTH, TextScorer  # noqa: PLC0415  torch
+    from m3cli.encoder import device as machine  # noqa: PLC0415  torch
+    from m3cli.encoder.text_encoder import DEFAULT_LENGTH, TextEncoder, resolve_length  # noqa: PLC0415
 
     _log_prefix(corpus.run.config.prefix, request, progress)
     checkpoint = open_corpus_checkpoint(corpus, request)
-    asked = ScoreRequest(
-        pairs=request.queries,
-        dtype=request.dtype,
-        device=request.device,
-        max_batch_tokens=request.max_batch_tokens,
-        max_query_length=request.max_query_length,
+    length = resolve_length(request.max_query_length, checkpoint, option="--max-query-length")
+    device = machine.resolve_device(request.device)
+    dtype = machine.resolve_dtype(request.dtype, device)
+    progress.say(f"{checkpoint.name}, {dtype} on {device}")
+    encoder = TextEncoder(
+        checkpoint, outputs=outputs, device=device, dtype=dtype, max_batch_tokens=request.max_batch_tokens
     )
-    scorer = TextScorer(asked, progress, checkpoint=checkpoint)
-    scorer.load(outputs)
     made = corpus.run.checkpoint.tokenizer_hash
-    if scorer.tokenizer_hash != made:
+    if encoder.tokenizer_hash != made:
         raise ForeignFolder(
             f"{corpus.path.name} was made with tokenizer {made[:7]}, this version of transformers builds "
-            f"{scorer.tokenizer_hash[:7]} from the same files: install the version it was made with"
+            f"{encoder.tokenizer_hash[:7]} from the same files: install the version it was made with"
         )
-    length = scorer.lengths[0]
     texts = [f"{request.query_prefix}{text}" for text in queries.texts]
-    embeddings, failed, tokenised = scorer.try_texts(texts, max_length=length)
+    embeddings, failed, tokenised = encoder.try_texts(texts, max_length=length)
     if tokenised.truncated:
         remedy = "" if length > DEFAULT_LENGTH else "; --max-query-length sets another length"
         total = count_noun(len(texts), "query", "queries")
