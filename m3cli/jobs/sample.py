@@ -75,7 +75,7 @@ def sample_rows(
         entry = entries[index]
         if text.input_hash != entry.input_hash:
             raise ForeignFolder(
-                f"{entry.source} has changed since shard {index} of {root.name} was encoded; "
+                f"{entry.source} has changed since shard {index} of {root.name} was made from it; "
                 "check without --sample, or encode the input again into another --out"
             )
         stored = _read_stored(root, run, entry, chosen[index])
