@@ -12,18 +12,16 @@ from typing import Any, Literal, get_args
 import numpy as np
 import orjson
 
-from m3cli.config import Dtype, EncodeRequest
-from m3cli.corpus.pairs import Pair
+from m3cli.config import Dtype
 from m3cli.encoder import device as machine
 from m3cli.encoder.checkpoint import HEAD_FILES, Checkpoint
 from m3cli.encoder.device import count_flops, expect_tokens_per_second, list_devices, measure_matmul, name_attention
+from m3cli.encoder.text_encoder import DEFAULT_LENGTH, TextEncoder
+from m3cli.encoder.texts import TokenisedTexts
 from m3cli.errors import ModelError
 from m3cli.jobs.encode.resolve import open_checkpoint
-from m3cli.jobs.score.command import finish_scores
-from m3cli.jobs.score.from_texts import TextScorer
-from m3cli.progress import Progress
-from m3cli.requests import ScoreRequest
-from m3cli.retrieval.scores import modes_of, parts_of, score_sparse
+from m3cli.records import Embeddings, LexicalWeights, Output
+from m3cli.retrieval.scores import combine_scores, modes_of, score_rows, score_sparse
 from m3cli.store.commit import output_errors, remove, sync_file
 
 _MEASURED = ("float32", "bfloat16", "float16")
@@ -47,9 +45,7 @@ def examine(*, model: str | None = None, revision: str | None = None, device: st
     given = model or os.environ.get("M3_MODEL") or None
     try:
         # The default model is not downloaded (2 GB).
-        checkpoint = open_checkpoint(
-            EncodeRequest(inputs=(), model=model, revision=revision), download=given is not None
-        )
+        checkpoint = open_checkpoint(model, revision, download=given is not None)
     except ModelError as error:
         if given:
             raise
@@ -171,34 +167,34 @@ def is_bge_m3(checkpoint: Checkpoint) -> bool:
 
 def recompute_card(checkpoint: Checkpoint, *, device: str | None = None) -> list[Figure]:
     """Compute the model card's figures in float32; only BAAI/bge-m3 can pass or fail."""
-    request = ScoreRequest(pairs="-", model=str(checkpoint.folder), dtype="float32", device=device)
-    scorer = TextScorer(request, Progress("none"))
-    scorer.load(scorer.outputs)
+    encoder = TextEncoder(
+        checkpoint, outputs=checkpoint.outputs, device=machine.resolve_device(device), dtype="float32"
+    )
+    length = min(DEFAULT_LENGTH, checkpoint.max_length)
+    embeddings, tokenised = encoder.encode_texts([*SENTENCES_1, *SENTENCES_2], max_length=length)
     judged = is_bge_m3(checkpoint)
-    return [*_check_tokens(scorer), *_check_numbers(scorer, judged=judged)]
+    return [
+        *_check_tokens(encoder, tokenised),
+        *_check_numbers(encoder, embeddings, checkpoint.outputs, judged=judged),
+    ]
 
 
-def _check_tokens(scorer: TextScorer) -> Iterator[Figure]:
-    tokenised = scorer.tokenise(SENTENCES_1)
+def _check_tokens(encoder: TextEncoder, tokenised: TokenisedTexts) -> Iterator[Figure]:
     ids = tuple(tokenised.input_ids[0].tolist())
     yield _text_figure(f"token ids of {SENTENCES_1[0]!r}", " ".join(map(str, INPUT_IDS)), " ".join(map(str, ids)))
-    for sentence, weights, found in zip(SENTENCES_1, LEXICAL_WEIGHTS, tokenised.input_ids, strict=True):
-        strings = [scorer.format_token(token) for token in found[1:-1].tolist()]
+    for sentence, weights, found in zip(SENTENCES_1, LEXICAL_WEIGHTS, tokenised.input_ids[:2], strict=True):
+        strings = [encoder.format_token(token) for token in found[1:-1].tolist()]
         yield _text_figure(f"tokens of {sentence!r}", " ".join(weights), " ".join(strings))
 
 
-def _check_numbers(scorer: TextScorer, *, judged: bool) -> Iterator[Figure]:
-    pairs = [(query, passage) for query in SENTENCES_1 for passage in SENTENCES_2]
-    window = [
-        Pair(number=number, query=query, passage=passage, fault="", row={}, raw=b"", batch=None)
-        for number, (query, passage) in enumerate(pairs, start=1)
-    ]
-    modes = modes_of(scorer.outputs)
-    assert parts_of(modes) == tuple(scorer.outputs)
-    scores, _ = finish_scores(scorer.score_window(window), modes, weights=WEIGHTS)
+def _check_numbers(
+    encoder: TextEncoder, embeddings: Embeddings, outputs: tuple[Output, ...], *, judged: bool
+) -> Iterator[Figure]:
+    parts = score_rows(embeddings, embeddings, np.array([0, 0, 1, 1]), np.array([2, 3, 2, 3]), outputs=outputs)
+    scores = combine_scores(parts, modes_of(outputs), weights=WEIGHTS)
     for number, published in enumerate(SIMILARITY):
         yield _figure(f"dense similarity [{number // 2}][{number % 2}]", published, scores["dense"][number], judged)
-    yield from _check_lexical(scorer, judged=judged)
+    yield from _check_lexical(encoder, embeddings.lexical_weights, judged=judged)
     for number, published in enumerate(COLBERT_SCORES):
         found = scores["colbert"][number] if "colbert" in scores else None
         yield _figure(f"ColBERT score [0][{number}]", published, found, judged)
@@ -208,14 +204,12 @@ def _check_numbers(scorer: TextScorer, *, judged: bool) -> Iterator[Figure]:
             yield _figure(f"{mode} of pair {number + 1}", published, found, judged)
 
 
-def _check_lexical(scorer: TextScorer, *, judged: bool) -> Iterator[Figure]:
-    made, _ = scorer.encode_texts([*SENTENCES_1, *SENTENCES_2], max_length=512)
-    lexical = made.lexical_weights
+def _check_lexical(encoder: TextEncoder, lexical: LexicalWeights | None, *, judged: bool) -> Iterator[Figure]:
     for row, weights in enumerate(LEXICAL_WEIGHTS):
         found: dict[str, float] = {}
         if lexical is not None:
             span = slice(lexical.indptr[row], lexical.indptr[row + 1])
-            strings = [scorer.format_token(token) for token in lexical.indices[span].tolist()]
+            strings = [encoder.format_token(token) for token in lexical.indices[span].tolist()]
             found = dict(zip(strings, lexical.values[span].tolist(), strict=True))
         for token, published in weights.items():
             value = None if lexical is None else found.get(token, 0.0)

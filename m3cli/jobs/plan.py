@@ -35,7 +35,7 @@ def plan_corpus(request: EncodeRequest, *, stdin: PeekableStream | None = None) 
         run, form, tokenizer = resolved.run, resolved.form, resolved.tokenizer
     else:
         run = resume_run(before, request, sources=sources, out=out.name)
-        checkpoint = open_checkpoint(request)
+        checkpoint = open_checkpoint(request.model, request.revision)
         check_same_checkpoint(run, checkpoint, out=out.name)
         done, form, tokenizer = read_done_to_resume(out), make_form(run), load_tokenizer(checkpoint)
     plan = plan_run(run)

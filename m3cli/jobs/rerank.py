@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.config import DEFAULT_RERANKER, EncodeRequest, FieldFlags
+from m3cli.config import DEFAULT_RERANKER, FieldFlags
 from m3cli.corpus.fields import kept_schema, resolve_fields
 from m3cli.corpus.plan import plan_shards
 from m3cli.corpus.reader import read_shards
@@ -122,9 +122,7 @@ def rerank_run(
     check_paths({"--out": request.out}, read, model=request.model)
     kind = ranking_format(request.out)
     check_writable(request.out)
-    checkpoint = open_checkpoint(
-        EncodeRequest(inputs=(), model=request.model or DEFAULT_RERANKER, revision=request.revision), heads=False
-    )
+    checkpoint = open_checkpoint(request.model or DEFAULT_RERANKER, request.revision, heads=False)
     max_length = request.max_length or min(DEFAULT_LENGTH, checkpoint.max_length)
     if max_length > checkpoint.max_length:
         raise UsageError(f"--max-length {max_length}: {checkpoint.name} holds at most {checkpoint.max_length} tokens")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.config import ColbertForm, EncodeRequest, RunConfig
+from m3cli.config import ColbertForm, RunConfig
 from m3cli.encoder import device as machine
 from m3cli.encoder.batcher import batch_rows, pack_rows
 from m3cli.encoder.chunker import chunk_documents, cutting_of
@@ -64,8 +64,7 @@ def sample_rows(
     """
     chosen = _choose_rows(entries, number=request.sample, seed=request.seed)
     run = find_input(run, root, otherwise="check without --sample")
-    asked = EncodeRequest(inputs=(), model=request.model, revision=request.revision)
-    checkpoint = open_checkpoint(asked)
+    checkpoint = open_checkpoint(request.model, request.revision)
     check_same_checkpoint(run, checkpoint, out=root.name)
     tokenizer = load_tokenizer(checkpoint)
     check_same_tokenizer(run, tokenizer.serialisation_hash, out=root.name)
@@ -77,7 +76,7 @@ def sample_rows(
         entry = entries[index]
         if text.input_hash != entry.input_hash:
             raise ForeignFolder(
-                f"{entry.source} has changed since shard {index} of {root.name} was encoded; "
+                f"{entry.source} has changed since shard {index} of {root.name} was made from it; "
                 "check without --sample, or encode the input again into another --out"
             )
         stored = _read_stored(root, run, entry, chosen[index])

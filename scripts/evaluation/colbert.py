@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from scipy.stats import kendalltau
 
-from m3cli.config import ColbertForm, EncodeRequest
+from m3cli.config import ColbertForm
 from m3cli.encoder import device as machine
 from m3cli.encoder.colbert import compress_matrices
 from m3cli.encoder.embeddings import concat_embeddings, select_rows
@@ -106,7 +106,7 @@ class Encoder:
     """m3cli's encoder with all outputs in float32."""
 
     def __init__(self, model: str) -> None:
-        checkpoint = open_checkpoint(EncodeRequest(inputs=(), model=model))
+        checkpoint = open_checkpoint(model)
         self.name, self.device = checkpoint.name, machine.resolve_device(None)
         self._tokenizer = load_tokenizer(checkpoint)
         self._encoder = BatchEncoder(

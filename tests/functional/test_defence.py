@@ -181,7 +181,7 @@ def test_touched_input_goes_on_and_changed_input_is_refused(
     os.utime(corpus)
     assert encode(corpus, begun, "--model", tiny_m3) == 10
     error = capsys.readouterr().err
-    assert "corpus.jsonl has changed since shard 0 of out was encoded" in error
+    assert "corpus.jsonl has changed since shard 0 of out was made from it" in error
     assert "use another --out" in error
 
 
@@ -270,7 +270,7 @@ def test_read_only_folder_is_refused_and_can_be_checked(
 
 @pytest.mark.parametrize(
     ("number", "remedy"),
-    [(errno.EDQUOT, "raise the quota or free some space"), (errno.EIO, "check the disk before going on")],
+    [(errno.EDQUOT, "raise the quota or free some space"), (errno.EIO, "check the disk before you go on")],
 )
 @pytest.mark.parametrize("step", ["sync_file", "sync_folder", "rename", "write"])
 def test_quota_and_bad_disk_at_any_kind_of_step_cost_nothing(

@@ -52,7 +52,7 @@ def test_no_download_of_the_default_model_leaves_the_process_as_it_was(
 ) -> None:
     asked: list[object] = []
 
-    def open_none(request: object, **settings: object) -> None:
+    def open_none(*_: object, **settings: object) -> None:
         asked.append(settings)
         raise ModelError("none")
 

@@ -17,6 +17,7 @@ import torch
 
 from m3cli.cli.app import run
 from m3cli.corpus.streams import PeekableStream
+from m3cli.encoder import text_encoder
 from m3cli.encoder.encode import BatchEncoder, FailedRow
 from m3cli.errors import CorpusError, ForeignFolder, ModelError, UsageError
 from m3cli.jobs.score import from_folders as score_folders
@@ -34,7 +35,7 @@ TEXTS = ["the quick brown fox", "数据 中文", "quick fox", "модель да
 
 @pytest.fixture(scope="module", autouse=True)
 def _loaded_once() -> Iterator[None]:
-    with load_once(score_texts):
+    with load_once(text_encoder):
         yield
 
 
@@ -105,7 +106,7 @@ def test_only_given_modes_count(score: Callable[..., Scored], pairs: Path, monke
         asked.append(options["outputs"])
         return made(model, **options)
 
-    monkeypatch.setattr(score_texts, "BatchEncoder", watch)
+    monkeypatch.setattr(text_encoder, "BatchEncoder", watch)
     assert score(pairs, modes=("sparse+dense",)).lines[0].split("\t") == ["query", "passage", "sparse+dense"]
     assert score(pairs, modes=("colbert",)).lines[0].split("\t") == ["query", "passage", "colbert"]
     assert asked == [("dense", "sparse"), ("colbert",)]
@@ -161,7 +162,7 @@ def test_texts_that_cannot_be_encoded_are_counted_faults(
             for row in batch.rows.tolist():
                 yield FailedRow(row=row, reason="out of memory", detail="")
 
-    monkeypatch.setattr(score_texts, "BatchEncoder", Failing)
+    monkeypatch.setattr(text_encoder, "BatchEncoder", Failing)
     made = score(pairs)
     assert made.code == 3
     assert "12 of 12 rows have no scores: 12 out of memory" in made.said

@@ -313,8 +313,8 @@ def test_at_most_three_row_groups_are_in_memory(folders: Callable[..., Path]) ->
         events.append(("scored", sum(kind == "scored" for kind, _ in events)))
 
     with (
-        mock.patch("m3cli.jobs.search.command.vectors.iter_blocks", watched),
-        mock.patch("m3cli.jobs.search.command.vectors.scan_part", scanned),
+        mock.patch("m3cli.jobs.search.vectors.iter_blocks", watched),
+        mock.patch("m3cli.jobs.search.vectors.scan_part", scanned),
     ):
         run_search(root / "c.m3", root / "q.m3", mode="dense")
     parts = max(number for kind, number in events if kind == "read") + 1
@@ -336,7 +336,7 @@ def test_re_ranking_reads_only_row_groups_with_candidates(folders: Callable[...,
                 read.append(len(np.intersect1d(part.positions, named["wanted"])))
             yield part
 
-    with mock.patch("m3cli.jobs.search.command.vectors.iter_blocks", watched):
+    with mock.patch("m3cli.jobs.search.vectors.iter_blocks", watched):
         run_search(root / "c.m3", root / "q.m3", mode="hybrid", candidates=1)
     assert read
     assert all(read)
@@ -363,8 +363,8 @@ def test_candidates_are_scored_in_blocks(folders: Callable[..., Path]) -> None:
         return score_pairs(queries, passages, query_rows, *given, **named)
 
     with (
-        mock.patch("m3cli.jobs.search.command.vectors.BLOCK_PAIRS", 4),
-        mock.patch("m3cli.jobs.search.command.vectors.score_rows", watched),
+        mock.patch("m3cli.jobs.search.vectors.BLOCK_PAIRS", 4),
+        mock.patch("m3cli.jobs.search.vectors.score_rows", watched),
     ):
         in_blocks = run_search(root / "c.m3", root / "q.m3", mode="hybrid")
     assert max(sizes) <= 4

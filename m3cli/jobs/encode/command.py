@@ -157,7 +157,7 @@ def prepare_resumed_run(opened: OpenRun, request: EncodeRequest, progress: Progr
     run = opened.run
     checkpoint = opened.checkpoint
     if checkpoint is None:
-        checkpoint = open_checkpoint(request)
+        checkpoint = open_checkpoint(request.model, request.revision)
         check_same_checkpoint(run, checkpoint, out=opened.name)
     tokenizer = load_tokenizer(checkpoint)
     check_same_tokenizer(run, tokenizer.serialisation_hash, out=opened.name)

@@ -56,10 +56,12 @@ MAX_INT32 = (1 << 31) - 1
 "the largest number of tokens or vectors"
 
 
-def open_checkpoint(request: EncodeRequest, *, download: bool = True, heads: bool = True) -> Checkpoint:
-    """Find and read the checkpoint of --model, of M3_MODEL, or BAAI/bge-m3."""
-    model = name_model(request) or DEFAULT_MODEL
-    folder = find_checkpoint(model, revision=request.revision, download=download, heads=heads)
+def open_checkpoint(
+    model: str | None, revision: str | None = None, *, download: bool = True, heads: bool = True
+) -> Checkpoint:
+    """Find and read the checkpoint `model`, or that of M3_MODEL, or BAAI/bge-m3."""
+    model = model or os.environ.get("M3_MODEL") or DEFAULT_MODEL
+    folder = find_checkpoint(model, revision=revision, download=download, heads=heads)
     return read_checkpoint(folder, name=None if folder == Path(model).expanduser() else model)
 
 
@@ -460,7 +462,7 @@ def resolve_new_run(request: EncodeRequest, sources: tuple[Source, ...], stdin: 
     from m3cli.encoder.chunker import check_chunk_space, cutting_of  # noqa: PLC0415
     from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415
 
-    checkpoint = open_checkpoint(request)
+    checkpoint = open_checkpoint(request.model, request.revision)
     tokenizer = load_tokenizer(checkpoint)
     run = resolve_config(
         request, sources=sources, checkpoint=checkpoint, tokenizer_hash=tokenizer.serialisation_hash, stdin=stdin
@@ -510,7 +512,7 @@ def open_run(
         if request.verify_input:
             changed = frozenset(range(len(sources)))
         if name_model(request) is not None:
-            checkpoint = open_checkpoint(request)
+            checkpoint = open_checkpoint(request.model, request.revision)
             check_same_checkpoint(run, checkpoint, out=name)
     done = folder.done()
     folder.check_lengths(done.values())

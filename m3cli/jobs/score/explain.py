@@ -60,13 +60,13 @@ class _Sides:
     """Embeddings and tokens of the texts of some pairs."""
 
     def __init__(self, scorer: TextScorer, pairs: list[Pair]) -> None:
-        self._scorer = scorer
+        self._format_token = scorer.encoder.format_token
         self._sides: list[tuple[dict[str, int], Embeddings, tuple[Any, ...]]] = []
         texts = [pair.query for pair in pairs], [pair.passage for pair in pairs]
         for side, max_length in zip(texts, scorer.lengths, strict=True):
             numbers = {text: row for row, text in enumerate(dict.fromkeys(side))}
             if numbers:
-                made, tokens = scorer.encode_texts(list(numbers), max_length=max_length)
+                made, tokens = scorer.encoder.encode_texts(list(numbers), max_length=max_length)
                 self._sides.append((numbers, made, tokens.input_ids))
 
     def explain(self, pair: Pair) -> dict[str, Any]:
@@ -82,8 +82,8 @@ class _Sides:
             best = similarity.argmax(axis=1)
             found["best_matches"] = [
                 {
-                    "query_token": self._scorer.format_token(int(left_ids[query][1 + position])),
-                    "passage_token": self._scorer.format_token(int(right_ids[passage][1 + match])),
+                    "query_token": self._format_token(int(left_ids[query][1 + position])),
+                    "passage_token": self._format_token(int(right_ids[passage][1 + match])),
                     "passage_position": int(1 + match),
                     "similarity": round(float(similarity[position, match]), 6),
                 }
@@ -98,7 +98,7 @@ class _Sides:
         weights = left.values[first][at_left], right.values[second][at_right]
         shared = [
             {
-                "token": self._scorer.format_token(token),
+                "token": self._format_token(token),
                 "query_weight": round(query_weight, 6),
                 "passage_weight": round(passage_weight, 6),
                 "product": round(query_weight * passage_weight, 6),

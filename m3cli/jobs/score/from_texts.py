@@ -13,17 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.config import EncodeRequest
 from m3cli.corpus.pairs import Pair, WindowLimits
 from m3cli.encoder import device as machine
-from m3cli.encoder.checkpoint import Checkpoint
-from m3cli.encoder.embeddings import concat_embeddings, select_rows
-from m3cli.encoder.encode import BatchEncoder, FailedRow
-from m3cli.encoder.heads import OutputOptions
-from m3cli.encoder.model import Model, load_model
-from m3cli.encoder.texts import TokenisedTexts, pack_texts, tokenise_texts
-from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
-from m3cli.errors import ModelError, UsageError, count_noun
+from m3cli.encoder.embeddings import concat_embeddings
+from m3cli.encoder.encode import FailedRow
+from m3cli.encoder.text_encoder import TextEncoder, resolve_length
+from m3cli.errors import count_noun
 from m3cli.jobs.encode.resolve import open_checkpoint
 from m3cli.jobs.score.command import WindowScores, number_distinct
 from m3cli.progress import Progress
@@ -31,8 +26,6 @@ from m3cli.records import Embeddings, Output
 from m3cli.requests import ScoreRequest
 from m3cli.retrieval.scores import Rows, expand_rows, score_rows
 
-DEFAULT_LENGTH = 512
-"tokens of a query and of a passage, as FlagEmbedding cuts them by default"
 WINDOW_LIMITS = {
     "cpu": WindowLimits(pairs=50_000, text_bytes=8 << 20, side_bytes=256 << 10),
     "cuda": WindowLimits(pairs=200_000, text_bytes=32 << 20, side_bytes=1 << 20),
@@ -59,107 +52,42 @@ class FailedPairs:
 
 
 class TextScorer:
-    """A checkpoint, and what it takes to score pairs of texts with it."""
+    """Scorer of texts by a checkpoint."""
 
     ids = False
 
-    def __init__(self, request: ScoreRequest, progress: Progress, *, checkpoint: Checkpoint | None = None) -> None:
+    def __init__(self, request: ScoreRequest, progress: Progress) -> None:
         self._request, self._progress = request, progress
-        self._checkpoint = checkpoint or open_checkpoint(
-            EncodeRequest(inputs=(), model=request.model, revision=request.revision)
-        )
-        limit = self._checkpoint.max_length
-        for flag, typed in (("query", request.max_query_length), ("passage", request.max_passage_length)):
-            if typed is not None and typed > limit:
-                raise UsageError(f"--max-{flag}-length {typed}: {self._checkpoint.name} holds at most {limit} tokens")
+        self._checkpoint = open_checkpoint(request.model, request.revision)
         self.lengths = (  # of queries and of passages, in tokens
-            request.max_query_length or min(DEFAULT_LENGTH, limit),
-            request.max_passage_length or min(DEFAULT_LENGTH, limit),
+            resolve_length(request.max_query_length, self._checkpoint, option="--max-query-length"),
+            resolve_length(request.max_passage_length, self._checkpoint, option="--max-passage-length"),
         )
         self._device = machine.resolve_device(request.device)
         self.outputs: tuple[Output, ...] = self._checkpoint.outputs
         self.limits = WINDOW_LIMITS["cuda" if self._device.startswith("cuda") else "cpu"]
-        self.texts = self.tokens = self.truncated = 0
+        self._texts = self._tokens = self._truncated = 0
         "encoded so far"
-        self._max_batch_tokens = request.max_batch_tokens or machine.auto_batch_tokens(self._device)
         self._wanted: tuple[Output, ...] = ()
-        self._tokenizer: Tokenizer
-        self._encoder: BatchEncoder
+        self.encoder: TextEncoder
 
     def load(self, wanted: Sequence[Output]) -> None:
         """Load tokenizer and model."""
         self._wanted = tuple(wanted)
-        self._tokenizer = load_tokenizer(self._checkpoint)
         dtype = machine.resolve_dtype(self._request.dtype, self._device)
         self._progress.say(f"{self._checkpoint.name}, {dtype} on {self._device}")
-        self._encoder = BatchEncoder(
-            load_model(self._checkpoint, device=self._device, dtype=dtype),
-            OutputOptions(
-                outputs=self._wanted,
-                special_ids=self._tokenizer.special_ids,
-                dense_dtype="float32",
-                colbert_dtype="float32",
-            ),
-            load_float32=None if dtype == "float32" else self._load_float32,
+        self.encoder = TextEncoder(
+            self._checkpoint,
+            outputs=self._wanted,
+            device=self._device,
+            dtype=dtype,
+            max_batch_tokens=self._request.max_batch_tokens,
         )
-
-    def _load_float32(self) -> Model:
-        return load_model(self._checkpoint, device=self._device, dtype="float32")
-
-    @property
-    def tokenizer_hash(self) -> str:
-        """Hash of the loaded tokenizer, as run.json has it."""
-        return self._tokenizer.serialisation_hash
 
     def describe(self) -> str:
         """Return what was encoded, for the last message."""
-        texts = count_noun(self.texts, "distinct text")
-        return f"{texts} encoded, {count_noun(self.tokens, 'token')}, {self.truncated:,} truncated"
-
-    def tokenise(self, texts: Sequence[str], *, max_length: int = DEFAULT_LENGTH) -> TokenisedTexts:
-        """Tokenise texts as they are before they are encoded."""
-        return tokenise_texts(texts, self._tokenizer, max_length=max_length)
-
-    def format_token(self, token_id: int) -> str:
-        """Return a token as the model card prints it: decoded alone, without the mark for the start of a word.
-
-        The mark alone is a token too and is returned unchanged.
-        """
-        decoded = self._tokenizer.backend.decode([token_id], skip_special_tokens=False)
-        return str(decoded).strip() or self._tokenizer.token(token_id)
-
-    def encode_texts(self, texts: Sequence[str], *, max_length: int) -> tuple[Embeddings, TokenisedTexts]:
-        """Return the embeddings of some texts in their order, and their tokens.
-
-        Raises:
-            ModelError: one of them cannot be encoded.
-        """
-        made, failed, tokenised = self.try_texts(texts, max_length=max_length)
-        if failed or made is None:
-            raise ModelError(f"a text cannot be encoded: {failed[0].reason} ({failed[0].detail})")
-        return made, tokenised
-
-    def try_texts(
-        self, texts: Sequence[str], *, max_length: int
-    ) -> tuple[Embeddings | None, list[FailedRow], TokenisedTexts]:
-        """Return the embeddings of those texts that can be encoded, in order, those that cannot, and all tokens.
-
-        The rows of the embeddings are positions in `texts`; there are no embeddings if no text can be encoded.
-        """
-        tokenised = self.tokenise(texts, max_length=max_length)
-        parts: list[Embeddings] = []
-        failed: list[FailedRow] = []
-        for batch in pack_texts(tokenised, max_batch_tokens=self._max_batch_tokens):
-            for made in self._encoder.encode(batch):
-                if isinstance(made, FailedRow):
-                    failed.append(made)
-                else:
-                    parts.append(made)
-        if not parts:
-            return None, failed, tokenised
-        joined = concat_embeddings(parts)
-        order = np.argsort(joined.rows)
-        return select_rows(joined, order, rows=joined.rows[order]), failed, tokenised
+        texts = count_noun(self._texts, "distinct text")
+        return f"{texts} encoded, {count_noun(self._tokens, 'token')}, {self._truncated:,} truncated"
 
     def score_window(self, window: Sequence[Pair]) -> WindowScores:
         """Score the pairs of a window."""
@@ -232,12 +160,12 @@ class TextScorer:
         """Yield the embeddings of texts, longest first; rows are indices into `texts`."""
         if not texts:
             return
-        tokenised = tokenise_texts(texts, self._tokenizer, max_length=max_length)
-        self.texts += len(texts)
-        self.tokens += int(tokenised.num_tokens.sum())
-        self.truncated += tokenised.truncated
-        for batch in pack_texts(tokenised, max_batch_tokens=self._max_batch_tokens):
-            yield from self._encoder.encode(batch)
+        tokenised = self.encoder.tokenise(texts, max_length=max_length)
+        self._texts += len(texts)
+        self._tokens += int(tokenised.num_tokens.sum())
+        self._truncated += tokenised.truncated
+        for batch, results in self.encoder.encode_batches(tokenised):
+            yield from results
             self._progress.advance(documents=len(batch.rows), tokens=len(batch.input_ids), shards=0.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from m3cli.config import EncodeRequest, FieldFlags
+from m3cli.config import FieldFlags
 from m3cli.corpus.fields import resolve_fields
 from m3cli.corpus.plan import plan_shards
 from m3cli.corpus.reader import read_shards
@@ -156,29 +157,26 @@ def encode_queries(
         ForeignFolder: the checkpoint or its tokenizer differs from the corpus'.
         ModelError: the checkpoint cannot be loaded, or no text can be encoded.
     """
-    from m3cli.jobs.score.from_texts import DEFAULT_LENGTH, TextScorer  # noqa: PLC0415  torch
-    from m3cli.requests import ScoreRequest  # noqa: PLC0415
+    from m3cli.encoder import device as machine  # noqa: PLC0415  torch
+    from m3cli.encoder.text_encoder import DEFAULT_LENGTH, TextEncoder, resolve_length  # noqa: PLC0415
 
     _log_prefix(corpus.run.config.prefix, request, progress)
     checkpoint = open_corpus_checkpoint(corpus, request)
-    asked = ScoreRequest(
-        pairs=request.queries,
-        dtype=request.dtype,
-        device=request.device,
-        max_batch_tokens=request.max_batch_tokens,
-        max_query_length=request.max_query_length,
+    length = resolve_length(request.max_query_length, checkpoint, option="--max-query-length")
+    device = machine.resolve_device(request.device)
+    dtype = machine.resolve_dtype(request.dtype, device)
+    progress.say(f"{checkpoint.name}, {dtype} on {device}")
+    encoder = TextEncoder(
+        checkpoint, outputs=outputs, device=device, dtype=dtype, max_batch_tokens=request.max_batch_tokens
     )
-    scorer = TextScorer(asked, progress, checkpoint=checkpoint)
-    scorer.load(outputs)
     made = corpus.run.checkpoint.tokenizer_hash
-    if scorer.tokenizer_hash != made:
+    if encoder.tokenizer_hash != made:
         raise ForeignFolder(
             f"{corpus.path.name} was made with tokenizer {made[:7]}, this version of transformers builds "
-            f"{scorer.tokenizer_hash[:7]} from the same files: install the version it was made with"
+            f"{encoder.tokenizer_hash[:7]} from the same files: install the version it was made with"
         )
-    length = scorer.lengths[0]
     texts = [f"{request.query_prefix}{text}" for text in queries.texts]
-    embeddings, failed, tokenised = scorer.try_texts(texts, max_length=length)
+    embeddings, failed, tokenised = encoder.try_texts(texts, max_length=length)
     if tokenised.truncated:
         remedy = "" if length > DEFAULT_LENGTH else "; --max-query-length sets another length"
         total = count_noun(len(texts), "query", "queries")
@@ -205,11 +203,8 @@ def encode_queries(
 
 def resolve_model(corpus: OutputFolder, request: SearchRequest) -> str | None:
     """Return --model, or $M3_MODEL, or the hub id of the corpus' checkpoint, or None."""
-    from m3cli.jobs.encode.resolve import name_model  # noqa: PLC0415
-
     name = corpus.run.checkpoint.name
-    typed = name_model(EncodeRequest(inputs=(), model=request.model))
-    return typed or (name if name.count("/") == 1 else None)
+    return request.model or os.environ.get("M3_MODEL") or (name if name.count("/") == 1 else None)
 
 
 def open_corpus_checkpoint(corpus: OutputFolder, request: SearchRequest) -> Checkpoint:
@@ -228,7 +223,7 @@ def open_corpus_checkpoint(corpus: OutputFolder, request: SearchRequest) -> Chec
             f"{corpus.path.name} was encoded with a checkpoint called {made.name!r}: give its path with --model "
             "(or M3_MODEL), or give --queries an encoded folder"
         )
-    checkpoint = open_checkpoint(EncodeRequest(inputs=(), model=model, revision=request.revision))
+    checkpoint = open_checkpoint(model, request.revision)
     if (other := find_other_file(made, checkpoint)) is not None:
         raise ForeignFolder(
             f"{corpus.path.name} was encoded with {made.name}, the queries would be with {checkpoint.name}, and "

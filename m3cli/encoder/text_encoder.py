@@ -1,0 +1,104 @@
+"""Encode single texts with a checkpoint, in float32: queries, passages of pairs, sentences; no chunking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from m3cli.config import Dtype
+from m3cli.encoder import device as machine
+from m3cli.encoder.checkpoint import Checkpoint
+from m3cli.encoder.embeddings import concat_embeddings, select_rows
+from m3cli.encoder.encode import BatchEncoder, FailedRow
+from m3cli.encoder.heads import OutputOptions
+from m3cli.encoder.model import Model, load_model
+from m3cli.encoder.texts import TokenisedTexts, pack_texts, tokenise_texts
+from m3cli.encoder.tokenizer import load_tokenizer
+from m3cli.errors import ModelError, UsageError
+from m3cli.records import Batch, Embeddings, Output
+
+DEFAULT_LENGTH = 512
+"tokens of a text, as in FlagEmbedding"
+
+
+def resolve_length(value: int | None, checkpoint: Checkpoint, *, option: str) -> int:
+    """Return `value`, or the default length; raise UsageError if it is more than the checkpoint's maximum."""
+    if value is not None and value > checkpoint.max_length:
+        raise UsageError(f"{option} {value}: {checkpoint.name} holds at most {checkpoint.max_length} tokens")
+    return value or min(DEFAULT_LENGTH, checkpoint.max_length)
+
+
+class TextEncoder:
+    """A loaded checkpoint that encodes texts into some of its outputs."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        outputs: Sequence[Output],
+        device: str,
+        dtype: Dtype,
+        max_batch_tokens: int | None = None,
+    ) -> None:
+        def load_float32() -> Model:
+            return load_model(checkpoint, device=device, dtype="float32")
+
+        self._max_batch_tokens = max_batch_tokens or machine.auto_batch_tokens(device)
+        self._tokenizer = load_tokenizer(checkpoint)
+        self._encoder = BatchEncoder(
+            load_model(checkpoint, device=device, dtype=dtype),
+            OutputOptions(
+                outputs=tuple(outputs),
+                special_ids=self._tokenizer.special_ids,
+                dense_dtype="float32",
+                colbert_dtype="float32",
+            ),
+            load_float32=None if dtype == "float32" else load_float32,
+        )
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """Hash of the tokenizer, as in run.json."""
+        return self._tokenizer.serialisation_hash
+
+    def format_token(self, token_id: int) -> str:
+        """Return a token as the model card prints it: decoded alone, without the mark for the start of a word.
+
+        The mark alone is a token too and is returned unchanged.
+        """
+        decoded = self._tokenizer.backend.decode([token_id], skip_special_tokens=False)
+        return str(decoded).strip() or self._tokenizer.token(token_id)
+
+    def tokenise(self, texts: Sequence[str], *, max_length: int) -> TokenisedTexts:
+        """Tokenise texts and truncate them to `max_length` tokens."""
+        return tokenise_texts(texts, self._tokenizer, max_length=max_length)
+
+    def encode_batches(self, texts: TokenisedTexts) -> Iterator[tuple[Batch, Iterator[Embeddings | FailedRow]]]:
+        """Yield packed batches, longest texts first, with their results; rows are indices of the texts."""
+        for batch in pack_texts(texts, max_batch_tokens=self._max_batch_tokens):
+            yield batch, self._encoder.encode(batch)
+
+    def try_texts(
+        self, texts: Sequence[str], *, max_length: int
+    ) -> tuple[Embeddings | None, list[FailedRow], TokenisedTexts]:
+        """Return the embeddings of texts in their order, the texts that cannot be encoded, and all tokens.
+
+        The rows of the embeddings are indices of the texts; the embeddings are None if no text can be encoded.
+        """
+        tokenised = self.tokenise(texts, max_length=max_length)
+        results = [result for _, batch in self.encode_batches(tokenised) for result in batch]
+        failed = [result for result in results if isinstance(result, FailedRow)]
+        parts = [result for result in results if isinstance(result, Embeddings)]
+        if not parts:
+            return None, failed, tokenised
+        joined = concat_embeddings(parts)
+        order = np.argsort(joined.rows)
+        return select_rows(joined, order, rows=joined.rows[order]), failed, tokenised
+
+    def encode_texts(self, texts: Sequence[str], *, max_length: int) -> tuple[Embeddings, TokenisedTexts]:
+        """Return the embeddings of texts in their order, and their tokens; raise ModelError if one fails."""
+        embeddings, failed, tokenised = self.try_texts(texts, max_length=max_length)
+        if failed or embeddings is None:
+            raise ModelError(f"a text cannot be encoded: {failed[0].reason} ({failed[0].detail})")
+        return embeddings, tokenised
