@@ -222,7 +222,12 @@ def test_a_query_file_without_text_names_the_flags_of_search(search: Callable[..
         ("c.m3", ["--queries", "x", "--mode", "best"], 2, "--mode 'best': expected dense, sparse, colbert"),
         ("c.m3", ["--queries", "x", "--weights", "1,2"], 2, "--weights '1,2'"),
         ("c.m3", ["--queries", "x", "--mode", "dense", "--weights", "1,1,1"], 2, "--weights is for --mode hybrid"),
-        ("c.m3", ["--queries", "x", "--candidates-by", "colbert"], 2, "--candidates-by 'colbert': expected dense"),
+        (
+            "c.m3",
+            ["--queries", "x", "--candidates-by", "colbert"],
+            2,
+            "--candidates-by 'colbert': expected some of dense, sparse",
+        ),
         ("c.m3", ["--queries", "x", "--out", "x.csv"], 2, "--out x.csv: its ending tells the format"),
         ("c.m3", ["--queries", "x", "--out", "no/such/x.trec", "--model", "nowhere"], 6, "there is no folder"),
         ("nosuch.m3", ["--queries", "x", "--out", "no/such/x.trec"], 6, "cannot write no/such/x.trec"),
