@@ -1,4 +1,4 @@
-"""What the system does not let us look at is refused in one line, by the room that was asked for it."""
+"""What the system does not let us look at is refused in one line, by the package that was asked for it."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ def test_what_may_not_be_looked_at_is_refused(tmp_path: Path, monkeypatch: pytes
         (lambda: find_checkpoint(f"./{LONG}"), ModelError),
     ],
 )
-def test_every_room_refuses_a_name_that_cannot_be(ask: Callable[[], object], error: type[M3Error]) -> None:
+def test_every_package_reports_a_name_that_cannot_be(ask: Callable[[], object], error: type[M3Error]) -> None:
     with pytest.raises(error, match="cannot be read: File name too long; check its name"):
         ask()

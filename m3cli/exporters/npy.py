@@ -89,8 +89,8 @@ class _Array:
         shape = (self._length,) if self._width is None else (self._length, self._width)
         described = {"descr": np.lib.format.dtype_to_descr(np.dtype(self.dtype)), "fortran_order": False}
         text = repr({**described, "shape": shape}).encode()
-        room = 192 - 10 - len(text) - 1
-        return b"\x93NUMPY\x01\x00" + (192 - 10).to_bytes(2, "little") + text + b" " * room + b"\n"
+        padding = 192 - 10 - len(text) - 1
+        return b"\x93NUMPY\x01\x00" + (192 - 10).to_bytes(2, "little") + text + b" " * padding + b"\n"
 
 
 def _write_csr(read: Read, sink: Sink, shape: Shape, indptr: NDArray[np.int64]) -> None:

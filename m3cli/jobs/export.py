@@ -97,7 +97,7 @@ def export_folder(request: ExportRequest, *, meter: FileMeter) -> ExportSummary:
         UsageError: the target or the folder lacks what was asked for.
         Stopped: the folder is not finished.
         ForeignFolder: `out` was begun from another folder, or with other options.
-        OutputError: there is no room.
+        OutputError: the disk is too small.
     """
     target = find_target(request.to)
     folder = open_finished(request.folder)

@@ -31,7 +31,7 @@ def encode_with(tiny_m3: Path, _loaded_once: None) -> EncodeWith:
     """`m3 encode` of some inputs into a folder, as `SETTINGS` say or as they are overruled."""
 
     def encode(*inputs: Path, out: Path, **settings: Any) -> int:
-        settled = {
+        options = {
             "model": str(tiny_m3),
             "shard_size": SHARD_BYTES,
             "max_length": 24,
@@ -39,7 +39,7 @@ def encode_with(tiny_m3: Path, _loaded_once: None) -> EncodeWith:
             "device": "cpu",
             **settings,
         }
-        request = EncodeRequest(inputs=tuple(map(str, inputs)), out=str(out), **settled)
+        request = EncodeRequest(inputs=tuple(map(str, inputs)), out=str(out), **options)
         return encode_corpus(request, progress=Progress("none"))
 
     return encode

@@ -13,7 +13,7 @@ Encode = Callable[[Path], int]
 FORMATS: tuple[Format, ...] = ("parquet", "npy")
 SHARD_BYTES = 900
 SETTINGS = ("--shard-size", SHARD_BYTES, "--max-length", 24, "--dtype", "float32", "--device", "cpu")
-"""What `encoders` runs with, as a command would spell it."""
+"""What `encoders` runs with, as options of a command."""
 
 WORDS = (
     *("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "été", "garçon"),

@@ -244,7 +244,7 @@ def test_parquet_with_a_text_of_another_type_ends_with_4(m3_here: M3, tmp_path: 
 def test_a_folder_among_the_inputs_is_read(m3_here: M3, tmp_path: Path, tiny_m3: Path) -> None:
     (tmp_path / "in.jsonl").mkdir()
     (tmp_path / "in.jsonl" / "a.jsonl").write_bytes(_row(id="a", text="in the folder"))
-    (tmp_path / "b.jsonl").write_bytes(_row(id="b", text="beside it"))
+    (tmp_path / "b.jsonl").write_bytes(_row(id="b", text="next to it"))
     done = m3_here("encode", "in.jsonl", "b.jsonl", "--out", "o.m3", "--model", tiny_m3, "--outputs", "dense")
     assert done.returncode == 0, done.stderr
     assert sorted(read_ids(tmp_path / "o.m3")) == ["a", "b"]

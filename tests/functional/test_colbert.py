@@ -56,7 +56,7 @@ def test_every_setting_resumes_to_the_same_bytes_and_passes_the_check(
     assert folder_bytes(Path("shared")) == whole
     for name in ("_m3/manifest.json", "_m3/done/shard-0000001.json"):
         Path("shared", name).unlink()
-    again = m3_here("encode", corpus, "--out", "shared", "--progress", "none", "--model", tiny_m3)  # settings adopted
+    again = m3_here("encode", corpus, "--out", "shared", "--progress", "none", "--model", tiny_m3)
     assert again.returncode == 0, again.stderr
     assert folder_bytes(Path("shared")) == whole
     checked = m3_here("check", "whole", "--sample", "20", "--model", tiny_m3)
@@ -174,7 +174,7 @@ def test_plan_names_the_price_of_each_choice(m3_here: M3, tiny_m3: Path, corpus:
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that has room for int8 vectors and not for float16."""
+    """A disk that holds int8 vectors but not float16."""
     monkeypatch.setattr("m3cli.jobs.encode.estimate.find_free_bytes", lambda folder: 300_000)
     monkeypatch.setattr("m3cli.jobs.plan.find_free_bytes", lambda folder: 300_000)
 

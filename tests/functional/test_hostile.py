@@ -45,7 +45,7 @@ def test_a_checkpoint_that_carries_code_is_refused(m3_here: M3, tmp_path: Path, 
     assert not trace.exists()
 
 
-def test_code_beside_a_tokenizer_is_never_run(m3_here: M3, tmp_path: Path, tiny_m3: Path) -> None:
+def test_code_next_to_a_tokenizer_is_never_run(m3_here: M3, tmp_path: Path, tiny_m3: Path) -> None:
     model, trace = tmp_path / "model", tmp_path / "trace"
     shutil.copytree(tiny_m3, model)
     (model / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Tokenizer: pass\n", encoding="utf-8")

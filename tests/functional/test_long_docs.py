@@ -174,7 +174,7 @@ def test_an_overlap_of_truncated_documents_is_refused(m3: Run, pages: Path, tiny
 
 
 @pytest.mark.parametrize("command", ["encode", "plan"])
-def test_a_prefix_without_room_is_refused_before_anything_is_written(
+def test_a_prefix_without_space_is_refused_before_anything_is_written(
     m3: Run, tiny_m3: Path, tmp_path: Path, command: str
 ) -> None:
     (tmp_path / "c.jsonl").write_text('{"id": "1", "text": "short"}\n')

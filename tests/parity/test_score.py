@@ -114,7 +114,7 @@ def test_demo_checkpoint_in_one_padded_batch(demo_m3: Path, pairs: list[tuple[st
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_known_difference_reference_floors_at_0_where_the_passage_is_padded() -> None:
+def test_known_difference_reference_is_0_at_least_where_the_passage_is_padded() -> None:
     from FlagEmbedding.finetune.embedder.encoder_only.m3.modeling import (  # noqa: PLC0415
         EncoderOnlyEmbedderM3Model,
     )

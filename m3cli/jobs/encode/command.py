@@ -150,7 +150,7 @@ def prepare_resumed_run(opened: OpenRun, request: EncodeRequest, progress: Progr
 
     Raises:
         ForeignFolder: checkpoint or tokenizer differ from the folder's.
-        OutputError: the disk has no room for the remaining shards.
+        OutputError: the disk is too small for the remaining shards.
     """
     from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415  torch, only where there is work
 

@@ -245,7 +245,7 @@ def check_disk_space(
     done: Mapping[int, DoneEntry],
     choices: Mapping[str, int] | None = None,
 ) -> None:
-    """Raise OutputError if the disk has no room for the remaining shards.
+    """Raise OutputError if the disk is too small for the remaining shards.
 
     Args:
         folder: that is written to.

@@ -109,7 +109,7 @@ class MetricsFile:
             self._failed = True
 
     def render(self) -> str:
-        """Spell the numbers in Prometheus' text format."""
+        """Return the numbers in Prometheus' text format."""
         lines = []
         label = self.out.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
         for name, text in _HELP.items():
