@@ -224,7 +224,7 @@ def test_workers_count_what_all_of_them_will_write(
 def test_a_merged_matrix_is_skipped_only_where_the_folder_cannot_hold_it(
     m3_here: M3, tiny_m3: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], skipped: int
 ) -> None:
-    for module in ("jobs.stages", "store.parquet"):
+    for module in ("jobs.encode.pipeline", "store.parquet"):
         monkeypatch.setattr(f"m3cli.{module}.MAX_MATRIX_BYTES", 100 * 64 * 2)
     with corpus.open("a") as rows:
         rows.write(json.dumps({"id": "long", "text": "word " * 150}) + "\n")

@@ -70,7 +70,7 @@ def test_the_work_of_a_book_is_that_of_its_beginning(estimate: Estimating, monke
         lengths.extend(len(document.text) for document in documents)
         return chunk_documents(documents, tokenizer, cutting)
 
-    monkeypatch.setattr("m3cli.jobs.encode.command.estimate.chunk_documents", chunk)
+    monkeypatch.setattr("m3cli.jobs.encode.estimate.chunk_documents", chunk)
     estimate([BOOK] * 4)
     assert sum(lengths) <= 4 * SAMPLE_CHARS
 
