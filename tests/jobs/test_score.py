@@ -102,9 +102,9 @@ def test_only_given_modes_count(score: Callable[..., Scored], pairs: Path, monke
     asked: list[Any] = []
     made = BatchEncoder
 
-    def watch(model: Any, **options: Any) -> Any:
-        asked.append(options["outputs"])
-        return made(model, **options)
+    def watch(model: Any, options: Any, **others: Any) -> Any:
+        asked.append(options.outputs)
+        return made(model, options, **others)
 
     monkeypatch.setattr(text_encoder, "BatchEncoder", watch)
     assert score(pairs, modes=("sparse+dense",)).lines[0].split("\t") == ["query", "passage", "sparse+dense"]
@@ -199,7 +199,7 @@ def test_standard_input(score: Callable[..., Scored], pairs: Path) -> None:
         ({"out": "o.csv"}, UsageError, "ending tells the format"),
         ({"queries": "Q.m3"}, UsageError, "--queries without --corpus"),
         ({"corpus": "C.m3"}, UsageError, "--corpus without --queries"),
-        ({"weights": (0.0, 0.0, 1.0)}, UsageError, "leave sparse.dense out"),
+        ({"weights": (0.0, 0.0, 1.0)}, UsageError, "remove sparse.dense from --modes"),
         ({"max_query_length": 9999}, UsageError, "--max-query-length 9999.*at most 8192"),
         ({"query_field": "nosuch"}, CorpusError, "nosuch"),
         ({"model": "/nowhere"}, ModelError, "no such folder"),
