@@ -21,6 +21,7 @@ from benchmarks.contest import WORK, Contest, Found, Group, say
 from benchmarks.peers import read_max_length
 from benchmarks.report import draw_table, make_parser, save_results
 from benchmarks.texts import cut_texts, make_group, read_texts
+from m3cli.encoder.device import INT8, cpu_has
 
 LENGTHS = (16, 64, 128, 256, 512, 1024, 2048)
 
@@ -28,7 +29,7 @@ LENGTHS = (16, 64, 128, 256, 512, 1024, 2048)
 def list_contenders(dtype: str) -> dict[str, str]:
     """Return the contenders as benchmarks.contender takes them, with their names in the picture."""
     return {
-        "m3 int8": "m3 int8",
+        **({"m3 int8": "m3 int8"} if cpu_has(INT8) else {}),
         f"m3 {dtype}": f"m3 {dtype}",
         f"sentence-transformers {dtype} 16": "sentence-transformers, dense (1 of 3 outputs)",
         "FlagEmbedding 16": "FlagEmbedding",

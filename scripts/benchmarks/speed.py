@@ -30,6 +30,7 @@ from benchmarks.contest import WORK, Contest, Found, Group, say
 from benchmarks.peers import read_max_length
 from benchmarks.report import EMPTY, draw_table, format_bytes, format_share, make_parser, save_results
 from benchmarks.texts import make_group, read_texts
+from m3cli.encoder.device import INT8, cpu_has
 
 REFERENCE = "FlagEmbedding"
 "beginning of the label that others are compared with"
@@ -86,7 +87,9 @@ class Contender:
 def list_contenders(device: str) -> tuple[Contender, ...]:
     """Return the contenders of a device, FlagEmbedding in its dtype there."""
     on_cpu = device == "cpu"
-    dtypes = ("float32", "bfloat16", "int8") if on_cpu else ("float32", "bfloat16", "float16")
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "int8" if on_cpu else "float16")
+    if on_cpu and not cpu_has(INT8):
+        dtypes = ("float32", "bfloat16")
     peer_dtypes = ("float32", "bfloat16") if on_cpu else ("bfloat16", "float16")
     peer_batches = (16, 32) if on_cpu else (32, 128)
     reference = "float32" if on_cpu else "float16"

@@ -30,7 +30,7 @@ def bench(name: str, *arguments: object) -> str:
     ("name", "arguments", "shown"),
     [
         ("speed", ["--documents", 4, "--only", "m3 bfloat16"], "m3 bfloat16"),
-        ("lengths", ["--lengths", 16, "--tokens", 64], "m3 int8"),
+        ("lengths", ["--lengths", 16, "--tokens", 64], "m3 bfloat16"),
         ("growth", ["--sizes", "20,30", "--repeat", 1], "30 rows"),
         ("growth", ["--documents", "--sizes", "0.01", "--rows", 10], "0.01 MB"),
         ("host", ["--rows", 50, "--repeat", 1, "--shards", 3], "nothing to do"),
