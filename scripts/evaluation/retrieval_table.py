@@ -114,10 +114,12 @@ def measure(part: Path, *, name: str, model: Path, out: Path, tokenizer: PreTrai
         _m3("search", corpus, "--queries", asked, *flags, "--top-k", TOP_K, "--out", runs[mode], *named)
     runs[OVERLAP] = out / "runs" / name / f"{OVERLAP}.trec"
     write_overlap(part, runs[OVERLAP], tokenizer=tokenizer)
-    shown = io.StringIO()
+    raw = io.BytesIO()
+    shown = io.TextIOWrapper(raw, encoding="utf-8")
     with contextlib.redirect_stdout(shown):
         _m3("eval", *runs.values(), part / "qrels" / "test.tsv", "--json")
-    measured: list[Any] = json.loads(shown.getvalue())["runs"]
+        shown.flush()
+    measured: list[Any] = json.loads(raw.getvalue())["runs"]
     return {mode: row["measures"] for mode, row in zip(runs, measured, strict=True)}
 
 
