@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -29,20 +30,31 @@ hypothesis.settings.register_profile("search", max_examples=2000, deadline=None)
 Completed = subprocess.CompletedProcess[str]
 
 
+@contextmanager
+def build_alone() -> Iterator[None]:
+    """Hold a lock of this checkout: the test processes share what they build."""
+    CACHE.mkdir(exist_ok=True)
+    with (CACHE / "lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build_model(name: str, *arguments: str) -> Path:
     """Build a checkpoint with the project's own script; quick if it has been built before."""
     folder = CACHE / "models" / name
     script = ROOT / "scripts" / "make_demo_model.py"
-    subprocess.run([sys.executable, script, folder, *arguments], check=True, capture_output=True)
+    with build_alone():
+        subprocess.run([sys.executable, script, folder, *arguments], check=True, capture_output=True)
     return folder
 
 
 def build_sample() -> Path:
     """Build the multilingual sample corpus with the project's own script; quick if it has been built before."""
     corpus = CACHE / "sample.jsonl"
-    if not corpus.exists():
-        script = ROOT / "scripts" / "make_sample_corpus.py"
-        subprocess.run([sys.executable, script, corpus], check=True, capture_output=True)
+    with build_alone():
+        if not corpus.exists():
+            script = ROOT / "scripts" / "make_sample_corpus.py"
+            subprocess.run([sys.executable, script, corpus], check=True, capture_output=True)
     return corpus
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from dataclasses import replace
@@ -168,7 +169,7 @@ def test_folder_of_another_format_version_is_foreign(tmp_path: Path) -> None:
             folder.run()
 
 
-def test_ten_thousand_entries_are_read_in_well_under_two_seconds(tmp_path: Path) -> None:
+def test_reading_ten_thousand_entries_costs_little_more_than_parsing_them(tmp_path: Path) -> None:
     with open_run_folder(tmp_path / "out") as folder:
         path = write_entry(tmp_path / "out", 0)
         raw = path.read_bytes()
@@ -177,9 +178,13 @@ def test_ten_thousand_entries_are_read_in_well_under_two_seconds(tmp_path: Path)
             document = entry_document(number_entry(index))
             path.with_name(Path(done_name(index)).name).write_bytes(dumps_with_checksum(document))
         assert path.read_bytes() == raw
-        start = time.process_time()
-        assert len(folder.done()) == 10_000
-        assert time.process_time() - start < 1.5
+        began = time.process_time()
+        parsed = [json.loads(entry.read_bytes()) for entry in path.parent.iterdir()]
+        parsing = time.process_time() - began
+        began = time.process_time()
+        assert len(folder.done()) == len(parsed) == 10_000
+        ratio = (time.process_time() - began) / parsing
+        assert ratio < 10
 
 
 def test_unwritable_folder_is_an_output_error(tmp_path: Path) -> None:
