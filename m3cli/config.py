@@ -258,7 +258,8 @@ class EncodeRequest(RunOptions):
     """Options of `m3 encode`. What is not typed is taken from the folder, or has the default of EncodeConfig."""
 
     inputs: tuple[str, ...] = required(
-        "JSONL, TSV or text lines (also .gz, .zst), Parquet, folders, globs, or '-' for standard input.",
+        "JSONL, TSV or text lines (also .gz, .zst), Parquet, folders, globs, s3://bucket/path, or '-' for standard "
+        "input.",
         "Input",
         metavar="INPUT",
         argument=True,

@@ -42,13 +42,13 @@ class Source:
     name: str
     "path relative to the inputs' common folder with '/', the file name of a single input, 'stdin' for standard input"
     path: str
-    "absolute path; '-' for standard input"
+    "absolute path, or the address of an object in a bucket; '-' for standard input"
     format: SourceFormat
     compression: Compression
     size: Annotated[int, Between(-1)]
     "bytes on disk (compressed); -1 for standard input"
     mtime_ns: int
-    "-1 for standard input"
+    "of an object in a bucket 60 bits of the hash of its ETag instead; -1 for standard input"
 
     @property
     def sequential(self) -> bool:

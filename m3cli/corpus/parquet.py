@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from m3cli.config import ENCODE_FLAGS, FieldFlags
+from m3cli.corpus.remote import RemoteFile, is_remote
 from m3cli.corpus.rows import INVALID_UTF8, TOO_LONG, Fault, RawRow
 from m3cli.corpus.streams import corpus_errors
 from m3cli.errors import CorpusError
@@ -50,7 +51,8 @@ def open_parquet(source: Source) -> Any:
     """Return the file as a `pyarrow.parquet.ParquetFile`."""
     with parquet_errors(source):
         # pre_buffer, the default, holds a complete row group: slower, with several times the memory.
-        return pq.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False)
+        file = RemoteFile(source.path) if is_remote(source.path) else source.path
+        return pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
 
 
 def read_parquet_schema(source: Source) -> Any:

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import BinaryIO
 
 from m3cli.corpus.plan import Plan
-from m3cli.corpus.streams import BLOCK_BYTES, corpus_errors
+from m3cli.corpus.streams import BLOCK_BYTES, corpus_errors, open_file
 from m3cli.records import Shard, Source
 
 
@@ -75,7 +74,7 @@ def _extend_to_rows(source: Source, shard: Shard, *, after: int, max_row_bytes: 
     """Return a shard extended to complete rows; None: it ends before `after`, or such a row is too long."""
     if shard.stop <= after:
         return None
-    with corpus_errors(source), Path(source.path).open("rb") as file:
+    with corpus_errors(source), open_file(source) as file:
         start = after if shard.start <= after else _find_start(file, shard.start, max_row_bytes=max_row_bytes)
         stop = _find_stop(file, shard.stop, size=source.size, max_row_bytes=max_row_bytes)
     if start is None or stop is None:

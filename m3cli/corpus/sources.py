@@ -13,7 +13,8 @@ from pathlib import Path, PurePath
 from typing import get_args
 
 from m3cli.corpus.lines import BOM
-from m3cli.corpus.streams import PeekableStream, corpus_errors, read_head
+from m3cli.corpus.remote import is_remote, list_objects
+from m3cli.corpus.streams import PeekableStream, corpus_errors, read_head, read_size_and_mtime
 from m3cli.errors import CorpusError, UsageError, check_reachable, is_utf8
 from m3cli.paths import is_output_folder
 from m3cli.records import Compression, Source, SourceFormat
@@ -182,8 +183,6 @@ def _sniff(source: Source, head: bytes, flag: str | None) -> SourceFormat:
 
 ENDINGS_HINT = "files ending in .jsonl .ndjson .json .tsv .txt .text (also + .gz .zst) .parquet .pq are read"
 _COPYING = {
-    "s3": "aws s3 sync",
-    "gs": "gcloud storage cp -r",
     "hf": "hf download",
     "http": "curl -LO",
     "https": "curl -LO",
@@ -202,19 +201,21 @@ def find_sources(
     """Return the sources of the inputs; standard input is only peeked at.
 
     Args:
-        inputs: paths, globs, or '-' alone.
+        inputs: paths and globs, or addresses of objects, folders and globs in buckets, or '-' alone.
         input_format: a format, or 'auto'.
         stdin: standard input, if it is an input.
         format_flag: option that forces a format, for messages; None: there is none.
         own: real paths of files that the run writes, which are not read.
 
     Raises:
-        UsageError: no input, a duplicate, or an address of another machine.
+        UsageError: no input, a duplicate, or an address of another machine that is not s3:// or gs://.
         CorpusError: an input cannot be read.
     """
     forced = check_input_format(input_format)
     if not inputs:
         raise UsageError("no input: give files, folders or globs, or '-' for standard input")
+    if any(map(is_remote, inputs)):
+        return _find_objects(inputs, forced, format_flag)
     for each in inputs:
         check_local_input(each)
     if "-" in inputs:
@@ -225,6 +226,10 @@ def find_sources(
     _check_duplicates([path for path, _ in found])
     common = Path(os.path.commonpath([root for _, root in found]))
     sources = tuple(_open_source(path, path.relative_to(common).as_posix(), forced, format_flag) for path, _ in found)
+    return _check_any_bytes(sources, inputs)
+
+
+def _check_any_bytes(sources: tuple[Source, ...], inputs: Sequence[str]) -> tuple[Source, ...]:
     if not any(source.size for source in sources):
         raise CorpusError(f"{' '.join(inputs)}: nothing to encode, only empty files")
     return sources
@@ -246,7 +251,9 @@ def count_unread(inputs: Sequence[str]) -> dict[str, int]:
     """Count the files of folders and globs that are not read, by ending, most frequent first."""
     paths: set[str] = set()
     for name in inputs:
-        if Path(name).is_dir():
+        if is_remote(name):
+            paths.update(list_objects(name)[0])
+        elif Path(name).is_dir():
             paths.update(os.path.realpath(path) for path in _walk(Path(name)))
         elif glob.has_magic(name) and not Path(name).exists():
             paths.update(os.path.realpath(path) for path in _match(name)[0])
@@ -272,6 +279,32 @@ def _find_stdin(
         raise CorpusError("standard input is empty: check the command that writes it")
     source = Source(name="stdin", path="-", format="text", compression="none", size=-1, mtime_ns=-1)
     return identify(source, forced=forced, stdin=stdin, flag=flag)
+
+
+def _find_objects(inputs: Sequence[str], forced: SourceFormat | None, flag: str | None) -> tuple[Source, ...]:
+    """Return the sources of inputs in buckets."""
+    if (other := next((each for each in inputs if not is_remote(each)), None)) is not None:
+        raise UsageError(f"{other}: the other inputs are in a bucket; encode local files in a run of their own")
+    found: list[tuple[str, str]] = []
+    for each in inputs:
+        paths, root = list_objects(each)
+        read = [path for path in paths if path == each or has_known_ending(path)]
+        if not read:
+            what = "no object of these can be read" if paths else "there is no object"
+            raise CorpusError(f"{each}: {what}; {ENDINGS_HINT}")
+        found += [(path, root) for path in read]
+    for path, count in Counter(path for path, _ in found).items():
+        if count > 1:
+            raise UsageError(f"{path} is among the inputs twice: name it once")
+    common = os.path.commonpath([root.partition("//")[2] for _, root in found])
+    sources = []
+    for path, _ in found:
+        source = Source(name=path, path=path, format="text", compression="none", size=0, mtime_ns=-1)
+        with corpus_errors(source):
+            size, mtime_ns = read_size_and_mtime(path)
+        source = replace(source, name=path.partition("//")[2][len(common) :].lstrip("/"), size=size, mtime_ns=mtime_ns)
+        sources.append(identify(source, forced=forced, flag=flag))
+    return _check_any_bytes(tuple(sources), inputs)
 
 
 def _find_files(name: str) -> list[tuple[Path, Path]]:

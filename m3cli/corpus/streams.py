@@ -17,6 +17,7 @@ from typing import BinaryIO, Protocol, cast
 
 import zstandard
 
+from m3cli.corpus.remote import RemoteFile, is_remote, read_version
 from m3cli.errors import CorpusError
 from m3cli.records import Compression, Source
 
@@ -75,7 +76,7 @@ class ByteStream:
             raw = stdin
         else:
             with corpus_errors(source):
-                raw = self._file = Path(source.path).open("rb")  # noqa: SIM115 -- closed by close()
+                raw = self._file = open_file(source)
         self._bytes = _decompress(raw, source.compression)
 
     def __enter__(self) -> ByteStream:
@@ -136,7 +137,7 @@ def measure_ratio(source: Source, *, size: int) -> float:
 
     The result is approximate, except for files of up to `size` bytes.
     """
-    with corpus_errors(source), Path(source.path).open("rb") as file:
+    with corpus_errors(source), open_file(source) as file:
         decompressed, length = _decompress(file, source.compression), 0
         complete = source.size <= size
         while (complete or file.tell() < size) and (part := decompressed.read(BLOCK_BYTES)):
@@ -145,8 +146,8 @@ def measure_ratio(source: Source, *, size: int) -> float:
 
 
 def find_inode(source: Source) -> int | None:
-    """Return the inode, which detects a replaced file; None for standard input."""
-    if source.path == "-":
+    """Return the inode, which detects a replaced file; None for standard input and objects in a bucket."""
+    if source.path == "-" or is_remote(source.path):
         return None
     with corpus_errors(source):
         return Path(source.path).stat().st_ino
@@ -161,17 +162,30 @@ def check_unchanged(source: Source, *, inode: int | None = None) -> None:
     if source.path == "-":
         return
     with corpus_errors(source):
-        status = Path(source.path).stat()
-    if status.st_size != source.size:
+        size, mtime_ns = read_size_and_mtime(source.path)
+    if size != source.size:
         raise CorpusError(
-            f"{source.name} changed while it was read: it had {source.size:,} bytes and has {status.st_size:,} now; "
+            f"{source.name} changed while it was read: it had {source.size:,} bytes and has {size:,} now; "
             "put it back as it was and run the same command again, or encode it as it is into a new folder"
         )
-    if status.st_mtime_ns != source.mtime_ns or inode not in (None, status.st_ino):
+    if mtime_ns != source.mtime_ns or (inode is not None and inode != find_inode(source)):
         raise CorpusError(
             f"{source.name} changed while it was read: it was written to or replaced after the run began; "
             "run the same command again, which compares it with what is done, or encode it into a new folder"
         )
+
+
+def open_file(source: Source) -> BinaryIO:
+    """Open a file or an object in a bucket; raise OSError or CorpusError."""
+    return cast("BinaryIO", RemoteFile(source.path)) if is_remote(source.path) else Path(source.path).open("rb")
+
+
+def read_size_and_mtime(path: str) -> tuple[int, int]:
+    """Return the bytes of a file and when it was written to, in ns; for an object in a bucket what stands for it."""
+    if is_remote(path):
+        return read_version(path)
+    status = Path(path).stat()
+    return status.st_size, status.st_mtime_ns
 
 
 @contextmanager

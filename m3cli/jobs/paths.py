@@ -1,4 +1,4 @@
-"""Checks of a command's options before it reads or writes: paths that are also read, options without effect."""
+"""Paths of a command before it reads or writes: those that are also read, the output folder, options without effect."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from glob import has_magic
 from pathlib import Path
 
+from m3cli.config import EncodeRequest
+from m3cli.corpus.remote import is_remote
 from m3cli.corpus.sources import list_files
-from m3cli.errors import UsageError
+from m3cli.errors import CorpusError, OutputError, UsageError, check_reachable
 from m3cli.paths import check_local, is_output_folder
+from m3cli.records import Source
+from m3cli.store.layout import RUN_NAME
 
 Identity = tuple[int, int]
 
@@ -22,6 +27,7 @@ _WRITTEN_BY_M3 = {
     "--gone": re.compile(rb'\{"id":"[^"]*"\}\n|\Z'),
 }
 "start of files of earlier runs, which may be in an input folder"
+_ENDINGS = {".gz", ".zst", ".jsonl", ".ndjson", ".json", ".tsv", ".txt", ".text", ".parquet", ".pq"}
 _OF_CHECKPOINTS = {".json", ".safetensors", ".bin", ".pt", ".model"}
 
 
@@ -132,3 +138,38 @@ def check_ignored_options(typed: Mapping[str, object], *, other: str, reason: st
     for flag, value in typed.items():
         if value not in (None, ""):
             raise UsageError(f"{flag} {value} with {other}: {reason}; leave {flag} out")
+
+
+def choose_out(request: EncodeRequest, sources: tuple[Source, ...]) -> Path:
+    """Return the output folder: `--out`, or the one input's name with .m3 in the current folder.
+
+    Raises:
+        UsageError: neither gives a name, or it is not on this machine.
+        OutputError: the system refuses to look at it.
+    """
+    out = _name_out(request, sources)
+    check_reachable(out / RUN_NAME, OutputError)
+    return out
+
+
+def _name_out(request: EncodeRequest, sources: tuple[Source, ...]) -> Path:
+    if request.out:
+        check_local(request.out, "--out")
+        return Path(request.out)
+    if len(request.inputs) != 1 or request.inputs[0] == "-":
+        what = "standard input" if "-" in request.inputs else f"{len(request.inputs)} inputs"
+        raise UsageError(f"{what}: name the output folder with --out DIR")
+    given = Path(request.inputs[0])
+    if is_remote(request.inputs[0]):
+        if request.inputs[0] != sources[0].path and not has_magic(request.inputs[0]):
+            return Path(f"{given.name}.m3")
+    else:
+        check_reachable(given, CorpusError)
+        if given.is_dir():
+            return Path(f"{given.resolve().name}.m3")
+    if len(sources) != 1:
+        raise UsageError(f"{request.inputs[0]!r} names {len(sources)} files: name the output folder with --out DIR")
+    name = Path(sources[0].path).name
+    while (stem := Path(name)).suffix in _ENDINGS and stem.stem:
+        name = stem.stem
+    return Path(f"{name}.m3")

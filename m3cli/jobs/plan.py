@@ -13,13 +13,13 @@ from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.jobs.encode.estimate import Estimate, count_needed, estimate_corpus, find_free_bytes
 from m3cli.jobs.encode.resolve import (
     check_same_checkpoint,
-    choose_out,
     make_form,
     open_checkpoint,
     plan_run,
     resolve_new_run,
     resume_run,
 )
+from m3cli.jobs.paths import choose_out
 from m3cli.records import DoneEntry, RunPlan
 from m3cli.store.folder import read_done_to_resume, read_run_to_resume
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from m3cli.config import EncodeRequest, RunConfig
 from m3cli.corpus.plan import Plan
 from m3cli.corpus.reader import Action, read_shards
+from m3cli.corpus.remote import is_remote
+from m3cli.corpus.streams import corpus_errors, read_size_and_mtime
 from m3cli.errors import CorpusError
 from m3cli.jobs.encode.resolve import make_form, plan_run, resume_run
 from m3cli.records import Shard, ShardText
@@ -25,11 +27,11 @@ def find_input(run: RunConfig, root: Path, *, otherwise: str) -> RunConfig:
         raise CorpusError(f"{root.name} was made from standard input, which cannot be read again; {otherwise}")
     now = []
     for source in run.sources:
-        path = Path(source.path)
-        if not path.is_file():
-            raise CorpusError(f"{path} is gone: put {source.name} back there, or {otherwise}")
-        status = path.stat()
-        now.append(replace(source, size=status.st_size, mtime_ns=status.st_mtime_ns))
+        if not is_remote(source.path) and not Path(source.path).is_file():
+            raise CorpusError(f"{source.path} is gone: put {source.name} back there, or {otherwise}")
+        with corpus_errors(source):
+            size, mtime_ns = read_size_and_mtime(source.path)
+        now.append(replace(source, size=size, mtime_ns=mtime_ns))
     return resume_run(run, EncodeRequest(inputs=()), sources=tuple(now), out=root.name)
 
 

@@ -198,8 +198,6 @@ def test_stdin_must_be_alone_not_empty_and_no_parquet() -> None:
 @pytest.mark.parametrize(
     ("given", "remedy"),
     [
-        ("s3://bucket/corpus.jsonl", "aws s3 sync"),
-        ("gs://bucket/corpus.jsonl", "gcloud storage cp"),
         ("hf://datasets/owner/name", "hf download"),
         ("https://example.org/c.jsonl.gz", "curl"),
         ("abfss://container/c.jsonl", "copy it here first"),

@@ -28,13 +28,12 @@ from m3cli.jobs.encode.resolve import (
     OpenRun,
     check_same_checkpoint,
     check_same_tokenizer,
-    choose_out,
     describe_rest,
     open_checkpoint,
     open_run,
     resolve_new_run,
 )
-from m3cli.jobs.paths import check_paths, list_own
+from m3cli.jobs.paths import check_paths, choose_out, list_own
 from m3cli.progress import Progress, Stopwatch
 from m3cli.records import DoneEntry, RunSummary, ShardCounts
 from m3cli.store.commit import check_writable

@@ -38,12 +38,11 @@ from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder.batcher import fit_length
 from m3cli.encoder.checkpoint import HEAD_FILES, Checkpoint, find_checkpoint, hash_checkpoint, read_checkpoint
 from m3cli.encoder.chunker import NUM_SPECIALS
-from m3cli.errors import CorpusError, ForeignFolder, ModelError, OutputError, UsageError, check_reachable
+from m3cli.errors import ForeignFolder, ModelError, UsageError
 from m3cli.jobs.encode.increment import resolve_increment
-from m3cli.paths import check_local
 from m3cli.records import DoneEntry, Fields, Output, Shard, ShardCounts, ShardText, Source
 from m3cli.store.folder import RunFolder
-from m3cli.store.layout import RESERVED_COLUMNS, RUN_NAME, RowForm
+from m3cli.store.layout import RESERVED_COLUMNS, RowForm
 
 if TYPE_CHECKING:
     from m3cli.encoder.tokenizer import Tokenizer
@@ -361,9 +360,6 @@ def check_same_tokenizer(run: RunConfig, tokenizer_hash: str, *, out: str) -> No
         )
 
 
-_ENDINGS = {".gz", ".zst", ".jsonl", ".ndjson", ".json", ".tsv", ".txt", ".text", ".parquet", ".pq"}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRun:
     """A run before its folder is open, with what encoding needs."""
@@ -423,37 +419,6 @@ class OpenRun:
             stdin=stdin,
         )
         return (text for text in texts if self.selector.is_to_encode(text))
-
-
-def choose_out(request: EncodeRequest, sources: tuple[Source, ...]) -> Path:
-    """Return the output folder: `--out`, or the one input's name with .m3 in the current folder.
-
-    Raises:
-        UsageError: neither gives a name, or it is not on this machine.
-        OutputError: the system refuses to look at it.
-    """
-    out = _name_out(request, sources)
-    check_reachable(out / RUN_NAME, OutputError)
-    return out
-
-
-def _name_out(request: EncodeRequest, sources: tuple[Source, ...]) -> Path:
-    if request.out:
-        check_local(request.out, "--out")
-        return Path(request.out)
-    if len(request.inputs) != 1 or request.inputs[0] == "-":
-        what = "standard input" if "-" in request.inputs else f"{len(request.inputs)} inputs"
-        raise UsageError(f"{what}: name the output folder with --out DIR")
-    given = Path(request.inputs[0])
-    check_reachable(given, CorpusError)
-    if given.is_dir():
-        return Path(f"{given.resolve().name}.m3")
-    if len(sources) != 1:
-        raise UsageError(f"{request.inputs[0]!r} names {len(sources)} files: name the output folder with --out DIR")
-    name = Path(sources[0].path).name
-    while (stem := Path(name)).suffix in _ENDINGS and stem.stem:
-        name = stem.stem
-    return Path(f"{name}.m3")
 
 
 def resolve_new_run(request: EncodeRequest, sources: tuple[Source, ...], stdin: PeekableStream | None) -> NewRun:
