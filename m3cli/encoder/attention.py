@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from m3cli.encoder.transfer import send
+from m3cli.encoder.device import send, takes_varlen
 
 LENGTH_STEP = 16
 "tokens; lengths that round up to the same multiple share a block and are padded to it, for attention only"
@@ -32,8 +32,6 @@ and values in the cache too (scripts/bench_results/LOG.md)"""
 MIN_QUERIES = 64
 "queries of a sequence in one matmul, however many scores that is: fewer are slow"
 
-_VARLEN_DTYPES = (torch.float16, torch.bfloat16)
-_VARLEN_WIDTHS = range(8, 257, 8)
 _VARLEN_SEQUENCES = 65_535
 "limit of CUDA's grid, in which the kernel has a row for each sequence"
 
@@ -217,19 +215,3 @@ def _attend_varlen(qkv: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
     out = varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.max_seqlen, layout.max_seqlen)
     assert isinstance(out, torch.Tensor)
     return out.reshape(qkv.shape[0], -1)
-
-
-def takes_varlen(device: torch.device, dtype: torch.dtype, *, head_width: int) -> bool:
-    """Return whether variable-length flash attention runs: compute capability 8.0 or later, and a torch that has it.
-
-    It needs float16 or bfloat16, and heads whose width is a multiple of 8 and at most 256.
-    """
-    if device.type != "cuda" or dtype not in _VARLEN_DTYPES or head_width not in _VARLEN_WIDTHS:
-        return False
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: F401, PLC0415
-    except ImportError:
-        return False
-    return True

@@ -210,3 +210,19 @@ def _to_chunks(rows: list[Row], owners: list[int]) -> Chunks:
         truncated=np.fromiter((row[5] for row in rows), np.bool_, len(rows)),
         num_repeated=np.fromiter((row[6] for row in rows), np.int32, len(rows)),
     )
+
+
+def lengths_with_mcls(num_tokens: NDArray[np.int64], *, every: int) -> NDArray[np.int64]:
+    """Return the token counts of rows after MCLS adds its `<s>`; `every` 0 adds none."""
+    if not every:
+        return num_tokens
+    # The row's own <s> is the one of the first `every` tokens of text.
+    return num_tokens + np.maximum(0, (num_tokens - 3) // every)
+
+
+def fit_length(limit: int, *, every: int) -> int:
+    """Return the largest token count of a row that MCLS extends to at most `limit` tokens."""
+    length = limit - max(0, (limit - 3) // (every + 1))
+    while lengths_with_mcls(np.array([length]), every=every)[0] > limit:
+        length -= 1
+    return length

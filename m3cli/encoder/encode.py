@@ -1,10 +1,15 @@
-"""Encode batches: halve a batch if memory runs out, and repeat a row in float32 if its output is not finite.
+"""Windows and packed batches of a shard's rows, and their way through the model.
+
+A *window* is a range of consecutive rows whose ColBERT matrices fit in memory together. Rows are sorted by length
+inside a window and leave it in corpus order, so the writer only appends. Without ColBERT a shard is one window. Windows
+and batches are a function of row lengths and budgets only.
 
 A batch is launched, which queues its work on the device, and collected later. On CUDA the next batch is launched before
 a batch is collected, so the device is busy while the host handles results. On a CPU a launch does all the work. There
 several threads each encode a batch, with a share of the cores.
 
-A row that fails both ways is returned as `FailedRow` with its reason, not raised.
+A batch is halved if memory runs out, and a row whose output is not finite is encoded again in float32. A row that fails
+both ways is returned as `FailedRow` with its reason, not raised.
 """
 
 from __future__ import annotations
@@ -20,15 +25,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from m3cli.encoder.batcher import slice_batch, split_batch
-from m3cli.encoder.device import lacks_memory
+from m3cli.encoder.device import Fetched, fetch, lacks_memory, open_stream
 from m3cli.encoder.embeddings import select_rows
 from m3cli.encoder.heads import OutputOptions, build_embeddings, run_heads
 from m3cli.encoder.mcls import pool_as_cls, run_with_added
 from m3cli.encoder.model import Model, run_model
-from m3cli.encoder.transfer import Fetched, fetch, open_stream
 from m3cli.errors import ModelTooLarge
-from m3cli.records import Batch, Embeddings
+from m3cli.records import Batch, Chunks, Embeddings, concat_ranges
+
+WINDOW_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+"ColBERT bytes of a window by device kind; fixed, because the bytes of a folder depend on it"
+BALANCE_STEP = 128
+"tokens; budgets of equal batches are multiples of it, as batches are padded to one (TOKEN_STEP in model.py)"
+BALANCE_TRIES = 32
 
 NOT_A_NUMBER = "not a number in the output"
 OUT_OF_MEMORY = "out of memory"
@@ -36,6 +45,77 @@ ERRORS = ("", "NaN or infinity", "a vector of length 0")
 _NOT_FINITE, _NO_LENGTH = 1, 2
 
 _log = logging.getLogger(__name__)
+
+
+def plan_windows(num_tokens: NDArray[np.int64], *, max_window_tokens: int | None) -> list[tuple[int, int]]:
+    """Return ranges [start, stop) of rows of at most `max_window_tokens`; a longer row is a range of its own."""
+    num_rows = len(num_tokens)
+    if num_rows == 0:
+        return []
+    if max_window_tokens is None:
+        return [(0, num_rows)]
+    ends = np.cumsum(num_tokens)
+    windows: list[tuple[int, int]] = []
+    start, used = 0, 0
+    while start < num_rows:
+        stop = max(start + 1, int(np.searchsorted(ends, used + max_window_tokens, side="right")))
+        windows.append((start, stop))
+        start, used = stop, int(ends[stop - 1])
+    return windows
+
+
+def batch_rows(num_tokens: NDArray[np.int64], *, max_batch_tokens: int, threads: int = 1) -> list[NDArray[np.int64]]:
+    """Group rows, longest first, into batches of at most `max_batch_tokens`; a longer row is a batch of its own.
+
+    For several threads, batches have nearly equal token counts, and their number is a multiple of the threads as far as
+    rows allow. Otherwise threads would be idle during the last batch.
+
+    Returns:
+        row numbers, each exactly once, by descending length; equal lengths keep their order.
+    """
+    order = np.argsort(-num_tokens, kind="stable")
+    lengths = num_tokens[order]
+    ranges = plan_windows(lengths, max_window_tokens=max_batch_tokens)
+    if threads > 1 and ranges:
+        limit = -(-len(ranges) // threads) * threads
+        step = max(BALANCE_STEP, max_batch_tokens // BALANCE_TRIES // BALANCE_STEP * BALANCE_STEP)
+        min_tokens = -(-int(lengths.sum()) // limit // BALANCE_STEP) * BALANCE_STEP
+        for budget in range(min_tokens, max_batch_tokens, step):
+            balanced = plan_windows(lengths, max_window_tokens=budget)
+            if len(balanced) <= limit:
+                ranges = balanced
+                break
+    return [order[start:stop] for start, stop in ranges]
+
+
+def pack_rows(chunks: Chunks, rows: NDArray[np.int64]) -> Batch:
+    """Return some rows of a shard as one batch."""
+    lengths = chunks.num_tokens[rows]
+    cu_seqlens, tokens = concat_ranges(chunks.cu_seqlens[rows], lengths)
+    return Batch(
+        rows=rows,
+        input_ids=chunks.input_ids[tokens].astype(np.int64),
+        cu_seqlens=cu_seqlens.astype(np.int32),
+        max_seqlen=int(lengths.max()),
+    )
+
+
+def split_batch(batch: Batch) -> tuple[Batch, Batch]:
+    """Split a batch of two or more rows into two of nearly equal token counts, in the same order."""
+    middle = int(np.searchsorted(batch.cu_seqlens, batch.cu_seqlens[-1] / 2))
+    middle = min(max(middle, 1), len(batch.rows) - 1)
+    return slice_batch(batch, 0, middle), slice_batch(batch, middle, len(batch.rows))
+
+
+def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
+    """Return the rows [start, stop) of a batch."""
+    cu_seqlens = batch.cu_seqlens[start : stop + 1]
+    return Batch(
+        rows=batch.rows[start:stop],
+        input_ids=batch.input_ids[cu_seqlens[0] : cu_seqlens[-1]],
+        cu_seqlens=cu_seqlens - cu_seqlens[0],
+        max_seqlen=int(np.diff(cu_seqlens).max()),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from m3cli.config import VectorDtype
 from m3cli.encoder.attention import SequenceLayout
 from m3cli.encoder.checkpoint import Pooling
+from m3cli.encoder.device import send
 from m3cli.encoder.linear import Linear
 from m3cli.encoder.model import Model
-from m3cli.encoder.transfer import send
 from m3cli.records import Batch, Embeddings, LexicalWeights, Output, TokenMatrices
 
 NO_KEY = np.iinfo(np.int64).max

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from m3cli.encoder.attention import SequenceLayout
-from m3cli.encoder.batcher import lengths_with_mcls
+from m3cli.encoder.chunker import lengths_with_mcls
+from m3cli.encoder.device import send
 from m3cli.encoder.model import Model, padded_num_tokens, run_model
-from m3cli.encoder.transfer import send
 from m3cli.records import Batch, concat_ranges
 
 

@@ -29,9 +29,8 @@ from m3cli.encoder.checkpoint import (
     check_content,
     first_line,
 )
-from m3cli.encoder.device import is_emulated, lacks_memory, resolve_dtype, state_dtype
+from m3cli.encoder.device import is_emulated, lacks_memory, resolve_dtype, send, state_dtype
 from m3cli.encoder.linear import Int8Linear, Linear, make_int8_linear, make_linear
-from m3cli.encoder.transfer import send
 from m3cli.errors import ModelError, ModelTooLarge
 from m3cli.records import Batch, concat_ranges
 

@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from m3cli.config import Dtype
-from m3cli.encoder.batcher import split_batch
 from m3cli.encoder.checkpoint import DOWNLOAD_AGAIN, Checkpoint, first_line
 from m3cli.encoder.device import lacks_memory
+from m3cli.encoder.encode import split_batch
 from m3cli.encoder.model import Model, load_model, read_pickled, run_model
 from m3cli.errors import ModelError
 from m3cli.records import Batch

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from m3cli.encoder.batcher import batch_rows
+from m3cli.encoder.encode import batch_rows
 from m3cli.encoder.tokenizer import Tokenizer
 from m3cli.records import Batch
 

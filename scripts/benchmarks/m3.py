@@ -18,12 +18,11 @@ import torch
 from benchmarks.contest import Group, Made, Runner
 from m3cli.concurrency import parallel_map
 from m3cli.config import Dtype
-from m3cli.encoder.batcher import batch_rows, pack_rows
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
 from m3cli.encoder.device import auto_batch_tokens, auto_threads, measure_matmul, plan_threads, set_threads
 from m3cli.encoder.embeddings import restore_order
-from m3cli.encoder.encode import BatchEncoder, FailedRow
+from m3cli.encoder.encode import BatchEncoder, FailedRow, batch_rows, pack_rows
 from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.model import load_model, padded_num_tokens, run_model
 from m3cli.encoder.tokenizer import load_tokenizer

@@ -1,19 +1,32 @@
-"""What `auto` resolves to on this machine."""
+"""What `auto` resolves to on this machine; copies to a device and back."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from m3cli.encoder.checkpoint import read_checkpoint
-from m3cli.encoder.device import MAX_PARALLEL, auto_dtype, is_emulated, plan_threads, resolve_dtype
+from m3cli.encoder.device import (
+    ALIGNMENT,
+    MAX_PARALLEL,
+    auto_dtype,
+    fetch,
+    is_emulated,
+    open_stream,
+    plan_threads,
+    resolve_dtype,
+    send,
+)
 from m3cli.encoder.linear import can_run_int8
 from m3cli.encoder.model import load_model
 from m3cli.errors import UsageError
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -53,3 +66,20 @@ def test_int8_needs_a_cpu_whose_products_do_not_overflow(has: dict[str, bool], m
     else:
         with pytest.raises(UsageError, match="--dtype int8: "):
             resolve_dtype("int8", "cpu")
+
+
+@given(st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=3 * ALIGNMENT), min_size=1, max_size=5))
+def test_arrays_arrive_as_they_were_sent(lists: list[list[int]]) -> None:
+    arrays = [np.array(one, np.int64 if index % 2 else np.int32) for index, one in enumerate(lists)]
+    sent = send(CPU, *arrays)
+    assert [tensor.tolist() for tensor in sent] == lists
+    assert {tensor.dtype for tensor in sent} == {torch.int32}
+    assert {tensor.storage_offset() % ALIGNMENT for tensor in sent} == {0}
+    assert len({tensor.untyped_storage().data_ptr() for tensor in sent}) == 1, "one copy"
+
+
+def test_on_a_cpu_outputs_are_not_copied() -> None:
+    tensor = torch.arange(6.0).view(2, 3)
+    arrays = fetch({"dense_vecs": tensor}, open_stream(CPU)).wait()
+    assert arrays["dense_vecs"].tolist() == tensor.tolist()
+    assert arrays["dense_vecs"].ctypes.data == tensor.data_ptr()

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3cli.encoder.batcher import batch_rows
 from m3cli.encoder.embeddings import restore_order, select_rows
+from m3cli.encoder.encode import batch_rows
 from m3cli.records import Embeddings, LexicalWeights, TokenMatrices
-from tests.encoder.test_batcher import LENGTHS
+from tests.encoder.test_encode import LENGTHS
 
 
 @given(LENGTHS.filter(len), st.integers(2, 120), st.data())

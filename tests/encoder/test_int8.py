@@ -7,12 +7,11 @@ import orjson
 import pytest
 import torch
 
-from m3cli.encoder.batcher import batch_rows, pack_rows
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
 from m3cli.encoder.device import INT8, cpu_has, resolve_dtype
 from m3cli.encoder.embeddings import restore_order
-from m3cli.encoder.encode import BatchEncoder, FailedRow
+from m3cli.encoder.encode import BatchEncoder, FailedRow, batch_rows, pack_rows
 from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.linear import can_run_int8, make_int8_linear
 from m3cli.encoder.model import load_model

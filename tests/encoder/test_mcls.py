@@ -9,10 +9,9 @@ import torch.nn.functional as F  # noqa: N812  torch's own convention
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3cli.encoder.batcher import fit_length, lengths_with_mcls, pack_rows
 from m3cli.encoder.checkpoint import read_checkpoint
-from m3cli.encoder.chunker import Cutting, chunk_documents
-from m3cli.encoder.encode import BatchEncoder
+from m3cli.encoder.chunker import Cutting, chunk_documents, fit_length, lengths_with_mcls
+from m3cli.encoder.encode import BatchEncoder, pack_rows
 from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.model import Model, load_model
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from m3cli.encoder import encode as encoding
-from m3cli.encoder.batcher import WINDOW_BYTES
+from m3cli.encoder.encode import WINDOW_BYTES
 from m3cli.encoder.model import run_model as real_run_model
 from m3cli.records import Batch
 from m3cli.store.reader import OutputFolder, ShardArrays, open_folder, read_shard

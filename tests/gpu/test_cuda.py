@@ -16,13 +16,12 @@ import torch
 from m3cli.encoder import attention
 from m3cli.encoder import encode as encoding
 from m3cli.encoder.attention import SequenceLayout, pad_borders
-from m3cli.encoder.batcher import batch_rows, pack_rows
 from m3cli.encoder.checkpoint import read_checkpoint
-from m3cli.encoder.encode import BatchEncoder, FailedRow
+from m3cli.encoder.device import fetch, open_stream, send
+from m3cli.encoder.encode import BatchEncoder, FailedRow, batch_rows, pack_rows
 from m3cli.encoder.heads import OutputOptions, find_maxima
 from m3cli.encoder.model import Model, load_model, padded_num_tokens
 from m3cli.encoder.model import run_model as real_run_model
-from m3cli.encoder.transfer import fetch, open_stream, send
 from m3cli.records import Batch, Chunks, Embeddings
 from tests.conftest import Completed, build_sample
 from tests.encoder.test_model import SPECIALS

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from m3cli.encoder.batcher import batch_rows, pack_rows
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
 from m3cli.encoder.embeddings import restore_order
+from m3cli.encoder.encode import batch_rows, pack_rows
 from m3cli.encoder.model import load_model, run_model
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.records import Chunks, Document, Embeddings

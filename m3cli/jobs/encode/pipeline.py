@@ -23,11 +23,19 @@ from numpy.typing import NDArray
 from m3cli.concurrency import parallel_map, prefetch
 from m3cli.config import ColbertForm, EncodeConfig, RunConfig
 from m3cli.corpus.rows import ROW_HEAD_BYTES
-from m3cli.encoder.batcher import WINDOW_BYTES, batch_rows, lengths_with_mcls, pack_rows, plan_windows
-from m3cli.encoder.chunker import chunk_documents, cutting_of
+from m3cli.encoder.chunker import chunk_documents, cutting_of, lengths_with_mcls
 from m3cli.encoder.colbert import bound_vectors, compress_rows
 from m3cli.encoder.embeddings import restore_order, select_chunks, select_rows
-from m3cli.encoder.encode import NOT_A_NUMBER, OUT_OF_MEMORY, BatchEncoder, FailedRow
+from m3cli.encoder.encode import (
+    NOT_A_NUMBER,
+    OUT_OF_MEMORY,
+    WINDOW_BYTES,
+    BatchEncoder,
+    FailedRow,
+    batch_rows,
+    pack_rows,
+    plan_windows,
+)
 from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.merge import Merger, merge_chunks, plan_rows
 from m3cli.encoder.model import Model

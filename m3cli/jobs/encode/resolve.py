@@ -35,9 +35,8 @@ from m3cli.corpus.fields import kept_schema, resolve_fields
 from m3cli.corpus.plan import Plan, plan_shards
 from m3cli.corpus.reader import Action, read_shards
 from m3cli.corpus.streams import PeekableStream
-from m3cli.encoder.batcher import fit_length
 from m3cli.encoder.checkpoint import HEAD_FILES, Checkpoint, find_checkpoint, hash_checkpoint, read_checkpoint
-from m3cli.encoder.chunker import NUM_SPECIALS
+from m3cli.encoder.chunker import NUM_SPECIALS, fit_length
 from m3cli.errors import ForeignFolder, ModelError, UsageError
 from m3cli.jobs.encode.increment import resolve_increment
 from m3cli.records import DoneEntry, Fields, Output, Shard, ShardCounts, ShardText, Source
