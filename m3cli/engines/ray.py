@@ -187,6 +187,7 @@ def _cluster(ray: Any, request: EncodeRequest, stop: Stop) -> Iterator[None]:
     address = request.address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
+        os.environ.setdefault("RAY_worker_niceness", "0")  # as without Ray; it would be 15
         cpus = (request.ray_workers or 1) * (request.cpus_per_worker or 1)
         options |= {"num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
     before = signal.getsignal(signal.SIGTERM)
