@@ -25,6 +25,7 @@ from m3cli.corpus.remote import is_remote
 from m3cli.corpus.streams import PeekableStream, check_unchanged
 from m3cli.errors import FolderLocked, M3Error, Stopped, UsageError
 from m3cli.jobs.encode.command import Work, add_id_counts, encode_corpus, prepare_run, summarise
+from m3cli.jobs.encode.increment import PreviousFolder
 from m3cli.jobs.encode.lifecycle import Stop
 from m3cli.jobs.encode.resolve import NewRun, OpenRun
 from m3cli.progress import Progress
@@ -129,16 +130,23 @@ def _encode_with_workers(
             raise M3Error(f"Ray failed: {_first_line(error)}; run the same command again to resume") from error
         finally:
             work.progress.stop()
-    _report(opened, request, work, driver, complete_with=(previous, unread))
+    _report(opened, request, work, driver, previous=previous, unread=unread)
 
 
-def _report(opened: OpenRun, request: EncodeRequest, work: Work, driver: _Driver, *, complete_with: Any) -> None:
+def _report(
+    opened: OpenRun,
+    request: EncodeRequest,
+    work: Work,
+    driver: _Driver,
+    *,
+    previous: PreviousFolder | None,
+    unread: dict[str, int],
+) -> None:
     """Count what the workers have written, write the manifest, show the summary.
 
     Raises:
         Stopped: the run was stopped, and work is left.
     """
-    previous, unread = complete_with
     entries, tally = opened.folder.done(), work.tally
     for entry in (entries[index] for index in entries.keys() - opened.done.keys()):
         tally.counts += entry.counts
