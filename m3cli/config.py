@@ -35,6 +35,7 @@ VectorCompression = Literal["none", "zstd"]
 LongDocs = Literal["chunk", "merge", "both", "truncate"]
 Split = Literal["tokens", "sentence"]
 ProgressMode = Literal["auto", "bar", "log", "json", "none"]
+Engine = Literal["local", "ray"]
 
 TEXT_NAMES = ("text", "contents", "content", "body", "passage", "document", "query")
 ID_NAMES = ("_id", "docid", "id", "doc_id", "query_id", "qid", "pid", "docno", "doc_no", "uuid", "key")
@@ -372,6 +373,24 @@ class EncodeRequest(RunOptions):
         names=("--worker",),
         metavar="I/N",
         read="share",
+    )
+    engine: Engine = option(
+        "ray: worker processes of a Ray cluster, or of one that this command starts here.",
+        "Run",
+        value="local",
+        common=False,
+    )
+    ray_workers: int | None = option(
+        "Worker processes of --engine ray.", "Run", least=1, names=("--num-workers",), common=False
+    )
+    gpus_per_worker: int | None = option(
+        "GPUs of a worker of --engine ray.", "Run", default="1 where there is one", least=0, common=False
+    )
+    cpus_per_worker: int | None = option(
+        "CPUs of a worker of --engine ray, and threads of a new folder.", "Run", default="1", least=1, common=False
+    )
+    address: str | None = option(
+        "Ray cluster of --engine ray.", "Run", default="$RAY_ADDRESS, or one of this machine", common=False
     )
     max_runtime: str | None = option(
         "Stop after a time such as 55m or 7h30m, with exit code 75 if work remains.", "Run", metavar="TIME"

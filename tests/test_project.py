@@ -20,7 +20,7 @@ MAX_LINES = 600
 MAX_README_LINES = 250
 TOP_LEVEL = {"m3cli", "tests", "scripts", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}
 EMPTY_NAMES = {"util", "utils", "helper", "helpers", "common", "base", "core", "misc"}
-HEAVY = {"torch", "pyarrow", "transformers", "tokenizers", "safetensors", "scipy", "huggingface_hub"}
+HEAVY = {"torch", "pyarrow", "ray", "transformers", "tokenizers", "safetensors", "scipy", "huggingface_hub"}
 
 MODULES = sorted((ROOT / "m3cli").rglob("*.py"))
 PAGES = [
@@ -32,11 +32,12 @@ PAGES = [
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 OPTIONS = {
     "encode": """
-        --colbert-dtype --colbert-pool --colbert-top-k --compression --dedupe --dense-dtype --device --dtype --format
-        --gone --help-all --id-field --input-format --keep-fields --keep-text --limit --log-file --long-docs
-        --max-batch-tokens --max-length --max-row-bytes --max-runtime --max-skipped --mcls --metrics --model
-        --no-space-check --out --outputs --overlap --prefix --progress --revision --shard-size --since-run --split
-        --text-field --title-field --title-sep --verify-input --worker -o
+        --address --colbert-dtype --colbert-pool --colbert-top-k --compression --cpus-per-worker --dedupe --dense-dtype
+        --device --dtype --engine --format --gone --gpus-per-worker --help-all --id-field --input-format --keep-fields
+        --keep-text --limit --log-file --long-docs --max-batch-tokens --max-length --max-row-bytes --max-runtime
+        --max-skipped --mcls --metrics --model --no-space-check --num-workers --out --outputs --overlap --prefix
+        --progress --revision --shard-size --since-run --split --text-field --title-field --title-sep --verify-input
+        --worker -o
     """,
     "plan": """
         --colbert-dtype --colbert-pool --colbert-top-k --compression --dedupe --dense-dtype --device --dtype --format

@@ -23,6 +23,7 @@ m3 plan corpus.jsonl --limit 100000 --json"""
 _NOT_IN_PLAN = {
     *("share", "max_batch_tokens", "max_skipped", "verify_input", "space_check", "gone"),
     *("max_runtime", "progress", "metrics", "log_file"),
+    *("engine", "ray_workers", "gpus_per_worker", "cpus_per_worker", "address"),
 }
 
 
@@ -33,9 +34,13 @@ def encode(request: EncodeRequest) -> None:
     An option that is not typed is taken from the folder, if it exists.
     """
     seconds = parse_duration("--max-runtime", request.max_runtime)
-    from m3cli.jobs.encode.command import encode_corpus  # noqa: PLC0415  pyarrow, not for --help
+    from m3cli.engines.ray import check_options, encode_on_ray  # noqa: PLC0415  pyarrow, not for --help
+    from m3cli.jobs.encode.command import encode_corpus  # noqa: PLC0415
 
+    check_options(request)
     with limit_runtime(seconds, typed=request.max_runtime or ""), show_run(request.progress) as shown:
+        if request.engine == "ray":
+            raise typer.Exit(encode_on_ray(request, progress=shown, stop=stop))
         code = encode_corpus(request, progress=shown, stdin=open_stdin(request.inputs), stop=stop)
     raise typer.Exit(code)
 

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -84,9 +84,23 @@ class Work:
 
 
 def encode_corpus(
-    request: EncodeRequest, *, progress: Progress, stdin: PeekableStream | None = None, stop: Stop | None = None
+    request: EncodeRequest,
+    *,
+    progress: Progress,
+    stdin: PeekableStream | None = None,
+    stop: Stop | None = None,
+    wants: Callable[[int], bool] | None = None,
+    encode_with: Callable[..., None] | None = None,
 ) -> int:
     """Encode a corpus, or resume the folder of an earlier run.
+
+    Args:
+        request: the options.
+        progress: shows the run.
+        stdin: standard input, if it is an input.
+        stop: ends the run early.
+        wants: decides which shards this process encodes, see ShardSelector; None: those of its stripe.
+        encode_with: encodes instead of `encode`, with the same arguments.
 
     Returns:
         the exit code: 0, or 3 if the folder is complete and rows were skipped.
@@ -114,7 +128,7 @@ def encode_corpus(
                     check_disk_space(out, estimate.bytes_on_disk, num_shards=None, done={}, choices=choices)
         with open_run_folder(out, worker=request.worker, num_workers=request.num_workers) as folder:
             metrics.write()
-            opened = open_run(folder, None if fresh is None else fresh.run, request, sources)
+            opened = open_run(folder, None if fresh is None else fresh.run, request, sources, wants)
             tally = Tally()
             if (todo := opened.num_shards) is not None:
                 todo = opened.selector.count_todo(todo)
@@ -123,7 +137,7 @@ def encode_corpus(
             else:
                 work = Work(progress=progress, watch=watch, stop=stop or Stop(), metrics=metrics, tally=tally)
                 with report_kept_shards(opened):
-                    encode(opened, request, fresh=fresh, todo=todo, stdin=stdin, work=work)
+                    (encode_with or encode)(opened, request, fresh=fresh, todo=todo, stdin=stdin, work=work)
             code = exit_code_of(opened, request, tally)
         metrics.numbers["exit_code"] = code
     return code
@@ -210,28 +224,16 @@ def report_kept_shards(opened: OpenRun) -> Iterator[None]:
         raise Interrupted(f"interrupted: {shards} kept; run the same command again to resume") from error
 
 
-def encode(
-    opened: OpenRun,
-    request: EncodeRequest,
-    *,
-    fresh: NewRun | None,
-    todo: int | None,
-    stdin: PeekableStream | None,
-    work: Work,
-) -> None:
-    """Encode the remaining shards and report; `fresh` is None unless this run has begun the folder."""
-    # torch, and what imports it: only where there is work
-    from m3cli.encoder import device as machine  # noqa: PLC0415
-    from m3cli.encoder.model import load_model  # noqa: PLC0415
-    from m3cli.jobs.encode.pipeline import FirstRows, Pipeline, make_encoder, run_pipeline  # noqa: PLC0415
-    from m3cli.jobs.plan import describe_run  # noqa: PLC0415
+def prepare_run(
+    opened: OpenRun, request: EncodeRequest, *, fresh: NewRun | None, device: str, work: Work
+) -> tuple[NewRun, PreviousFolder | None, dict[str, int]]:
+    """Show the plan of a run; return what encoding needs, the previous folder and the files that are not read."""
+    from m3cli.jobs.plan import describe_run  # noqa: PLC0415  torch, only where there is work
 
-    run, config, progress, watch = opened.run, opened.run.config, work.progress, work.watch
-    with watch.count("loading"):
+    run, progress = opened.run, work.progress
+    with work.watch.count("loading"):
         # Of workers that begin a folder together one writes run.json, the others resume.
         ready = fresh if fresh and not opened.resumed else prepare_resumed_run(opened, request, progress)
-        checkpoint, tokenizer = ready.checkpoint, ready.tokenizer
-        device = machine.resolve_device(request.device)
         previous = open_previous(run, request.since_run, out=opened.name)
     unread = count_unread(request.inputs)
     progress.show_plan(
@@ -248,6 +250,28 @@ def encode(
     )
     if opened.resumed and (rest := describe_rest(run, request, out=opened.shown_path)) is not None:
         progress.say(rest)
+    return ready, previous, unread
+
+
+def encode(
+    opened: OpenRun,
+    request: EncodeRequest,
+    *,
+    fresh: NewRun | None,
+    todo: int | None,
+    stdin: PeekableStream | None,
+    work: Work,
+) -> None:
+    """Encode the remaining shards and report; `fresh` is None unless this run has begun the folder."""
+    # torch, and what imports it: only where there is work
+    from m3cli.encoder import device as machine  # noqa: PLC0415
+    from m3cli.encoder.model import load_model  # noqa: PLC0415
+    from m3cli.jobs.encode.pipeline import FirstRows, Pipeline, make_encoder, run_pipeline  # noqa: PLC0415
+
+    run, config, progress, watch = opened.run, opened.run.config, work.progress, work.watch
+    device = machine.resolve_device(request.device)
+    ready, previous, unread = prepare_run(opened, request, fresh=fresh, device=device, work=work)
+    checkpoint, tokenizer = ready.checkpoint, ready.tokenizer
     with watch.count("loading"):
         machine.set_threads(run.runtime.threads)
         model = load_model(checkpoint, device=device, dtype=config.dtype)

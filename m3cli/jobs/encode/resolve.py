@@ -456,7 +456,11 @@ def make_form(run: RunConfig, *, kept: bool = True) -> RowForm:
 
 
 def open_run(
-    folder: RunFolder, fresh: RunConfig | None, request: EncodeRequest, sources: tuple[Source, ...]
+    folder: RunFolder,
+    fresh: RunConfig | None,
+    request: EncodeRequest,
+    sources: tuple[Source, ...],
+    wants: Callable[[int], bool] | None = None,
 ) -> OpenRun:
     """Write run.json, or resume the folder; of workers that start together one writes."""
     name = folder.path.name
@@ -480,6 +484,7 @@ def open_run(
             check_same_checkpoint(run, checkpoint, out=name)
     done = folder.done()
     folder.check_lengths(done.values())
+    share = (request.worker, request.num_workers) if wants is None else (0, 1)
     return OpenRun(
         folder=folder,
         name=name,
@@ -487,7 +492,7 @@ def open_run(
         form=make_form(run),
         plan=plan_run(run),
         done=done,
-        selector=ShardSelector(done, worker=request.worker, num_workers=request.num_workers, changed=changed, out=name),
+        selector=ShardSelector(done, share=share, changed=changed, out=name, wants=wants),
         resumed=before is not None,
         checkpoint=checkpoint,
     )
@@ -509,15 +514,14 @@ class ShardSelector:
     """Decides what a run does with each shard.
 
     `wants(index)` decides which shards are this run's. It is called once for each shard that is not done, in order. By
-    default every `num_workers`-th shard is, beginning with `worker`; a plain run has all of them.
+    default every N-th shard is, beginning with the I-th, for a `share` (I, N).
     """
 
     def __init__(
         self,
         done: Mapping[int, DoneEntry],
         *,
-        worker: int,
-        num_workers: int,
+        share: tuple[int, int],
         changed: frozenset[int] = frozenset(),
         out: str,
         wants: Callable[[int], bool] | None = None,
@@ -525,8 +529,7 @@ class ShardSelector:
         self.num_shards = 0
         "seen by `action_for` so far; the number of the folder's shards once the input is read"
         self._done = done
-        self._worker = worker
-        self._num_workers = num_workers
+        self._worker, self._num_workers = share
         self._wants = wants or self._is_in_stripe
         self._wanted: set[int] = set()
         self._changed = changed

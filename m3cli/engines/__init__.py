@@ -1,0 +1,1 @@
+"""Engines that place the workers of a run on machines."""

@@ -1,0 +1,291 @@
+"""Workers of Ray: what they claim, how they are lost, and that a folder has the same bytes as without them."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from m3cli.cli.app import run as m3
+from m3cli.engines import ray as engine
+from m3cli.engines.ray import ShardCounter
+from m3cli.errors import M3Error
+from tests.crash import folder_bytes
+from tests.functional.corpora import SETTINGS, write_corpus
+
+ON_RAY = ("--engine", "ray", "--num-workers", 2)
+
+
+def claim_all(counter: ShardCounter, key: tuple[int, int], num_shards: int, done: set[int] | None = None) -> list[int]:
+    """Return the shards that a worker claims which asks for each that is not done, in order."""
+    start = stop = 0
+    taken = []
+    for index in range(num_shards):
+        if index in (done or ()):
+            continue
+        if index >= stop:
+            got = counter.claim(key, index)
+            if got is None:
+                break
+            start, stop = got
+        if start <= index:
+            taken.append(index)
+    return taken
+
+
+def test_claims_are_each_shard_once() -> None:
+    counter = ShardCounter(100, 2)
+    assert counter.claim((0, 0), 0) == (0, 2)
+    assert claim_all(counter, (1, 0), 100) == list(range(2, 100))
+    assert counter.claim((0, 0), 2) is None
+    assert not counter.has_free(100)
+
+
+def test_a_lost_workers_shards_are_claimed_again() -> None:
+    counter = ShardCounter(None, 2)
+    for index in range(0, 12, 2):
+        assert counter.claim((index // 2 % 2, 0), index) == (index, index + 2)
+    assert counter.release((1, 0), done={2, 3, 6})
+    assert counter.has_free(None)
+    assert not counter.has_free(7)
+    assert counter.claim((0, 0), 12) == (12, 14)
+    assert claim_all(counter, (1, 1), 14, done={0, 1, 2, 3, 4, 5, 6}) == [7, 10, 11]
+    assert not counter.release((1, 1), done=set())
+    assert claim_all(counter, (0, 0), 12) == [7, 10, 11]
+
+
+def test_a_claim_is_about_a_second_of_work() -> None:
+    counter = ShardCounter(None, 2)
+    counter.claim((0, 0), 0)
+    counter._began = time.monotonic() - 10
+    assert counter.report((0, 0), (1, 1, 410.0)) is False
+    assert counter.claim((0, 0), 2) == (2, 22)
+    near_the_end = ShardCounter(40, 2)
+    near_the_end._began = time.monotonic() - 10
+    near_the_end.report((0, 0), (1, 1, 400.0))
+    assert near_the_end.claim((0, 0), 0) == (0, 10)
+    near_the_end.stop()
+    assert near_the_end.claim((0, 0), 10) is None
+    assert near_the_end.report((0, 0), (1, 1, 400.0)) is True
+
+
+def test_silence_names_the_worker() -> None:
+    driver: Any = object.__new__(engine._Driver)
+    driver._tasks = {"task": ((3, 0), None)}
+    driver._check_silence({(3, 0): 599.0}, 0.0)
+    with pytest.raises(M3Error, match="worker 3 has finished, claimed and reported nothing for 10 minutes"):
+        driver._check_silence({(3, 0): 601.0}, 0.0)
+    with pytest.raises(M3Error, match="worker 0 has not begun within 10 minutes"):
+        driver._check_silence({}, 601.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--num-workers", 2), "--num-workers 2 is for --engine ray"),
+        (("--engine", "ray"), "give the number of workers with --num-workers N"),
+        ((*ON_RAY, "--worker", "0/2"), "--worker 0/2 with --engine ray"),
+        ((*ON_RAY, "-"), "standard input with --engine ray"),
+        (ON_RAY, "--engine ray needs Ray; type: pip install 'ray>=2.50,<3'"),
+    ],
+)
+def test_options_that_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: tuple[object, ...], said: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    inputs = () if "-" in words else ("c.jsonl",)
+    assert m3(["encode", *inputs, *map(str, words), "--out", "o.m3"]) == 2
+    shown = capfd.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    assert m3(["encode", "c.jsonl", *map(str, ON_RAY), "--gpus-per-worker", "1"]) == 2
+    assert "--gpus-per-worker 1: there is no CUDA device here" in capfd.readouterr().err
+
+
+class Run:
+    """A command on Ray in a session of its own, which all processes that it starts are in."""
+
+    def __init__(self, folder: Path, *words: object) -> None:
+        command = [sys.executable, "-m", "m3cli", "encode", *map(str, words)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def find(self, what: str = "") -> list[int]:
+        """Return the processes of this run that live, those with a word in their command line."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended
+                if os.getsid(int(folder.name)) == self.process.pid:
+                    command = (folder / "cmdline").read_bytes()  # of a zombie empty
+                    if command and what.encode() in command:
+                        found.append(int(folder.name))
+        return found
+
+    def wait(self) -> tuple[int, str]:
+        """Wait for the end; return exit code and standard error."""
+        _, shown = self.process.communicate(timeout=400)
+        return self.process.returncode, shown
+
+    def wait_for_shards(self, out: Path, count: int) -> None:
+        """Wait until that many shards are done."""
+        until = time.monotonic() + 200
+        while len(list((out / "_m3/done").glob("*"))) < count:
+            assert time.monotonic() < until
+            assert self.process.poll() is None
+            time.sleep(0.05)
+
+    def check_nothing_is_left(self) -> None:
+        """Every process of the run ends."""
+        until = time.monotonic() + 120
+        while left := self.find():
+            assert time.monotonic() < until, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left]
+            time.sleep(0.2)
+
+
+@pytest.fixture
+def start(tmp_path: Path, tiny_m3: Path) -> Iterator[Callable[..., Run]]:
+    """Start an encode on Ray in `tmp_path`; what is left of it at the end is killed."""
+    if find_spec("ray") is None:
+        pytest.skip("workers of Ray are not tested live: ray is not installed")
+    runs: list[Run] = []
+
+    def begin(*words: object, options: tuple[object, ...] = ON_RAY) -> Run:
+        runs.append(Run(tmp_path, *words, "--model", tiny_m3, *SETTINGS, *options, "--progress", "log"))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        for pid in run.find():
+            os.kill(pid, signal.SIGKILL)
+        run.process.wait()
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory, tiny_m3: Path) -> Callable[[Path], dict[str, bytes]]:
+    """What a plain run makes of a corpus."""
+
+    def encode(corpus: Path) -> dict[str, bytes]:
+        out = tmp_path_factory.mktemp("plain") / "o.m3"
+        command = [sys.executable, "-m", "m3cli", "encode", corpus, "--model", tiny_m3, *SETTINGS, "--out", out]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*map(str, command)], env=environment, capture_output=True, check=False, text=True)
+        assert done.returncode == 3, done.stderr
+        return folder_bytes(out)
+
+    return encode
+
+
+@pytest.mark.live
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz"])
+def test_two_workers_write_the_bytes_of_a_plain_run(
+    start: Callable[..., Run], plain: Callable[[Path], dict[str, bytes]], tmp_path: Path, name: str
+) -> None:
+    corpus = write_corpus(tmp_path / "c.jsonl", rows=300, bad_every=50)
+    if name.endswith(".gz"):
+        (tmp_path / name).write_bytes(gzip.compress(corpus.read_bytes()))
+    run = start(name, "--out", "o.m3")
+    code, shown = run.wait()
+    assert code == 3, shown
+    assert "6 invalid JSON" in shown
+    run.check_nothing_is_left()
+    assert folder_bytes(tmp_path / "o.m3") == plain(tmp_path / name)
+    again = start(name, "--out", "o.m3")
+    assert "nothing to do" in again.wait()[1]
+    assert not [line for line in shown.splitlines() if "(pid=" in line or "WARNING" in line or "INFO" in line]
+
+
+@pytest.mark.live
+@pytest.mark.slow
+def test_a_worker_killed_five_times_costs_nothing(
+    start: Callable[..., Run], plain: Callable[[Path], dict[str, bytes]], tmp_path: Path
+) -> None:
+    corpus, draw = write_corpus(tmp_path / "c.jsonl", rows=9000, bad_every=500), random.Random(3)
+    run = start("c.jsonl", "--out", "o.m3")
+    for kills in range(5):
+        run.wait_for_shards(tmp_path / "o.m3", 20 + 60 * kills)
+        time.sleep(draw.random())
+        os.kill(draw.choice(run.find("ray::Worker")), signal.SIGKILL)
+    code, shown = run.wait()
+    assert code == 3, shown
+    assert shown.count("was lost, another one takes its place") == 5
+    run.check_nothing_is_left()
+    assert folder_bytes(tmp_path / "o.m3") == plain(corpus)
+
+
+@pytest.mark.live
+@pytest.mark.slow
+def test_a_killed_or_stopped_driver_is_resumed(
+    start: Callable[..., Run], plain: Callable[[Path], dict[str, bytes]], tmp_path: Path
+) -> None:
+    corpus, out = write_corpus(tmp_path / "c.jsonl", rows=3000, bad_every=500), tmp_path / "o.m3"
+    killed = start("c.jsonl", "--out", "o.m3")
+    killed.wait_for_shards(out, 20)
+    killed.process.kill()
+    killed.wait()
+    until = time.monotonic() + 30
+    while killed.find("ray::Worker") or killed.find("raylet/raylet"):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    assert not (out / "_m3/manifest.json").exists()
+    stopped = start("c.jsonl", "--out", "o.m3")
+    stopped.wait_for_shards(out, len(list((out / "_m3/done").iterdir())) + 20)
+    stopped.process.terminate()
+    code, shown = stopped.wait()
+    assert code == 75, shown
+    assert shown.splitlines()[-1].startswith("m3: stopped by SIGTERM with work left")
+    stopped.check_nothing_is_left()
+    rest = start("c.jsonl", "--out", "o.m3", options=("--engine", "local"))
+    assert rest.wait()[0] == 3
+    assert folder_bytes(out) == plain(corpus)
+    killed.check_nothing_is_left()  # Ray's own agents end after a minute
+
+
+@pytest.mark.live
+@pytest.mark.slow
+def test_a_worker_that_dies_again_and_again_ends_the_run(start: Callable[..., Run], tmp_path: Path) -> None:
+    write_corpus(tmp_path / "c.jsonl", rows=200)
+    run = start("c.jsonl", "--out", "o.m3", options=("--engine", "ray", "--num-workers", 1))
+    while run.process.poll() is None:
+        for pid in run.find("ray::Worker"):
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    code, shown = run.wait()
+    assert code == 1, shown
+    assert "worker 0 was lost 3 times in a row without finishing a shard" in shown.splitlines()[-1]
+    run.check_nothing_is_left()
+
+
+@pytest.mark.live
+@pytest.mark.slow
+def test_an_error_of_a_worker_is_that_of_the_run(start: Callable[..., Run], tmp_path: Path) -> None:
+    # More than the driver reads to find the fields.
+    lines = write_corpus(tmp_path / "c.jsonl", rows=400, bad_every=1000).read_bytes()
+    lines = lines.replace(b'{"id"', b'{"more": "%s", "id"' % (b"x" * 9000))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines)[:-200])
+    run = start("c.jsonl.gz", "--out", "o.m3")
+    code, shown = run.wait()
+    assert code == 4, shown
+    assert "c.jsonl.gz ends in the middle of its gzip data" in shown.splitlines()[-1]
+    assert list((tmp_path / "o.m3/_m3/done").iterdir())
+    run.check_nothing_is_left()
