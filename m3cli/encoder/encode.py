@@ -255,7 +255,8 @@ class BatchEncoder:
 
     def _reduce_batch_limit(self, batch: Batch) -> None:
         torch.cuda.empty_cache()
-        self.max_tokens = len(batch.input_ids) // 2
+        # Both halves are tried, also the larger one.
+        self.max_tokens = max(len(half.input_ids) for half in split_batch(batch))
         _log.warning(
             "out of memory with a batch of %d tokens; from here on batches have at most %d",
             len(batch.input_ids),

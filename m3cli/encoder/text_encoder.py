@@ -16,7 +16,7 @@ from m3cli.encoder.model import Model, load_model
 from m3cli.encoder.texts import TokenisedTexts, pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.errors import ModelError, UsageError
-from m3cli.records import Batch, Embeddings, Output
+from m3cli.records import Embeddings, Output
 
 DEFAULT_LENGTH = 512
 "tokens of a text, as in FlagEmbedding"
@@ -74,10 +74,9 @@ class TextEncoder:
         """Tokenise texts and truncate them to `max_length` tokens."""
         return tokenise_texts(texts, self._tokenizer, max_length=max_length)
 
-    def encode_batches(self, texts: TokenisedTexts) -> Iterator[tuple[Batch, Iterator[Embeddings | FailedRow]]]:
-        """Yield packed batches, longest texts first, with their results; rows are indices of the texts."""
-        for batch in pack_texts(texts, max_batch_tokens=self._max_batch_tokens):
-            yield batch, self._encoder.encode(batch)
+    def encode_tokens(self, texts: TokenisedTexts) -> Iterator[Embeddings | FailedRow]:
+        """Yield the embeddings of texts in packed batches, longest texts first; rows are indices of the texts."""
+        return self._encoder.encode_all(pack_texts(texts, max_batch_tokens=self._max_batch_tokens))
 
     def try_texts(
         self, texts: Sequence[str], *, max_length: int
@@ -87,7 +86,7 @@ class TextEncoder:
         The rows of the embeddings are indices of the texts; the embeddings are None if no text can be encoded.
         """
         tokenised = self.tokenise(texts, max_length=max_length)
-        results = [result for _, batch in self.encode_batches(tokenised) for result in batch]
+        results = list(self.encode_tokens(tokenised))
         failed = [result for result in results if isinstance(result, FailedRow)]
         parts = [result for result in results if isinstance(result, Embeddings)]
         if not parts:

@@ -51,7 +51,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """Load a checkpoint's tokenizer, from the per-user cache if possible.
 
     Raises:
-        ModelError: the tokenizer cannot be built, or does not begin with `<s>` and end with `</s>`.
+        ModelError: the tokenizer cannot be built, does not begin with `<s>` and end with `</s>`, or has more tokens
+            than the model has embeddings.
     """
     cached = _cache_path(checkpoint)
     serialised = _read_cache(cached)
@@ -65,6 +66,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         raise ModelError(
             f"{checkpoint.folder}: its tokenizer does not put <s> and </s> around a text as XLM-R's does; "
             f"{DOWNLOAD_AGAIN}"
+        )
+    if backend.get_vocab_size() > checkpoint.vocab_size:
+        # On CUDA an id without an embedding breaks the process's context, and every later call fails.
+        raise ModelError(
+            f"{checkpoint.folder}: its tokenizer has {backend.get_vocab_size():,} tokens, and config.json says "
+            f"vocab_size {checkpoint.vocab_size:,}; {DOWNLOAD_AGAIN}"
         )
     return Tokenizer(
         backend=backend,

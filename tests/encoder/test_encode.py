@@ -350,6 +350,23 @@ def test_halves_replace_a_batch_that_memory_does_not_hold(
     assert (failed.row, failed.reason) == (5, OUT_OF_MEMORY)
 
 
+def test_a_half_is_split_again_only_if_it_fails(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, limits = list[int](), [0]
+
+    def run_model(model: Any, batch: Batch) -> Any:
+        tried.append(len(batch.input_ids))
+        if len(batch.input_ids) > limits[0]:
+            raise torch.OutOfMemoryError("injected")
+        return real_run_model(model, batch)
+
+    monkeypatch.setattr(encoding, "run_model", run_model)
+    for limits[0], sizes in ((50, [69, 45, 24]), (40, [69, 45, 33, 12, 24])):
+        tried.clear()
+        result = list(make_encoder(model, ahead=0).encode_all(make_batches([33, 12, 12, 12])))
+        assert list_rows(result) == [0, 1, 2, 3]
+        assert tried == sizes
+
+
 def test_a_row_that_fits_alone_is_tried_again_when_nothing_waits(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     waiting: list[int] = []
 

@@ -24,11 +24,13 @@ from torch.utils._pytree import tree_leaves
 from m3cli.encoder import attention, heads, mcls
 from m3cli.encoder import encode as encoding
 from m3cli.encoder import model as models
+from m3cli.encoder import reranker as rerankers
 from m3cli.encoder.checkpoint import Checkpoint, read_checkpoint
 from m3cli.encoder.device import ALIGNMENT
 from m3cli.encoder.encode import BatchEncoder
 from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.model import Model, load_model
+from m3cli.encoder.reranker import Reranker, score_batches
 from m3cli.records import Batch, Output
 from m3cli.retrieval import scan as scans
 from m3cli.retrieval.scan import open_scan
@@ -253,11 +255,47 @@ def test_planted_faults_are_caught(checkpoint: Checkpoint, fault: str, monkeypat
 def test_search_scores_on_the_gpu(
     checkpoint: Checkpoint, dtype: Any, output: Any, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queries, passages = make_embeddings(1, 20, dtype), make_embeddings(2, 300, dtype)
+    queries, passages = make_embeddings(1, 20, dtype), make_embeddings(2, 2000, dtype)
     seen: list[torch.Tensor] = []
     monkeypatch.setattr(scans, "_select", lambda scores, above, first_row: seen.append(scores))
     scan = open_scan(output, queries, vocabulary=VOCABULARY, device=device)
     for block in scan.cut(passages, 0):
         scan.score(passages, block, np.zeros(20, np.float32))
-    assert sum(scores.shape[1] for scores in seen) == 300
+    assert sum(scores.shape[1] for scores in seen) == 2000
+    assert passages.colbert_vecs is not None
+    assert len(passages.colbert_vecs.vectors) > 2 * scans.ROW_VECTORS["cpu"]
+    if output == "colbert":
+        assert len(seen) == 1, "a few launches and a wait cost as much as 2,048 vectors"
     assert {(scores.shape[0], str(scores.device), scores.dtype) for scores in seen} == {(20, device, torch.float32)}
+
+
+def test_the_next_pairs_are_launched_before_logits_are_collected(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    device = torch.device("cuda:1")
+
+    class Fetched:
+        def __init__(self, tensors: dict[str, torch.Tensor], stream: object) -> None:
+            assert {(tensor.device, tensor.dtype) for tensor in tensors.values()} == {(device, torch.float32)}
+            self._shape = tensors["logits"].shape
+            events.append("launch")
+
+        def wait(self) -> dict[str, np.ndarray]:
+            events.append("collect")
+            return {"logits": np.zeros(self._shape, np.float32)}
+
+    def run_model(model: Model, batch: Batch) -> Any:
+        with Strict(device):
+            return models.run_model(model, batch)
+
+    monkeypatch.setattr(rerankers, "fetch", Fetched)
+    monkeypatch.setattr(rerankers, "open_stream", lambda _: None)
+    monkeypatch.setattr(rerankers, "run_model", run_model)
+    model = load_model(checkpoint, device="cuda:1", dtype="float16")
+    head = [torch.zeros(shape, device=device) for shape in ((64, 64), (64,), (1, 64), (1,))]
+    reranker = Reranker(model=model, dense=(head[0], head[1]), out_proj=(head[2], head[3]))
+    batches = [pack([30, 20]), pack([10, 9, 8]), pack([5])]
+    made = list(score_batches(reranker, iter(batches)))
+    assert [logits.values.shape for logits in made] == [(2,), (3,), (1,)]
+    assert events == ["launch", "launch", "collect", "launch", "collect", "collect"]
