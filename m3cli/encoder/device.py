@@ -34,6 +34,8 @@ from m3cli.errors import ModelTooLarge, UsageError
 
 _log = logging.getLogger(__name__)
 
+TORCH_VERSION = str(torch.__version__)
+
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 FLOAT16 = ("avx512_fp16", "amx_fp16", "fp16_arith")
 INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm")
@@ -131,6 +133,16 @@ def resolve_dtype(dtype: Dtype | None, device: str) -> Dtype:
             "use --dtype float32"
         )
     return dtype or auto_dtype(device)
+
+
+def retry_dtypes(dtype: Dtype, device: str) -> tuple[Dtype, ...]:
+    """Return the dtypes in which rows that overflow `dtype` are encoded again, in turn.
+
+    bfloat16 has the range of float32 and is as fast as float16 on a GPU; on a CPU with float16 it may be emulated.
+    """
+    if dtype == "float32":
+        return ()
+    return ("bfloat16", "float32") if dtype == "float16" and device.startswith("cuda") else ("float32",)
 
 
 def state_dtype(dtype: Dtype) -> torch.dtype:
@@ -381,6 +393,11 @@ def count_flops(checkpoint: Checkpoint, *, intermediate_size: int, length: int) 
 def expect_tokens_per_second(flops_per_second: float, flops_per_token: float, *, device: str) -> float:
     """Return the tokens/s that packed encoding should reach."""
     return _PACKED_SHARE[device.partition(":")[0]] * flops_per_second / flops_per_token
+
+
+def name_device(device: str) -> str:
+    """Return the name of a CPU or GPU."""
+    return str(torch.cuda.get_device_name(device)) if device.startswith("cuda") else _name_cpu()
 
 
 def _name_cpu() -> str:

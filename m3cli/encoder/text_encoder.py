@@ -12,7 +12,7 @@ from m3cli.encoder.checkpoint import Checkpoint
 from m3cli.encoder.embeddings import concat_embeddings, select_rows
 from m3cli.encoder.encode import BatchEncoder, FailedRow
 from m3cli.encoder.heads import OutputOptions
-from m3cli.encoder.model import Model, load_model
+from m3cli.encoder.model import load_model, load_retries
 from m3cli.encoder.texts import TokenisedTexts, pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.errors import ModelError, UsageError
@@ -41,9 +41,6 @@ class TextEncoder:
         dtype: Dtype,
         max_batch_tokens: int | None = None,
     ) -> None:
-        def load_float32() -> Model:
-            return load_model(checkpoint, device=device, dtype="float32")
-
         self._max_batch_tokens = max_batch_tokens or machine.auto_batch_tokens(device)
         self._tokenizer = load_tokenizer(checkpoint)
         self._encoder = BatchEncoder(
@@ -54,7 +51,7 @@ class TextEncoder:
                 dense_dtype="float32",
                 colbert_dtype="float32",
             ),
-            load_float32=None if dtype == "float32" else load_float32,
+            retries=load_retries(checkpoint, device=device, dtype=dtype),
         )
 
     @property

@@ -29,6 +29,7 @@ from m3cli.encoder.device import (
     plan_threads,
     resolve_device,
     resolve_dtype,
+    retry_dtypes,
     send,
     time_matmul,
 )
@@ -66,6 +67,13 @@ def test_a_dtype_that_is_slower_than_float32_is_told(
         assert [record.message for record in caplog.records] == ([] if name is None or has.get(name) else [words])
     assert auto_dtype("cpu") == ("bfloat16" if has.get("avx512_bf16") else "float32")
     assert not is_emulated(torch.float16, "cuda:0")
+
+
+def test_what_overflows_is_encoded_again_in_a_dtype_with_more_range() -> None:
+    assert retry_dtypes("float16", "cuda:1") == ("bfloat16", "float32")
+    assert retry_dtypes("float16", "cpu") == retry_dtypes("bfloat16", "cuda") == retry_dtypes("int8", "cpu")
+    assert retry_dtypes("bfloat16", "cuda") == ("float32",)
+    assert retry_dtypes("float32", "cuda") == ()
 
 
 @pytest.mark.parametrize("has", [{"avx512_vnni": True}, {"avx2": True}])

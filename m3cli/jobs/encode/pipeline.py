@@ -333,7 +333,7 @@ def make_encoder(
     tokenizer: Tokenizer,
     *,
     config: EncodeConfig,
-    load_float32: Callable[[], Model] | None = None,
+    retries: Sequence[Callable[[], Model]] = (),
     num_threads: int = 1,
 ) -> BatchEncoder:
     """Make the encoder that a folder's rows go through; what is merged or compressed later leaves it in float32."""
@@ -349,7 +349,7 @@ def make_encoder(
         model,
         options,
         mcls=config.mcls,
-        load_float32=load_float32,
+        retries=retries,
         num_threads=num_threads,
         parallel_map=parallel_map,
     )
