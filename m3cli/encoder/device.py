@@ -45,6 +45,8 @@ _CPU_BATCH_TOKENS = 4096
 MAX_PARALLEL = 4
 """batches at once, each with activations of some 100 MiB; fixed, because the threads of a batch may decide the last bit
 of a sum, and so a folder's bytes"""
+AHEAD = {"cpu": 0, "cuda": 3}
+"batches that are launched before the first of them is collected, by device kind"
 _GPU_BATCH_TOKENS = ((40 << 30, 65536), (20 << 30, 32768), (0, 16384))
 "(bytes of GPU memory from, tokens)"
 _NO_MEMORY = (

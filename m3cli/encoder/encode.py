@@ -4,9 +4,9 @@ A *window* is a range of consecutive rows whose ColBERT matrices fit in memory t
 inside a window and leave it in corpus order, so the writer only appends. Without ColBERT a shard is one window. Windows
 and batches are a function of row lengths and budgets only.
 
-A batch is launched, which queues its work on the device, and collected later. On CUDA the next batch is launched before
-a batch is collected, so the device is busy while the host handles results. On a CPU a launch does all the work. There
-several threads each encode a batch, with a share of the cores.
+A batch is launched, which queues its work on the device, and collected later. On CUDA the next batches are launched
+before a batch is collected, so the device is busy while the host handles results. On a CPU a launch does all the work.
+There several threads each encode a batch, with a share of the cores.
 
 A batch is halved if memory runs out. Rows whose output is not finite are encoded again in dtypes with more range: of
 float16 on CUDA in bfloat16, then all in float32. A row that fails in each is returned as `FailedRow` with its reason,
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from m3cli.encoder.device import Fetched, fetch, lacks_memory, open_stream
+from m3cli.encoder.device import AHEAD, Fetched, fetch, lacks_memory, open_stream
 from m3cli.encoder.embeddings import select_rows
 from m3cli.encoder.heads import OutputOptions, build_embeddings, run_heads
 from m3cli.encoder.mcls import pool_as_cls, run_with_added
@@ -39,6 +39,9 @@ WINDOW_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 BALANCE_STEP = 128
 "tokens; budgets of equal batches are multiples of it, as batches are padded to one (TOKEN_STEP in model.py)"
 BALANCE_TRIES = 32
+
+WARM_UP_LENGTH = 256
+"tokens of a row"
 
 NOT_A_NUMBER = "not a number in the output"
 OUT_OF_MEMORY = "out of memory"
@@ -174,7 +177,7 @@ class BatchEncoder:
         retries: load the model in other dtypes, one after the other, for rows that are not finite (`load_retries`).
         num_threads: batches at once, by `parallel_map`.
         parallel_map: `m3cli.concurrency.parallel_map`, needed for several threads.
-        ahead: batches that are launched before the first of them is collected; None: 1 on CUDA, else 0.
+        ahead: batches that are launched before the first of them is collected; None: as `AHEAD` says.
     """
 
     def __init__(
@@ -193,7 +196,7 @@ class BatchEncoder:
         self.num_threads = num_threads
         self.max_tokens: int | None = None
         "of a batch of several rows; None until memory has run out"
-        self._ahead = int(model.device.type == "cuda") if ahead is None else ahead
+        self._ahead = AHEAD[model.device.type] if ahead is None else ahead
         self._options = options
         self._parallel_map = parallel_map
         self.repeated: Counter[str] = Counter()
@@ -204,6 +207,23 @@ class BatchEncoder:
         self._loaded: list[Model] = []
         "models of the first retries"
         self._stream = open_stream(model.device)
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Run a batch of `num_tokens` tokens on CUDA, which allocates memory, imports and chooses kernels.
+
+        If memory does not hold it, `max_tokens` is set before a row is read.
+        """
+        if self.model.device.type != "cuda":
+            return
+        length = min(WARM_UP_LENGTH, num_tokens, self.model.checkpoint.max_length)
+        cu_seqlens = np.arange(0, num_tokens + 1, length, dtype=np.int32)
+        ids = np.arange(cu_seqlens[-1], dtype=np.int64) % self.model.checkpoint.vocab_size
+        batch = Batch(rows=np.arange(len(cu_seqlens) - 1), input_ids=ids, cu_seqlens=cu_seqlens, max_seqlen=length)
+        while (launched := self._launch(self.model, batch)) is None and len(batch.rows) > 1:
+            self._reduce_batch_limit(batch)
+            batch, _ = split_batch(batch)
+        if launched is not None:
+            launched.outputs.wait()
 
     def encode(self, batch: Batch) -> Iterator[Embeddings | FailedRow]:
         """Yield a batch's rows in order, in parts if memory does not hold the batch."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from m3cli.config import Dtype
 from m3cli.encoder.checkpoint import DOWNLOAD_AGAIN, Checkpoint, first_line
-from m3cli.encoder.device import Fetched, fetch, lacks_memory, open_stream
+from m3cli.encoder.device import AHEAD, Fetched, fetch, lacks_memory, open_stream
 from m3cli.encoder.encode import split_batch
 from m3cli.encoder.model import Model, load_model, read_pickled, run_model
 from m3cli.errors import ModelError
@@ -104,13 +104,13 @@ def join_pair(
 def score_batches(reranker: Reranker, batches: Iterable[Batch]) -> Iterator[Logits]:
     """Yield the logits of each batch's pairs in order, of a batch in parts if memory does not hold it.
 
-    On CUDA the next batch is launched before a batch is collected, so that the device is busy meanwhile.
+    On CUDA the next batches are launched before a batch is collected, so that the device is busy meanwhile.
 
     Raises:
         ModelError: memory does not hold a single pair.
     """
     device = reranker.model.device
-    stream, ahead = open_stream(device), int(device.type == "cuda")
+    stream, ahead = open_stream(device), AHEAD[device.type]
     waiting = deque[_Launched]()
     for batch in batches:
         parts = [batch]

@@ -23,6 +23,8 @@ from tokenizers import Tokenizer as Backend
 from m3cli.encoder.checkpoint import DOWNLOAD_AGAIN, TOKENIZER_FILES, Checkpoint, first_line
 from m3cli.errors import ModelError
 
+SLICE_TEXTS = 1024
+"tokenised together: all other threads wait while the encodings of a slice are freed"
 _HASH_LENGTH = 32
 
 
@@ -40,7 +42,11 @@ class Tokenizer:
 
     def encode(self, texts: list[str]) -> list[NDArray[np.int32]]:
         """Return the token ids of each text with `<s>` and `</s>`, computed on all cores."""
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in self.backend.encode_batch_fast(texts)]
+        return [
+            np.array(encoding.ids, dtype=np.int32)
+            for start in range(0, len(texts), SLICE_TEXTS)
+            for encoding in self.backend.encode_batch_fast(texts[start : start + SLICE_TEXTS])
+        ]
 
     def token(self, token_id: int) -> str:
         """Return the string of a token id."""

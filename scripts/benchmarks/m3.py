@@ -1,6 +1,6 @@
 """m3's own stages in memory, its tokenizer and its forward pass alone, and the machine's matmul rates.
 
-Of the benches only this module, `stored`, `gpu` and `kernels` import m3cli's internals.
+Of the benches only this module, `stored`, `busy`, `gpu` and `kernels` import m3cli's internals.
 """
 
 from __future__ import annotations

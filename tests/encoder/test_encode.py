@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from m3cli.concurrency import parallel_map
 from m3cli.encoder import encode as encoding
+from m3cli.encoder import tokenizer as tokenizers
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.encode import (
     BALANCE_STEP,
@@ -122,6 +124,34 @@ def test_split_keeps_order_and_content(lengths: NDArray[np.int64]) -> None:
     assert first.cu_seqlens[0] == second.cu_seqlens[0] == 0
     assert len(first.rows) >= 1
     assert len(second.rows) >= 1
+
+
+def test_slices_of_texts_have_the_same_tokens(tiny_m3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(read_checkpoint(tiny_m3))
+    usual = tokenizer.encode(TEXTS)
+    monkeypatch.setattr(tokenizers, "SLICE_TEXTS", 2)
+    assert [ids.tolist() for ids in tokenizer.encode(TEXTS)] == [ids.tolist() for ids in usual]
+    assert tokenizer.encode([]) == []
+
+
+@pytest.mark.parametrize(("limit", "tried", "learned"), [(9000, [5000], None), (1500, [5000, 2560, 1280], 1280)])
+def test_warming_up_finds_the_largest_batch(
+    model: Model, limit: int, tried: list[int], learned: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = make_encoder(model)
+    launched: list[int] = []
+
+    def launch(_: Model, batch: Batch) -> Any:
+        launched.append(len(batch.input_ids))
+        return None if launched[-1] > limit else SimpleNamespace(outputs=SimpleNamespace(wait=lambda: None))
+
+    monkeypatch.setattr(encoder, "_launch", launch)
+    encoder.warm_up(5000)
+    assert launched == [], "a CPU needs none"
+    encoder.model = replace(model, device=torch.device("cuda"))
+    encoder.warm_up(5000)
+    assert launched == [4864 if size == 5000 else size for size in tried]
+    assert encoder.max_tokens == learned
 
 
 TEXTS = ["one two three four five six seven", "", "a", "trailing  ", "狐狸 跳过"]

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from m3cli.encoder import device as machine
 from m3cli.encoder import encode as encoding
 from m3cli.encoder.model import run_model as real_run_model
+from m3cli.jobs.encode import pipeline
 from m3cli.records import Batch
 from tests.conftest import Completed
 from tests.functional.test_bad_rows import read_ids, read_skipped
@@ -221,6 +222,26 @@ def test_another_error_of_the_device_is_not_taken_for_memory(
     done = m3_here("encode", "c.jsonl", "--model", tiny_m3, "--dtype", "float32")
     assert done.returncode == 1
     assert "internal error: RuntimeError: CUDA error: an illegal memory access" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flags", [(), ("--dedupe", "--format", "npy"), ("--long-docs", "merge"), ("--mcls", "8")])
+def test_the_threads_of_a_gpu_write_the_same_bytes(
+    m3_here: M3, tmp_path: Path, broken_m3: Path, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several windows a shard, batches ahead, windows ordered ahead; rows that fail, so that shards come again."""
+    monkeypatch.setitem(encoding.WINDOW_BYTES, "cpu", 128 * 64 * 2)
+    monkeypatch.setattr(machine, "plan_threads", lambda *_, **__: 1)
+    write_corpus(tmp_path / "c.jsonl", BAD)
+    common = ("c.jsonl", "--model", broken_m3, "--dtype", "float32", "--shard-size", "1K", "--max-length", "24")
+    usual = (*common, *FLAGS, *flags)
+    assert m3_here("encode", *usual, "--out", "cpu.m3").returncode == 3
+    monkeypatch.setitem(pipeline.WINDOWS_AHEAD, "cpu", 1)
+    monkeypatch.setitem(machine.AHEAD, "cpu", 3)
+    assert m3_here("encode", *usual, "--out", "gpu.m3").returncode == 3
+    files = [path.relative_to(tmp_path / "cpu.m3") for path in (tmp_path / "cpu.m3").rglob("shard-*.*")]
+    assert len(files) > 20
+    for file in files:
+        assert (tmp_path / "cpu.m3" / file).read_bytes() == (tmp_path / "gpu.m3" / file).read_bytes(), file
 
 
 def test_a_query_that_cannot_be_encoded_is_counted_and_the_others_are_searched_for(

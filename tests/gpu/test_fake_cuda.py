@@ -295,7 +295,7 @@ def test_the_next_pairs_are_launched_before_logits_are_collected(
     model = load_model(checkpoint, device="cuda:1", dtype="float16")
     head = [torch.zeros(shape, device=device) for shape in ((64, 64), (64,), (1, 64), (1,))]
     reranker = Reranker(model=model, dense=(head[0], head[1]), out_proj=(head[2], head[3]))
-    batches = [pack([30, 20]), pack([10, 9, 8]), pack([5])]
+    batches = [pack([30, 20]), pack([10, 9, 8]), pack([5]), pack([4]), pack([3])]
     made = list(score_batches(reranker, iter(batches)))
-    assert [logits.values.shape for logits in made] == [(2,), (3,), (1,)]
-    assert events == ["launch", "launch", "collect", "launch", "collect", "collect"]
+    assert [logits.values.shape for logits in made] == [(2,), (3,), (1,), (1,), (1,)]
+    assert events == ["launch", "launch", "launch", "launch", "collect", "launch", *["collect"] * 4]

@@ -36,6 +36,7 @@ def bench(name: str, *arguments: object) -> str:
         ("growth", ["--sizes", "20,30", "--repeat", 1], "30 rows"),
         ("growth", ["--documents", "--sizes", "0.01", "--rows", 10], "0.01 MB"),
         ("host", ["--rows", 50, "--repeat", 1, "--shards", 3], "nothing to do"),
+        ("busy", ["--tokens", 2000, "--lengths", 20, "--ms", 0.1, "--batch", 300], "dense,sparse,colbert, 20"),
         ("score", ["--pairs", 8, "--queries", 2, "--reference-pairs", 4, "--batch-sizes", 4], "m3 bfloat16"),
     ],
 )

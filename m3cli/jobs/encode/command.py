@@ -260,6 +260,8 @@ def encode(
         retries=load_retries(checkpoint, device=device, dtype=config.dtype),
         num_threads=num_threads,
     )
+    with watch.count("loading"):
+        encoder.warm_up(run.runtime.max_batch_tokens)
     work.stop.check()
     progress.start(shards_todo=todo)
     before, began = opened.counts, time.perf_counter()
