@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 
 from m3cli.encoder.device import AHEAD, Fetched, fetch, lacks_memory, open_stream
 from m3cli.encoder.embeddings import select_rows
-from m3cli.encoder.heads import OutputOptions, build_embeddings, run_heads
+from m3cli.encoder.heads import NO_LENGTH, NOT_FINITE, OutputOptions, build_embeddings, run_heads
 from m3cli.encoder.mcls import pool_as_cls, run_with_added
 from m3cli.encoder.model import Model, run_model
 from m3cli.errors import ModelTooLarge
@@ -46,7 +47,7 @@ WARM_UP_LENGTH = 256
 NOT_A_NUMBER = "not a number in the output"
 OUT_OF_MEMORY = "out of memory"
 ERRORS = ("", "NaN or infinity", "a vector of length 0")
-_NOT_FINITE, _NO_LENGTH = 1, 2
+"by the numbers in heads.py"
 
 _log = logging.getLogger(__name__)
 
@@ -395,25 +396,31 @@ def _collect(launched: _Launched) -> _BatchResult:
     """Wait for a batch and return its result."""
     outputs, batch = launched.outputs.wait(), launched.batch
     embeddings = build_embeddings(batch, outputs)
-    return _BatchResult(batch=batch, embeddings=embeddings, errors=_find_errors(outputs["finite"], embeddings, batch))
+    return _BatchResult(batch=batch, embeddings=embeddings, errors=_find_errors(outputs, embeddings, batch))
 
 
-def _find_errors(finite: NDArray[np.bool_], embeddings: Embeddings, batch: Batch) -> NDArray[np.uint8]:
+def _find_errors(outputs: Mapping[str, NDArray[Any]], embeddings: Embeddings, batch: Batch) -> NDArray[np.uint8]:
     """Return the error of each row [B]: states or outputs that are not finite, or a zero vector."""
     errors = np.zeros(len(batch.rows), np.uint8)
     if (dense := embeddings.dense_vecs) is not None:
-        errors[~dense.any(axis=1)] = _NO_LENGTH
-        errors[~np.isfinite(dense).all(axis=1)] = _NOT_FINITE
-    if (colbert := embeddings.colbert_vecs) is not None:
+        errors[~dense.any(axis=1)] = NO_LENGTH
+        errors[~np.isfinite(dense).all(axis=1)] = NOT_FINITE
+    if (colbert := embeddings.colbert_vecs) is not None and "colbert_errors" in outputs:
+        found = outputs["colbert_errors"]
+        suspects = np.flatnonzero(found)
+        rows = np.searchsorted(colbert.indptr, suspects, side="right") - 1
+        for error in (NO_LENGTH, NOT_FINITE):
+            errors[rows[found[suspects] == error]] = error
+    elif colbert is not None:
         # Normalised, a vector with NaN is all NaN, and one with infinity is NaN and zeros. So only vectors whose first
         # number is NaN or 0 need a check.
         first = colbert.vectors[:, 0]
         suspects = np.flatnonzero(~np.isfinite(first) | (first == 0))
         vectors = colbert.vectors[suspects]
         rows = np.searchsorted(colbert.indptr, suspects, side="right") - 1
-        errors[rows[~vectors.any(axis=1)]] = _NO_LENGTH
-        errors[rows[~np.isfinite(vectors).all(axis=1)]] = _NOT_FINITE
-    errors[~np.logical_and.reduceat(finite, batch.cu_seqlens[:-1])] = _NOT_FINITE
+        errors[rows[~vectors.any(axis=1)]] = NO_LENGTH
+        errors[rows[~np.isfinite(vectors).all(axis=1)]] = NOT_FINITE
+    errors[~np.logical_and.reduceat(outputs["finite"], batch.cu_seqlens[:-1])] = NOT_FINITE
     return errors
 
 

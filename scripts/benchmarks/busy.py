@@ -68,6 +68,7 @@ class Device:
         self._seconds = seconds_per_token
         self._weights = np.random.default_rng(0).random(1 << 20, np.float32)
         self._vectors = np.random.default_rng(0).standard_normal((1 << 17, WIDTH)).astype(np.float16)
+        self._bytes = np.random.default_rng(0).integers(0, 256, (1 << 17, WIDTH), np.uint8)
         self.work = 0.0
         self.first = self.free = 0.0
         "perf_counter at which the first batch began, and at which the last one ends"
@@ -96,7 +97,16 @@ class Device:
             outputs["lexical_keys"][: len(keys)] = keys
             outputs["lexical_values"] = self._weights[:tokens]
         if "colbert" in options.outputs:
-            outputs["colbert_vecs"] = self._vectors[: tokens - rows].astype(options.colbert_dtype, copy=False)
+            vectors = self._vectors[: tokens - rows]
+            if options.quantise is not None:
+                outputs["colbert_errors"] = np.zeros(len(vectors), np.uint8)
+                if options.quantise == "int8":
+                    outputs["colbert_scales"] = self._weights[: len(vectors)]
+                    outputs["colbert_vecs"] = self._bytes[: len(vectors)].view(np.int8)
+                else:
+                    outputs["colbert_vecs"] = self._bytes[: len(vectors), : WIDTH // 8]
+            else:
+                outputs["colbert_vecs"] = vectors.astype(options.colbert_dtype, copy=False)
         return ready, outputs
 
 

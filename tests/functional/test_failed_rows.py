@@ -285,3 +285,23 @@ def test_a_head_that_gives_no_numbers_is_told(
     assert done.returncode == 3
     assert done.stdout.splitlines()[1] == "one\ttwo" + "\t" * 5
     assert "not a number in the output (row 1)" in done.stderr
+
+
+@pytest.mark.parametrize("form", ["int8", "binary"])
+def test_vectors_quantised_on_the_device_are_stored_as_those_of_the_host(
+    m3_here: M3, tmp_path: Path, broken_m3: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path / "c.jsonl", BAD)
+    usual = ("c.jsonl", "--model", broken_m3, "--dtype", "float32", "--colbert-dtype", form, *FLAGS)
+    assert m3_here("encode", *usual, "--out", "host.m3").returncode == 3
+    monkeypatch.setitem(pipeline.QUANTISES, "cpu", True)
+    assert m3_here("encode", *usual, "--out", "device.m3").returncode == 3
+    tables = [pq.read_table(tmp_path / name / "rows") for name in ("host.m3", "device.m3")]
+    assert (
+        tables[0]
+        .drop_columns("colbert_scales" if form == "int8" else [])
+        .equals(tables[1].drop_columns("colbert_scales" if form == "int8" else []))
+    )
+    if form == "int8":
+        scales = [np.frombuffer(b"".join(table["colbert_scales"].to_pylist()), np.float32) for table in tables]
+        np.testing.assert_allclose(scales[0], scales[1], rtol=1e-6)

@@ -153,9 +153,9 @@ def pack(lengths: list[int]) -> Batch:
     )
 
 
-def launch(model: Model, *, every: int = 0) -> tuple[dict[str, torch.Tensor], list[str]]:
+def launch(model: Model, *, every: int = 0, quantise: Any = None) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Return the outputs of one batch on the device, and the operators that ran."""
-    options = OutputOptions(outputs=ALL, special_ids=SPECIALS, vector_weights=True)
+    options = OutputOptions(outputs=ALL, special_ids=SPECIALS, quantise=quantise, vector_weights=True)
     encoder = BatchEncoder(model, options, mcls=every)
     device = model.word_embeddings.device
     with Strict(device) as strict:
@@ -185,6 +185,17 @@ def test_a_batch_is_launched_without_a_copy_or_a_wait(
     }
     # Attention by blocks has matmuls of its own; variable-length attention is one call.
     assert ("aten.baddbmm.default" in operators) == (dtype == "float32")
+
+
+@pytest.mark.parametrize(("kind", "dtype", "width"), [("int8", torch.int8, 64), ("binary", torch.uint8, 8)])
+def test_vectors_are_quantised_without_a_copy_or_a_wait(
+    checkpoint: Checkpoint, kind: Any, dtype: torch.dtype, width: int
+) -> None:
+    outputs, _ = launch(load_model(checkpoint, device="cuda:1", dtype="float16"), quantise=kind)
+    count = sum(LENGTHS) - len(LENGTHS)
+    assert (outputs["colbert_vecs"].shape, outputs["colbert_vecs"].dtype) == ((count, width), dtype)
+    assert (outputs["colbert_errors"].shape, outputs["colbert_errors"].dtype) == ((count,), torch.uint8)
+    assert ("colbert_scales" in outputs) == (kind == "int8")
 
 
 def test_the_default_gpu_is_the_first(checkpoint: Checkpoint) -> None:

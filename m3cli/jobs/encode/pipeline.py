@@ -27,7 +27,7 @@ from m3cli.config import ColbertForm, EncodeConfig, RunConfig
 from m3cli.corpus.rows import ROW_HEAD_BYTES
 from m3cli.encoder.chunker import chunk_documents, cutting_of, lengths_with_mcls
 from m3cli.encoder.colbert import bound_vectors, compress_rows
-from m3cli.encoder.embeddings import restore_order, select_chunks, select_rows
+from m3cli.encoder.embeddings import Buffers, restore_order, select_chunks, select_rows
 from m3cli.encoder.encode import (
     NOT_A_NUMBER,
     OUT_OF_MEMORY,
@@ -55,6 +55,8 @@ BATCHES_AHEAD = {"with colbert": 4, "without": 64}
 "finished batches that may wait for the next stage; without ColBERT one of 65,536 tokens is about a MiB"
 WINDOWS_AHEAD = {"cpu": 0, "cuda": 1}
 "ordered windows that may wait for the writer; 0: the writer's thread orders them, as a CPU has no core to spare"
+QUANTISES = {"cpu": False, "cuda": True}
+"whether ColBERT vectors are rounded before they are copied to the host; else `compress_rows` does it"
 COLBERT_ITEM_BYTES = 2
 "float16: the unit of a window's size, whatever is stored"
 TOO_LARGE = "merged ColBERT matrix too large"
@@ -293,10 +295,11 @@ def pack_window(shard: TokenisedShard, pipeline: Pipeline, window: PlannedWindow
 
 def order_shards(items: Iterator[ShardItem], pipeline: Pipeline) -> Generator[OrderedItem, None, None]:
     """Yield the windows of each shard in the order in which they are written."""
+    buffers = Buffers()
     for shard, its_items in groupby(items, key=lambda item: item.shard):
         yield ShardStart(shard=shard)
         try:
-            for window in finish_windows(shard, _batches_of(its_items), config=pipeline.config):
+            for window in finish_windows(shard, _batches_of(its_items), config=pipeline.config, buffers=buffers):
                 yield OrderedWindow(shard=shard, embeddings=window)
                 del window  # the writer may be the last to hold it
         except _Aborted:
@@ -350,7 +353,11 @@ def _batches_of(items: Iterator[ShardItem]) -> Iterator[EncodedBatch]:
 
 
 def finish_windows(
-    shard: TokenisedShard, batches: Iterator[EncodedBatch], *, config: EncodeConfig
+    shard: TokenisedShard,
+    batches: Iterator[EncodedBatch],
+    *,
+    config: EncodeConfig,
+    buffers: Buffers | None = None,
 ) -> Iterator[Embeddings]:
     """Yield the rows to be written, ascending, a window at a time: long documents merged, ColBERT compressed."""
     merger = None
@@ -366,7 +373,8 @@ def finish_windows(
     for (start, stop), window in groupby(batches, key=lambda batch: (batch.start, batch.stop)):
         parts = (batch.embeddings for batch in window)
         if merger is None:
-            yield restore_order((compress_rows(part, config.colbert_form) for part in parts), start=start, stop=stop)
+            compressed = (compress_rows(part, config.colbert_form) for part in parts)
+            yield restore_order(compressed, start=start, stop=stop, buffers=buffers)
             continue
         merged = [compress_rows(part, config.colbert_form) for part in merge_window(parts, merger, shard)]
         last = first + sum(len(part.rows) for part in merged)
@@ -410,11 +418,13 @@ def make_encoder(
 ) -> BatchEncoder:
     """Make the encoder that a folder's rows go through; what is merged or compressed later leaves it in float32."""
     form = config.colbert_form
+    on_device = QUANTISES[model.device.type] and not config.merges and form == ColbertForm(dtype=form.dtype)
     options = OutputOptions(
         outputs=config.outputs,
         special_ids=tokenizer.special_ids,
         dense_dtype="float32" if config.merges else config.dense_dtype,
         colbert_dtype="float16" if form.plain else "float32",
+        quantise=form.dtype if on_device and form.dtype != "float16" else None,
         vector_weights=form.by_weight,
     )
     return BatchEncoder(
