@@ -104,7 +104,9 @@ def quantise_vectors(vectors: torch.Tensor, kind: Literal["int8", "binary"]) -> 
         outputs["colbert_vecs"] = (bits << shifts).sum(-1, dtype=torch.uint8)
         return outputs
     largest = vectors.abs().amax(-1, keepdim=True)
-    numbers = (vectors * (127.0 / largest).masked_fill_(largest == 0, 0.0)).round_()
+    # torch computes 127.0 / x as 127.0 * (1 / x), which rounds twice.
+    factor = torch.full_like(largest, 127.0).div_(largest).masked_fill_(largest == 0, 0.0)
+    numbers = (vectors * factor).round_()
     norms = numbers.square().sum(-1).sqrt_()
     outputs["colbert_vecs"] = numbers.to(torch.int8)
     outputs["colbert_scales"] = (1.0 / norms).masked_fill_(norms == 0, 0.0)
