@@ -24,7 +24,7 @@ MAX_LENGTH_CEILING = 8192
 "tokens; BGE-M3 is trained for no more, even if a checkpoint has more positions"
 MAX_ROW_BYTES = 64 << 20
 
-AUTO_SHARD_SIZE = {"cpu": 512 << 10, "cuda with colbert": 8 << 20, "cuda": 32 << 20}
+AUTO_SHARD_SIZE = {"cpu": 512 << 10, "cuda": 8 << 20}
 "bytes of input text"
 
 Format = Literal["parquet", "npy"]

@@ -384,6 +384,8 @@ class RunSummary:
     "documents whose vectors are reused from a previous folder"
     gone: int | None
     "ids that only the previous folder has; None: no previous folder, or this one is incomplete"
+    repeated: dict[str, int]
+    "rows that were not finite in the folder's dtype, by the dtype in which they were encoded again"
     duplicate_ids: int | None
     "documents whose id an earlier document has; None: the folder is incomplete"
     unread: dict[str, int]

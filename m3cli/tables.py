@@ -119,6 +119,9 @@ def summary_panel(summary: RunSummary) -> Panel:
     rows.add_row("skipped", _format_skipped(summary))
     listed = f", listed by m3 info {summary.out} --truncated" if summary.truncated else ""
     rows.add_row("truncated", f"{summary.truncated:,}{listed}")
+    if summary.repeated:
+        again = ", ".join(f"{count_noun(count, 'row')} in {dtype}" for dtype, count in summary.repeated.items())
+        rows.add_row("not finite", f"{again} instead")
     if summary.unread:
         rows.add_row("not read", _plain(_format_unread(summary.unread)))
     if summary.taken or summary.gone is not None:

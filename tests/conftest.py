@@ -39,8 +39,25 @@ def build_alone() -> Iterator[None]:
         yield
 
 
+PREBUILT = "M3_TEST_FILES"
+"""environment variable: a folder with checkpoints and sample.jsonl, which are taken as they are. Building them needs
+packages that a bare GPU machine lacks; scripts/bench gpu makes such a folder"""
+
+
+def find_prebuilt(name: str) -> Path | None:
+    """Return a checkpoint or a corpus of the folder in the environment; None: it is to be built."""
+    if not (folder := os.environ.get(PREBUILT)):
+        return None
+    path = Path(folder, name).absolute()
+    if not path.exists():
+        pytest.skip(f"{PREBUILT}={folder} has no {name}")
+    return path
+
+
 def build_model(name: str, *arguments: str) -> Path:
     """Build a checkpoint with the project's own script; quick if it has been built before."""
+    if prebuilt := find_prebuilt(name):
+        return prebuilt
     folder = CACHE / "models" / name
     script = ROOT / "scripts" / "make_demo_model.py"
     with build_alone():
@@ -50,6 +67,8 @@ def build_model(name: str, *arguments: str) -> Path:
 
 def build_sample() -> Path:
     """Build the multilingual sample corpus with the project's own script; quick if it has been built before."""
+    if prebuilt := find_prebuilt("sample.jsonl"):
+        return prebuilt
     corpus = CACHE / "sample.jsonl"
     with build_alone():
         if not corpus.exists():

@@ -169,7 +169,7 @@ def attend(qkv: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
         return _attend_varlen(qkv, layout)
     num_tokens, _, num_heads, head_width = qkv.shape
     out = torch.empty((num_tokens, num_heads, head_width), dtype=qkv.dtype, device=qkv.device)
-    out[layout.num_tokens :] = 0  # padding, see TOKEN_STEP
+    out[layout.num_tokens :].zero_()  # padding, see TOKEN_STEP
     by_head = qkv.permute(1, 2, 0, 3)
     for block in layout.blocks:
         span = slice(block.first, block.last)

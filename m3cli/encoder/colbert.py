@@ -25,7 +25,7 @@ def compress_rows(embeddings: Embeddings, form: ColbertForm) -> Embeddings:
 def compress_matrices(matrices: TokenMatrices, form: ColbertForm) -> TokenMatrices:
     """Choose, pool and quantise the float32 vectors of some rows, each of which ends in its `</s>`.
 
-    Vectors of another type come from a previous folder in this form and are returned unchanged.
+    Vectors of another type are in this form, from the device or a previous folder, and are returned unchanged.
     """
     if matrices.vectors.dtype != np.float32:
         return matrices

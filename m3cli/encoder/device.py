@@ -11,11 +11,15 @@ copied.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
+import re
 import time
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,10 @@ from m3cli.encoder.checkpoint import Checkpoint
 from m3cli.encoder.linear import can_run_int8
 from m3cli.errors import ModelTooLarge, UsageError
 
+_log = logging.getLogger(__name__)
+
+TORCH_VERSION = str(torch.__version__)
+
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 FLOAT16 = ("avx512_fp16", "amx_fp16", "fp16_arith")
 INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm")
@@ -37,8 +45,18 @@ _CPU_BATCH_TOKENS = 4096
 MAX_PARALLEL = 4
 """batches at once, each with activations of some 100 MiB; fixed, because the threads of a batch may decide the last bit
 of a sum, and so a folder's bytes"""
+AHEAD = {"cpu": 0, "cuda": 3}
+"batches that are launched before the first of them is collected, by device kind"
 _GPU_BATCH_TOKENS = ((40 << 30, 65536), (20 << 30, 32768), (0, 16384))
 "(bytes of GPU memory from, tokens)"
+_NO_MEMORY = (
+    "allocate memory",  # DefaultCPUAllocator: can't allocate memory; unable to mmap ...: Cannot allocate memory (12)
+    "out of memory",  # torch.AcceleratorError: CUDA error: out of memory (a context, pinned memory, a kernel's module)
+    "ALLOC_FAILED",  # CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED
+)
+_GPU_FILES = ("/dev/nvidiactl", "/dev/dxg")
+"one of them exists where there is an NVIDIA driver: on Linux, in WSL"
+_DRIVER_FILE = "/proc/driver/nvidia/version"
 _VARLEN_DTYPES = (torch.float16, torch.bfloat16)
 _VARLEN_WIDTHS = range(8, 257, 8)
 
@@ -50,7 +68,11 @@ def resolve_device(device: str | None) -> str:
         UsageError: the GPU does not exist.
     """
     if device in (None, "auto"):
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if (reason := _why_no_gpu()) is None:
+            return "cuda"
+        if reason:
+            _warn_once(f"--device auto chooses the CPU: {reason}")
+        return "cpu"
     assert device is not None
     kind, _, number = device.partition(":")
     if kind == "cpu" and not number:
@@ -62,6 +84,32 @@ def resolve_device(device: str | None) -> str:
     if number and int(number) >= torch.cuda.device_count():
         raise UsageError(f"--device {device}: there are only {torch.cuda.device_count()} CUDA devices, counted from 0")
     return device
+
+
+def _why_no_gpu() -> str | None:
+    """Return why torch uses no GPU: "" if the machine shows none; None: it uses one."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return None
+    if not any(Path(name).exists() for name in _GPU_FILES):
+        return ""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA, and there is an NVIDIA GPU; install a CUDA build"
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES={visible} hides the NVIDIA GPU"
+    driver = Path(_DRIVER_FILE).read_text(encoding="utf-8") if Path(_DRIVER_FILE).exists() else ""
+    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", driver)
+    said = f" ({str(caught[0].message).splitlines()[0].rstrip('.')})" if caught else ""
+    return (
+        f"torch {torch.__version__} for CUDA {torch.version.cuda} cannot use the NVIDIA GPU with driver "
+        f"{found[0] if found else 'unknown'}{said}; update the driver, or install a torch for an older CUDA"
+    )
+
+
+@cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)
 
 
 def auto_dtype(device: str) -> Dtype:
@@ -87,6 +135,16 @@ def resolve_dtype(dtype: Dtype | None, device: str) -> Dtype:
             "use --dtype float32"
         )
     return dtype or auto_dtype(device)
+
+
+def retry_dtypes(dtype: Dtype, device: str) -> tuple[Dtype, ...]:
+    """Return the dtypes in which rows that overflow `dtype` are encoded again, in turn.
+
+    bfloat16 has the range of float32 and is as fast as float16 on a GPU; on a CPU with float16 it may be emulated.
+    """
+    if dtype == "float32":
+        return ()
+    return ("bfloat16", "float32") if dtype == "float16" and device.startswith("cuda") else ("float32",)
 
 
 def state_dtype(dtype: Dtype) -> torch.dtype:
@@ -131,11 +189,10 @@ def plan_threads(threads: int, *, device: str) -> int:
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Return whether an error is a lack of memory: an own class for a GPU, recognised by its text for a CPU."""
+    """Return whether an error is a lack of memory: by its class, or by the text of a plain RuntimeError."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError, ModelTooLarge)):
         return True
-    # "... DefaultCPUAllocator: can't allocate memory ...", "unable to mmap ...: Cannot allocate memory (12)"
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def peak_device_bytes(device: str) -> int:
@@ -189,7 +246,7 @@ def send(device: torch.device, *arrays: NDArray[Any]) -> tuple[torch.Tensor, ...
     """Return integer arrays as int32 tensors on a device, sent in one copy."""
     begins = np.cumsum([0, *(-(-len(array) // ALIGNMENT) * ALIGNMENT for array in arrays)]).tolist()
     # torch does not reuse a freed pinned block before its copy is done.
-    packed = torch.empty(begins[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
+    packed = _allocate((begins[-1],), torch.int32, pinned=device.type == "cuda")
     into = packed.numpy()
     for begin, array in zip(begins[:-1], arrays, strict=True):
         into[begin : begin + len(array)] = array
@@ -210,7 +267,7 @@ def fetch(tensors: Mapping[str, torch.Tensor], stream: torch.cuda.Stream | None)
     stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
         for name, tensor in tensors.items():
-            copies[name] = _allocate(tensor)
+            copies[name] = _allocate(tensor.shape, tensor.dtype, pinned=True)
             copies[name].copy_(tensor, non_blocking=True)
             # Its memory may be needed by a later batch, whose kernels run on another stream.
             tensor.record_stream(stream)
@@ -220,14 +277,14 @@ def fetch(tensors: Mapping[str, torch.Tensor], stream: torch.cuda.Stream | None)
     return Fetched(tensors=copies, ready=ready)
 
 
-def _allocate(tensor: torch.Tensor) -> torch.Tensor:
-    """Return pinned memory for a tensor, or pageable memory, whose copy blocks, if there is no more."""
+def _allocate(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
+    """Return host memory; pageable memory, whose copies block, if pinned memory is limited or used up."""
     try:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return torch.empty(shape, dtype=dtype, pin_memory=pinned)
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if not (pinned and "memory" in str(error)):
             raise
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
+        return torch.empty(shape, dtype=dtype)
 
 
 _ROWS, _WIDTH, _COLUMNS = 4096, 1024, 4096
@@ -237,8 +294,11 @@ _ROUNDS = 4
 "at least, with one to warm up"
 _LONGEST_ROUND = 3.0
 "seconds"
-_PACKED_SHARE = 0.85
-"of the matmul rate, which packed encoding reaches in bfloat16 (scripts/bench_results/README.md)"
+_GPU_CALLS = 10
+"matmuls of a round on a GPU: one of a millisecond is as long as waiting for it"
+_PACKED_SHARE = {"cpu": 0.85, "cuda": 0.6}
+"""of the matmul rate, which packed encoding reaches: measured in bfloat16 on a CPU (scripts/bench_results/README.md),
+counted from the bytes and FLOPs of a layer for a GPU"""
 _HEAD_WIDTH = 64
 "of BGE-M3 and all XLM-RoBERTa"
 
@@ -279,32 +339,49 @@ def name_attention(device: str, dtype: Dtype) -> str:
 def measure_matmul(device: str, dtype: Dtype) -> float:
     """Return FLOP/s of the best of a few rounds, of a smaller matmul if a round would take seconds.
 
-    A dtype without hardware support can be a thousand times slower.
+    A dtype without hardware support can be a thousand times slower. On a GPU the matmul has the rows of a full batch.
     """
+    if device != "cpu":
+        return time_matmul(device, dtype, rows=auto_batch_tokens(device), calls=_GPU_CALLS)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine, waiting threads slow a small matmul down
     try:
-        small = threads * _time_matmul(device, dtype, rows=_ROWS // 16, columns=_COLUMNS // 16, seconds=_SECONDS / 4)
+        small = threads * time_matmul(device, dtype, rows=_ROWS // 16, columns=_COLUMNS // 16, seconds=_SECONDS / 4)
     finally:
         torch.set_num_threads(threads)
-    if device == "cpu" and small * _LONGEST_ROUND < 2.0 * _ROWS * _WIDTH * _COLUMNS:
+    if small * _LONGEST_ROUND < 2.0 * _ROWS * _WIDTH * _COLUMNS:
         return small
-    return _time_matmul(device, dtype, rows=_ROWS, columns=_COLUMNS, seconds=_SECONDS)
+    return time_matmul(device, dtype)
 
 
-def _time_matmul(device: str, dtype: Dtype, *, rows: int, columns: int, seconds: float) -> float:
-    """Return FLOP/s of [rows x 1024] x [1024 x columns], the best of the rounds after the first."""
+def time_matmul(
+    device: str,
+    dtype: Dtype,
+    *,
+    rows: int = _ROWS,
+    width: int = _WIDTH,
+    columns: int = _COLUMNS,
+    seconds: float = _SECONDS,
+    calls: int = 1,
+    best: bool = True,
+) -> float:
+    """Return FLOP/s of [rows x width] x [width x columns], of the best round after the first, or of all of them.
+
+    A round is some calls and a wait for the device.
+    """
     kind, target = getattr(torch, dtype), torch.device(device)
-    first = torch.randn(rows, _WIDTH, device=target).to(kind)
-    second = torch.randn(_WIDTH, columns, device=target).to(kind)
+    first = torch.randn(rows, width, device=target).to(kind)
+    second = torch.randn(width, columns, device=target).to(kind)
     rounds: list[float] = []
     while len(rounds) < _ROUNDS or sum(rounds[1:]) < seconds:
         start = time.perf_counter()
-        torch.mm(first, second)
+        for _ in range(calls):
+            torch.mm(first, second)
         if target.type == "cuda":
             torch.cuda.synchronize(target)
         rounds.append(time.perf_counter() - start)
-    return 2.0 * rows * _WIDTH * columns / min(rounds[1:])
+    spent = min(rounds[1:]) if best else sum(rounds[1:]) / len(rounds[1:])
+    return 2.0 * rows * width * columns * calls / spent
 
 
 def count_flops(checkpoint: Checkpoint, *, intermediate_size: int, length: int) -> float:
@@ -315,9 +392,14 @@ def count_flops(checkpoint: Checkpoint, *, intermediate_size: int, length: int) 
     return float(checkpoint.num_layers * layer + head)
 
 
-def expect_tokens_per_second(flops_per_second: float, flops_per_token: float) -> float:
+def expect_tokens_per_second(flops_per_second: float, flops_per_token: float, *, device: str) -> float:
     """Return the tokens/s that packed encoding should reach."""
-    return _PACKED_SHARE * flops_per_second / flops_per_token
+    return _PACKED_SHARE[device.partition(":")[0]] * flops_per_second / flops_per_token
+
+
+def name_device(device: str) -> str:
+    """Return the name of a CPU or GPU."""
+    return str(torch.cuda.get_device_name(device)) if device.startswith("cuda") else _name_cpu()
 
 
 def _name_cpu() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -107,7 +108,31 @@ def _join_indptr(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
 
 
-def restore_order(batches: Iterable[Embeddings], *, start: int, stop: int) -> Embeddings:
+class Buffers:
+    """Memory of ColBERT vectors, taken again when nothing refers to it: new pages take longer than the copy to them."""
+
+    def __init__(self) -> None:
+        self._held: list[NDArray[np.uint8]] = []
+
+    def empty(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Return an uninitialised array [V, D]."""
+        num_bytes = shape[0] * shape[1] * dtype.itemsize
+        # Arrays over a buffer refer to it, whoever holds them. A free one has the list, `each` and the argument.
+        free = [each for each in self._held if sys.getrefcount(each) == _REFERENCES]
+        buffer = next((each for each in free if len(each) >= num_bytes), None)
+        if buffer is None:
+            buffer = np.empty(num_bytes, np.uint8)
+            # Free ones are too small, and are replaced.
+            self._held = [each for each in self._held if all(each is not other for other in free)] + [buffer]
+        return buffer[:num_bytes].view(dtype).reshape(shape)
+
+
+_REFERENCES = 3
+
+
+def restore_order(
+    batches: Iterable[Embeddings], *, start: int, stop: int, buffers: Buffers | None = None
+) -> Embeddings:
     """Return the batches of the rows [start, stop) as one record with rows ascending.
 
     Each batch's matrices are freed after they are copied. So memory holds the window and one batch.
@@ -131,11 +156,11 @@ def restore_order(batches: Iterable[Embeddings], *, start: int, stop: int) -> Em
         rows=np.arange(start, stop),
         dense_vecs=np.concatenate(dense)[order] if dense else None,
         lexical_weights=_order_weights(lexical, order) if lexical else None,
-        colbert_vecs=_order_matrices(matrices, order) if matrices else None,
+        colbert_vecs=_order_matrices(matrices, order, buffers or Buffers()) if matrices else None,
     )
 
 
-def _order_matrices(parts: list[TokenMatrices], order: NDArray[np.int64]) -> TokenMatrices:
+def _order_matrices(parts: list[TokenMatrices], order: NDArray[np.int64], buffers: Buffers) -> TokenMatrices:
     """Return matrices in order, and empty `parts`."""
     lengths = np.concatenate([np.diff(part.indptr) for part in parts])
     indptr = np.zeros(len(order) + 1, np.int64)
@@ -143,7 +168,7 @@ def _order_matrices(parts: list[TokenMatrices], order: NDArray[np.int64]) -> Tok
     begins = np.empty(len(order), np.int64)
     begins[order] = indptr[:-1]
     first, num_vectors = parts[0], int(indptr[-1])
-    vectors = np.empty((num_vectors, first.vectors.shape[1]), first.vectors.dtype)
+    vectors = buffers.empty((num_vectors, first.vectors.shape[1]), first.vectors.dtype)
     scales = None if first.scales is None else np.empty(num_vectors, np.float32)
     weights = None if first.weights is None else np.empty(num_vectors, np.float32)
     while parts:

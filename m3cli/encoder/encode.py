@@ -4,30 +4,32 @@ A *window* is a range of consecutive rows whose ColBERT matrices fit in memory t
 inside a window and leave it in corpus order, so the writer only appends. Without ColBERT a shard is one window. Windows
 and batches are a function of row lengths and budgets only.
 
-A batch is launched, which queues its work on the device, and collected later. On CUDA the next batch is launched before
-a batch is collected, so the device is busy while the host handles results. On a CPU a launch does all the work. There
-several threads each encode a batch, with a share of the cores.
+A batch is launched, which queues its work on the device, and collected later. On CUDA the next batches are launched
+before a batch is collected, so the device is busy while the host handles results. On a CPU a launch does all the work.
+There several threads each encode a batch, with a share of the cores.
 
-A batch is halved if memory runs out, and a row whose output is not finite is encoded again in float32. A row that fails
-both ways is returned as `FailedRow` with its reason, not raised.
+A batch is halved if memory runs out. Rows whose output is not finite are encoded again in dtypes with more range: of
+float16 on CUDA in bfloat16, then all in float32. A row that fails in each is returned as `FailedRow` with its reason,
+not raised.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from m3cli.encoder.device import Fetched, fetch, lacks_memory, open_stream
+from m3cli.encoder.device import AHEAD, Fetched, fetch, lacks_memory, open_stream
 from m3cli.encoder.embeddings import select_rows
-from m3cli.encoder.heads import OutputOptions, build_embeddings, run_heads
+from m3cli.encoder.heads import NO_LENGTH, NOT_FINITE, OutputOptions, build_embeddings, run_heads
 from m3cli.encoder.mcls import pool_as_cls, run_with_added
 from m3cli.encoder.model import Model, run_model
 from m3cli.errors import ModelTooLarge
@@ -39,10 +41,13 @@ BALANCE_STEP = 128
 "tokens; budgets of equal batches are multiples of it, as batches are padded to one (TOKEN_STEP in model.py)"
 BALANCE_TRIES = 32
 
+WARM_UP_LENGTH = 256
+"tokens of a row"
+
 NOT_A_NUMBER = "not a number in the output"
 OUT_OF_MEMORY = "out of memory"
 ERRORS = ("", "NaN or infinity", "a vector of length 0")
-_NOT_FINITE, _NO_LENGTH = 1, 2
+"by the numbers in heads.py"
 
 _log = logging.getLogger(__name__)
 
@@ -118,6 +123,18 @@ def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
     )
 
 
+def take_batch(batch: Batch, indices: NDArray[np.int64]) -> Batch:
+    """Return some rows of a batch."""
+    lengths = np.diff(batch.cu_seqlens)[indices]
+    cu_seqlens, tokens = concat_ranges(batch.cu_seqlens[indices], lengths)
+    return Batch(
+        rows=batch.rows[indices],
+        input_ids=batch.input_ids[tokens],
+        cu_seqlens=cu_seqlens.astype(np.int32),
+        max_seqlen=int(lengths.max()),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailedRow:
     """A row that the model cannot encode, and why."""
@@ -158,10 +175,10 @@ class BatchEncoder:
         model: on its device.
         options: of the heads.
         mcls: text tokens for each `<s>`; 0: a row has one.
-        load_float32: loads the model again for rows that are not finite; None: such rows fail.
+        retries: load the model in other dtypes, one after the other, for rows that are not finite (`load_retries`).
         num_threads: batches at once, by `parallel_map`.
         parallel_map: `m3cli.concurrency.parallel_map`, needed for several threads.
-        ahead: batches that are launched before the first of them is collected; None: 1 on CUDA, else 0.
+        ahead: batches that are launched before the first of them is collected; None: as `AHEAD` says.
     """
 
     def __init__(
@@ -170,7 +187,7 @@ class BatchEncoder:
         options: OutputOptions,
         *,
         mcls: int = 0,
-        load_float32: Callable[[], Model] | None = None,
+        retries: Sequence[Callable[[], Model]] = (),
         num_threads: int = 1,
         parallel_map: ParallelMap | None = None,
         ahead: int | None = None,
@@ -180,12 +197,34 @@ class BatchEncoder:
         self.num_threads = num_threads
         self.max_tokens: int | None = None
         "of a batch of several rows; None until memory has run out"
-        self._ahead = int(model.device.type == "cuda") if ahead is None else ahead
+        self._ahead = AHEAD[model.device.type] if ahead is None else ahead
         self._options = options
         self._parallel_map = parallel_map
-        self._load_float32 = load_float32
-        self._float32: Model | None = None
+        self.repeated: Counter[str] = Counter()
+        "rows that were encoded again, by the dtype in which they are finite"
+        self._retries = retries
+        self._retry_alone = model.device.type == "cpu"
+        "where a row alone is as fast, and the last bits of its vectors depend on its batch"
+        self._loaded: list[Model] = []
+        "models of the first retries"
         self._stream = open_stream(model.device)
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Run a batch of `num_tokens` tokens on CUDA, which allocates memory, imports and chooses kernels.
+
+        If memory does not hold it, `max_tokens` is set before a row is read.
+        """
+        if self.model.device.type != "cuda":
+            return
+        length = min(WARM_UP_LENGTH, num_tokens, self.model.checkpoint.max_length)
+        cu_seqlens = np.arange(0, num_tokens + 1, length, dtype=np.int32)
+        ids = np.arange(cu_seqlens[-1], dtype=np.int64) % self.model.checkpoint.vocab_size
+        batch = Batch(rows=np.arange(len(cu_seqlens) - 1), input_ids=ids, cu_seqlens=cu_seqlens, max_seqlen=length)
+        while (launched := self._launch(self.model, batch)) is None and len(batch.rows) > 1:
+            self._reduce_batch_limit(batch)
+            batch, _ = split_batch(batch)
+        if launched is not None:
+            launched.outputs.wait()
 
     def encode(self, batch: Batch) -> Iterator[Embeddings | FailedRow]:
         """Yield a batch's rows in order, in parts if memory does not hold the batch."""
@@ -255,7 +294,8 @@ class BatchEncoder:
 
     def _reduce_batch_limit(self, batch: Batch) -> None:
         torch.cuda.empty_cache()
-        self.max_tokens = len(batch.input_ids) // 2
+        # Both halves are tried, also the larger one.
+        self.max_tokens = max(len(half.input_ids) for half in split_batch(batch))
         _log.warning(
             "out of memory with a batch of %d tokens; from here on batches have at most %d",
             len(batch.input_ids),
@@ -284,69 +324,103 @@ class BatchEncoder:
         """Yield the rows of launched batches, first to last, except the last `but` of them."""
         while len(waiting) > but:
             collected = [_collect(waiting.popleft())]
-            if collected[0].errors.any():  # launched batches hold memory that float32 needs
+            if collected[0].errors.any():  # launched batches hold memory that the next dtype needs
                 collected += [_collect(launched) for launched in waiting]
                 waiting.clear()
             for result in collected:
                 yield from self._repair(result)
 
     def _repair(self, result: _BatchResult) -> Iterator[Embeddings | FailedRow]:
-        """Yield the finite rows, and each other row encoded again in float32."""
-        if not result.errors.any():
-            yield result.embeddings
+        """Yield the finite rows, and the other rows encoded again."""
+        yield from _finite_rows(result)
+        failed = np.flatnonzero(result.errors)
+        if not len(failed):
             return
-        good = np.flatnonzero(result.errors == 0)
-        if len(good):
-            yield select_rows(result.embeddings, good, rows=result.embeddings.rows[good])
-        for index in np.flatnonzero(result.errors).tolist():
-            yield self._encode_float32(slice_batch(result.batch, index, index + 1), error=int(result.errors[index]))
+        groups = np.split(failed, len(failed)) if self._retry_alone else [failed]
+        for rows in groups:
+            yield from self._encode_again(take_batch(result.batch, rows), result.errors[rows])
 
-    def _encode_float32(self, batch: Batch, *, error: int) -> Embeddings | FailedRow:
-        tried = _name(self.model.dtype)
-        if self._load_float32 is not None:
-            tried += " and in float32"
-            try:
-                if self._float32 is None:
-                    _log.warning("a row is not finite in %s; encoding it again in float32", _name(self.model.dtype))
-                    self._float32 = self._load_float32()
-                launched = self._launch(self._float32, batch)
-            except (ModelTooLarge, RuntimeError, MemoryError) as cause:
-                if not lacks_memory(cause):
-                    raise
-                launched = None
-            if launched is None:
-                torch.cuda.empty_cache()
-                return _lacks_memory(batch, torch.float32, self.model.device)
-            result = _collect(launched)
-            if not result.errors.any():
-                return result.embeddings
-            error = int(result.errors[0])
-        return FailedRow(row=int(batch.rows[0]), reason=NOT_A_NUMBER, detail=f"{ERRORS[error]} in {tried}")
+    def _encode_again(
+        self, batch: Batch, errors: NDArray[np.uint8], *, level: int = 0
+    ) -> Iterator[Embeddings | FailedRow]:
+        """Yield rows that were not finite before the retry number `level`, with their errors [B]."""
+        if level == len(self._retries):
+            tried = " and in ".join(_name(each.dtype) for each in (self.model, *self._loaded))
+            for row, error in zip(batch.rows.tolist(), errors.tolist(), strict=True):
+                yield FailedRow(row=row, reason=NOT_A_NUMBER, detail=f"{ERRORS[error]} in {tried}")
+            return
+        model = self._load(level)
+        launched = None if model is None else self._launch(model, batch)
+        if launched is None or model is None:
+            torch.cuda.empty_cache()
+            if len(batch.rows) == 1:
+                yield _lacks_memory(batch, torch.float32 if model is None else model.dtype, self.model.device)
+                return
+            first, second = split_batch(batch)
+            yield from self._encode_again(first, errors[: len(first.rows)], level=level)
+            yield from self._encode_again(second, errors[len(first.rows) :], level=level)
+            return
+        result = _collect(launched)
+        self.repeated[_name(model.dtype)] += int((result.errors == 0).sum())
+        yield from _finite_rows(result)
+        failed = np.flatnonzero(result.errors)
+        if len(failed):
+            yield from self._encode_again(take_batch(batch, failed), result.errors[failed], level=level + 1)
+
+    def _load(self, level: int) -> Model | None:
+        """Return the model of a retry, loaded before or now; None: memory does not hold it."""
+        if level < len(self._loaded):
+            return self._loaded[level]
+        before = self._loaded[-1] if self._loaded else self.model
+        try:
+            model = self._retries[level]()
+        except (ModelTooLarge, RuntimeError, MemoryError) as cause:
+            if not lacks_memory(cause):
+                raise
+            return None
+        _log.warning("a row is not finite in %s; encoding it again in %s", _name(before.dtype), _name(model.dtype))
+        self._loaded.append(model)
+        return model
+
+
+def _finite_rows(result: _BatchResult) -> Iterator[Embeddings]:
+    """Yield the rows of a batch without an error, if there are any."""
+    good = np.flatnonzero(result.errors == 0)
+    if len(good) == len(result.errors):
+        yield result.embeddings
+    elif len(good):
+        yield select_rows(result.embeddings, good, rows=result.embeddings.rows[good])
 
 
 def _collect(launched: _Launched) -> _BatchResult:
     """Wait for a batch and return its result."""
     outputs, batch = launched.outputs.wait(), launched.batch
     embeddings = build_embeddings(batch, outputs)
-    return _BatchResult(batch=batch, embeddings=embeddings, errors=_find_errors(outputs["finite"], embeddings, batch))
+    return _BatchResult(batch=batch, embeddings=embeddings, errors=_find_errors(outputs, embeddings, batch))
 
 
-def _find_errors(finite: NDArray[np.bool_], embeddings: Embeddings, batch: Batch) -> NDArray[np.uint8]:
+def _find_errors(outputs: Mapping[str, NDArray[Any]], embeddings: Embeddings, batch: Batch) -> NDArray[np.uint8]:
     """Return the error of each row [B]: states or outputs that are not finite, or a zero vector."""
     errors = np.zeros(len(batch.rows), np.uint8)
     if (dense := embeddings.dense_vecs) is not None:
-        errors[~dense.any(axis=1)] = _NO_LENGTH
-        errors[~np.isfinite(dense).all(axis=1)] = _NOT_FINITE
-    if (colbert := embeddings.colbert_vecs) is not None:
+        errors[~dense.any(axis=1)] = NO_LENGTH
+        errors[~np.isfinite(dense).all(axis=1)] = NOT_FINITE
+    if (colbert := embeddings.colbert_vecs) is not None and "colbert_errors" in outputs:
+        found = outputs["colbert_errors"]
+        suspects = np.flatnonzero(found)
+        rows = np.searchsorted(colbert.indptr, suspects, side="right") - 1
+        for error in (NO_LENGTH, NOT_FINITE):
+            errors[rows[found[suspects] == error]] = error
+    elif colbert is not None:
         # Normalised, a vector with NaN is all NaN, and one with infinity is NaN and zeros. So only vectors whose first
         # number is NaN or 0 need a check.
         first = colbert.vectors[:, 0]
         suspects = np.flatnonzero(~np.isfinite(first) | (first == 0))
         vectors = colbert.vectors[suspects]
         rows = np.searchsorted(colbert.indptr, suspects, side="right") - 1
-        errors[rows[~vectors.any(axis=1)]] = _NO_LENGTH
-        errors[rows[~np.isfinite(vectors).all(axis=1)]] = _NOT_FINITE
-    errors[~np.logical_and.reduceat(finite, batch.cu_seqlens[:-1])] = _NOT_FINITE
+        errors[rows[~vectors.any(axis=1)]] = NO_LENGTH
+        errors[rows[~np.isfinite(vectors).all(axis=1)]] = NOT_FINITE
+    errors[~np.logical_and.reduceat(outputs["finite"], batch.cu_seqlens[:-1])] = NOT_FINITE
     return errors
 
 

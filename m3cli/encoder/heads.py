@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from m3cli.encoder.linear import Linear
 from m3cli.encoder.model import Model
 from m3cli.records import Batch, Embeddings, LexicalWeights, Output, TokenMatrices
 
+NOT_FINITE, NO_LENGTH = 1, 2
+"errors of a vector or a row: NaN or infinity, or a vector of length 0"
 NO_KEY = np.iinfo(np.int64).max
 "key without a lexical weight; greater than all keys, (row << 32) | token id"
 
@@ -42,6 +44,8 @@ class OutputOptions:
     "tokens without a lexical weight"
     dense_dtype: VectorDtype = "float16"
     colbert_dtype: VectorDtype = "float16"
+    quantise: Literal["int8", "binary"] | None = None
+    "rounds ColBERT vectors on the device, which halves the copy to the host or more; None: they have colbert_dtype"
     vector_weights: bool = False
     "whether each ColBERT vector comes with the lexical weight of its token"
 
@@ -59,6 +63,8 @@ def run_heads(
     Returns:
         tensors on the device: dense_vecs [B, C]; lexical_keys [N] int64 and lexical_values [N] float32; colbert_vecs
         [N - B, D] and vector_weights [N - B] float32; and finite [N], whether a token's state and lexical weight are.
+        Quantised, colbert_vecs are int8 with colbert_scales [N - B] float32, or uint8 [N - B, D / 8], and come with
+        colbert_errors [N - B] uint8, 0 for a finite vector that is not zero.
     """
     outputs = {"finite": torch.isfinite(last_hidden_state[: len(batch.input_ids)].sum(-1, dtype=torch.float32))}
     with_vectors = "colbert" in options.outputs
@@ -80,7 +86,30 @@ def run_heads(
     if with_vectors:
         assert model.colbert_linear is not None
         vectors = project_tokens(last_hidden_state, tokens, model.colbert_linear)
-        outputs["colbert_vecs"] = vectors.to(getattr(torch, options.colbert_dtype))
+        if options.quantise is None:
+            outputs["colbert_vecs"] = vectors.to(getattr(torch, options.colbert_dtype))
+        else:
+            outputs |= quantise_vectors(vectors, options.quantise)
+    return outputs
+
+
+def quantise_vectors(vectors: torch.Tensor, kind: Literal["int8", "binary"]) -> dict[str, torch.Tensor]:
+    """Return quantised vectors [V, D] as outputs of `run_heads`, as colbert.py does but for rounding."""
+    # No torch.where with a number: it would copy the number to the device, and wait.
+    errors = (~vectors.any(-1)).byte() * NO_LENGTH
+    outputs = {"colbert_errors": errors.masked_fill_(~torch.isfinite(vectors).all(-1), NOT_FINITE)}
+    if kind == "binary":
+        bits = (vectors > 0).byte().view(len(vectors), -1, 8)
+        shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=vectors.device)
+        outputs["colbert_vecs"] = (bits << shifts).sum(-1, dtype=torch.uint8)
+        return outputs
+    largest = vectors.abs().amax(-1, keepdim=True)
+    # torch computes 127.0 / x as 127.0 * (1 / x), which rounds twice.
+    factor = torch.full_like(largest, 127.0).div_(largest).masked_fill_(largest == 0, 0.0)
+    numbers = (vectors * factor).round_()
+    norms = numbers.square().sum(-1).sqrt_()
+    outputs["colbert_vecs"] = numbers.to(torch.int8)
+    outputs["colbert_scales"] = (1.0 / norms).masked_fill_(norms == 0, 0.0)
     return outputs
 
 
@@ -91,7 +120,12 @@ def build_embeddings(batch: Batch, outputs: Mapping[str, NDArray[Any]]) -> Embed
         lexical = _build_weights(outputs["lexical_keys"], outputs["lexical_values"], num_rows=len(batch.rows))
     if "colbert_vecs" in outputs:
         indptr = batch.cu_seqlens.astype(np.int64) - np.arange(len(batch.rows) + 1)
-        colbert = TokenMatrices(indptr=indptr, vectors=outputs["colbert_vecs"], weights=outputs.get("vector_weights"))
+        colbert = TokenMatrices(
+            indptr=indptr,
+            vectors=outputs["colbert_vecs"],
+            scales=outputs.get("colbert_scales"),
+            weights=outputs.get("vector_weights"),
+        )
     return Embeddings(
         rows=batch.rows, dense_vecs=outputs.get("dense_vecs"), lexical_weights=lexical, colbert_vecs=colbert
     )

@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from m3cli.encoder.checkpoint import (
     check_content,
     first_line,
 )
-from m3cli.encoder.device import is_emulated, lacks_memory, resolve_dtype, send, state_dtype
+from m3cli.encoder.device import is_emulated, lacks_memory, resolve_dtype, retry_dtypes, send, state_dtype
 from m3cli.encoder.linear import Int8Linear, Linear, make_int8_linear, make_linear
 from m3cli.errors import ModelError, ModelTooLarge
 from m3cli.records import Batch, concat_ranges
@@ -109,6 +110,11 @@ def load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
             f"{checkpoint.folder}: the weights do not fit the memory of {device} in {dtype}; "
             "free memory there, or use another --device or --dtype"
         ) from error
+
+
+def load_retries(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> list[Callable[[], Model]]:
+    """Return what loads a checkpoint in each dtype of `retry_dtypes`."""
+    return [partial(load_model, checkpoint, device=device, dtype=kind) for kind in retry_dtypes(dtype, device)]
 
 
 def _load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:

@@ -9,7 +9,8 @@ computed in float32.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from m3cli.config import Dtype
 from m3cli.encoder.checkpoint import DOWNLOAD_AGAIN, Checkpoint, first_line
-from m3cli.encoder.device import lacks_memory
+from m3cli.encoder.device import AHEAD, Fetched, fetch, lacks_memory, open_stream
 from m3cli.encoder.encode import split_batch
 from m3cli.encoder.model import Model, load_model, read_pickled, run_model
 from m3cli.errors import ModelError
@@ -52,6 +53,10 @@ class Logits:
     "[B], as in the batch"
     values: NDArray[np.float32]
     "[B]; NaN or infinite if the forward pass overflowed"
+
+
+_Launched = tuple[NDArray[np.int64], Fetched]
+"rows of a batch, and its logits on their way to the host"
 
 
 def load_reranker(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Reranker:
@@ -96,41 +101,63 @@ def join_pair(
     return np.concatenate([query, end, content[:limit], end]), len(content) > limit
 
 
-def score_batch(reranker: Reranker, batch: Batch) -> Iterator[Logits]:
-    """Yield the logits of a batch's pairs in order, in parts if memory does not hold the batch.
+def score_batches(reranker: Reranker, batches: Iterable[Batch]) -> Iterator[Logits]:
+    """Yield the logits of each batch's pairs in order, of a batch in parts if memory does not hold it.
+
+    On CUDA the next batches are launched before a batch is collected, so that the device is busy meanwhile.
 
     Raises:
         ModelError: memory does not hold a single pair.
     """
-    values = _run(reranker, batch)
-    if values is not None:
-        yield Logits(rows=batch.rows, values=values)
-        return
-    # Outside the error's handler, whose traceback keeps the failed batch's tensors alive.
-    torch.cuda.empty_cache()
-    if len(batch.rows) == 1:
-        raise ModelError(
-            f"one pair of {batch.max_seqlen:,} tokens does not fit the memory of {reranker.model.device}; "
-            "lower --max-length, or use --device cpu"
-        )
-    _log.warning("out of memory with a batch of %d tokens; going on with halves of it", len(batch.input_ids))
-    for half in split_batch(batch):
-        yield from score_batch(reranker, half)
+    device = reranker.model.device
+    stream, ahead = open_stream(device), AHEAD[device.type]
+    waiting = deque[_Launched]()
+    for batch in batches:
+        parts = [batch]
+        while parts:
+            part = parts.pop(0)
+            launched = _launch(reranker, part, stream)
+            if launched is None and waiting:
+                yield from _collect(waiting)  # launched batches hold memory too
+                launched = _launch(reranker, part, stream)
+            if launched is not None:
+                waiting.append(launched)
+                yield from _collect(waiting, but=ahead)
+                continue
+            torch.cuda.empty_cache()
+            if len(part.rows) == 1:
+                raise ModelError(
+                    f"one pair of {part.max_seqlen:,} tokens does not fit the memory of {device}; "
+                    "lower --max-length, or use --device cpu"
+                )
+            _log.warning("out of memory with a batch of %d tokens; going on with halves of it", len(part.input_ids))
+            parts[:0] = split_batch(part)
+    yield from _collect(waiting)
 
 
 @torch.inference_mode()
-def _run(reranker: Reranker, batch: Batch) -> NDArray[np.float32] | None:
-    """Return the logits [B]; None: memory ran out."""
+def _launch(reranker: Reranker, batch: Batch, stream: torch.cuda.Stream | None) -> _Launched | None:
+    """Queue a batch's work on the device; None: memory ran out.
+
+    The caller continues outside the error's handler, whose traceback keeps the failed batch's tensors alive.
+    """
     try:
-        states, _ = run_model(reranker.model, batch)
-        firsts = torch.from_numpy(batch.cu_seqlens[:-1].astype(np.int64)).to(states.device)
-        inner = torch.tanh(torch.nn.functional.linear(states[firsts].float(), *reranker.dense))
-        logits: NDArray[np.float32] = torch.nn.functional.linear(inner, *reranker.out_proj)[:, 0].cpu().numpy()
+        states, layout = run_model(reranker.model, batch)
+        firsts = states.index_select(0, layout.borders[:-1]).float()
+        inner = torch.tanh(torch.nn.functional.linear(firsts, *reranker.dense))
+        logits = torch.nn.functional.linear(inner, *reranker.out_proj)[:, 0]
+        return batch.rows, fetch({"logits": logits}, stream)
     except (RuntimeError, MemoryError) as error:
         if lacks_memory(error):
             return None
         raise
-    return logits
+
+
+def _collect(waiting: deque[_Launched], *, but: int = 0) -> Iterator[Logits]:
+    """Yield the logits of launched batches, first to last, except the last `but` of them."""
+    while len(waiting) > but:
+        rows, fetched = waiting.popleft()
+        yield Logits(rows=rows, values=fetched.wait()["logits"])
 
 
 def _read_head(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

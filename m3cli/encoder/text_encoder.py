@@ -12,11 +12,11 @@ from m3cli.encoder.checkpoint import Checkpoint
 from m3cli.encoder.embeddings import concat_embeddings, select_rows
 from m3cli.encoder.encode import BatchEncoder, FailedRow
 from m3cli.encoder.heads import OutputOptions
-from m3cli.encoder.model import Model, load_model
+from m3cli.encoder.model import load_model, load_retries
 from m3cli.encoder.texts import TokenisedTexts, pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.errors import ModelError, UsageError
-from m3cli.records import Batch, Embeddings, Output
+from m3cli.records import Embeddings, Output
 
 DEFAULT_LENGTH = 512
 "tokens of a text, as in FlagEmbedding"
@@ -41,9 +41,6 @@ class TextEncoder:
         dtype: Dtype,
         max_batch_tokens: int | None = None,
     ) -> None:
-        def load_float32() -> Model:
-            return load_model(checkpoint, device=device, dtype="float32")
-
         self._max_batch_tokens = max_batch_tokens or machine.auto_batch_tokens(device)
         self._tokenizer = load_tokenizer(checkpoint)
         self._encoder = BatchEncoder(
@@ -54,7 +51,7 @@ class TextEncoder:
                 dense_dtype="float32",
                 colbert_dtype="float32",
             ),
-            load_float32=None if dtype == "float32" else load_float32,
+            retries=load_retries(checkpoint, device=device, dtype=dtype),
         )
 
     @property
@@ -74,10 +71,9 @@ class TextEncoder:
         """Tokenise texts and truncate them to `max_length` tokens."""
         return tokenise_texts(texts, self._tokenizer, max_length=max_length)
 
-    def encode_batches(self, texts: TokenisedTexts) -> Iterator[tuple[Batch, Iterator[Embeddings | FailedRow]]]:
-        """Yield packed batches, longest texts first, with their results; rows are indices of the texts."""
-        for batch in pack_texts(texts, max_batch_tokens=self._max_batch_tokens):
-            yield batch, self._encoder.encode(batch)
+    def encode_tokens(self, texts: TokenisedTexts) -> Iterator[Embeddings | FailedRow]:
+        """Yield the embeddings of texts in packed batches, longest texts first; rows are indices of the texts."""
+        return self._encoder.encode_all(pack_texts(texts, max_batch_tokens=self._max_batch_tokens))
 
     def try_texts(
         self, texts: Sequence[str], *, max_length: int
@@ -87,7 +83,7 @@ class TextEncoder:
         The rows of the embeddings are indices of the texts; the embeddings are None if no text can be encoded.
         """
         tokenised = self.tokenise(texts, max_length=max_length)
-        results = [result for _, batch in self.encode_batches(tokenised) for result in batch]
+        results = list(self.encode_tokens(tokenised))
         failed = [result for result in results if isinstance(result, FailedRow)]
         parts = [result for result in results if isinstance(result, Embeddings)]
         if not parts:

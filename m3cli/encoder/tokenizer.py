@@ -23,6 +23,8 @@ from tokenizers import Tokenizer as Backend
 from m3cli.encoder.checkpoint import DOWNLOAD_AGAIN, TOKENIZER_FILES, Checkpoint, first_line
 from m3cli.errors import ModelError
 
+SLICE_TEXTS = 1024
+"tokenised together: all other threads wait while the encodings of a slice are freed"
 _HASH_LENGTH = 32
 
 
@@ -40,7 +42,11 @@ class Tokenizer:
 
     def encode(self, texts: list[str]) -> list[NDArray[np.int32]]:
         """Return the token ids of each text with `<s>` and `</s>`, computed on all cores."""
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in self.backend.encode_batch_fast(texts)]
+        return [
+            np.array(encoding.ids, dtype=np.int32)
+            for start in range(0, len(texts), SLICE_TEXTS)
+            for encoding in self.backend.encode_batch_fast(texts[start : start + SLICE_TEXTS])
+        ]
 
     def token(self, token_id: int) -> str:
         """Return the string of a token id."""
@@ -51,7 +57,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """Load a checkpoint's tokenizer, from the per-user cache if possible.
 
     Raises:
-        ModelError: the tokenizer cannot be built, or does not begin with `<s>` and end with `</s>`.
+        ModelError: the tokenizer cannot be built, does not begin with `<s>` and end with `</s>`, or has more tokens
+            than the model has embeddings.
     """
     cached = _cache_path(checkpoint)
     serialised = _read_cache(cached)
@@ -65,6 +72,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         raise ModelError(
             f"{checkpoint.folder}: its tokenizer does not put <s> and </s> around a text as XLM-R's does; "
             f"{DOWNLOAD_AGAIN}"
+        )
+    if backend.get_vocab_size() > checkpoint.vocab_size:
+        # On CUDA an id without an embedding breaks the process's context, and every later call fails.
+        raise ModelError(
+            f"{checkpoint.folder}: its tokenizer has {backend.get_vocab_size():,} tokens, and config.json says "
+            f"vocab_size {checkpoint.vocab_size:,}; {DOWNLOAD_AGAIN}"
         )
     return Tokenizer(
         backend=backend,

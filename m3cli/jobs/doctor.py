@@ -107,7 +107,7 @@ def recommend(checkpoint: Checkpoint, found: dict[str, Any], *, device: str) -> 
     dtype = machine.auto_dtype(device)
     length = min(_PASSAGE_TOKENS, checkpoint.max_length)
     flops = count_flops(checkpoint, intermediate_size=_intermediate_size(checkpoint), length=length)
-    expected = expect_tokens_per_second(found["matmul_flops_per_second"][dtype], flops)
+    expected = expect_tokens_per_second(found["matmul_flops_per_second"][dtype], flops, device=device)
     return {
         "device": device,
         "dtype": dtype,

@@ -29,7 +29,7 @@ from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.corpus.trec import read_run
 from m3cli.encoder import device as machine
-from m3cli.encoder.reranker import PAIR_SPECIALS, Reranker, join_pair, load_reranker, score_batch
+from m3cli.encoder.reranker import PAIR_SPECIALS, Reranker, join_pair, load_reranker, score_batches
 from m3cli.encoder.texts import TokenisedTexts, pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, CorpusError, UsageError, check_reachable, count_noun
@@ -279,11 +279,12 @@ def _score_group(
     joined = [join_pair(queries[query], passages[name], max_length=setup.max_length) for query, name in names]
     logits = np.full(len(names), np.nan, np.float32)
     pairs = TokenisedTexts(input_ids=tuple(ids for ids, _ in joined), truncated=sum(cut for _, cut in joined))
-    for batch in pack_texts(pairs, max_batch_tokens=setup.max_batch_tokens):
-        for made in score_batch(setup.reranker, batch):
-            logits[made.rows] = made.values
-        setup.progress.advance(documents=len(batch.rows), tokens=len(batch.input_ids), shards=0.0)
-        setup.tally.tokens += len(batch.input_ids)
+    num_tokens = pairs.num_tokens
+    for made in score_batches(setup.reranker, pack_texts(pairs, max_batch_tokens=setup.max_batch_tokens)):
+        logits[made.rows] = made.values
+        tokens = int(num_tokens[made.rows].sum())
+        setup.progress.advance(documents=len(made.rows), tokens=tokens, shards=0.0)
+        setup.tally.tokens += tokens
     setup.tally.pairs += len(names)
     setup.tally.cut["pairs"] += pairs.truncated
     scored: dict[str, list[tuple[str, float]]] = {query: [] for query in candidates}

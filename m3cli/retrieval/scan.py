@@ -26,8 +26,9 @@ BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 "of dense vectors that are converted together: on a CPU they are multiplied while they are in its cache"
 BLOCK_PRODUCTS = 1 << 22
 "limit of products of lexical weights, if every row shares a token with every query"
-BLOCK_VECTORS = 1 << 11
-"ColBERT vectors of each side that are multiplied together: 16 MiB of products"
+QUERY_VECTORS = {"cpu": 1 << 11, "cuda": 1 << 12}
+ROW_VECTORS = {"cpu": 1 << 11, "cuda": 1 << 15}
+"ColBERT vectors that are multiplied together: 16 MiB of products on a CPU, 512 MiB on a GPU, with fewer launches"
 
 Found = tuple[Rows, Rows, Scores]
 "query, row of the part and score: [H] each"
@@ -135,16 +136,18 @@ class ColbertScan:
 
     def __init__(self, queries: TokenMatrices, *, device: str) -> None:
         self._device = device
+        kind = device.partition(":")[0]
+        self._most = ROW_VECTORS[kind]
         self._slices: list[tuple[torch.Tensor, torch.Tensor]] = []  # vectors of queries, and their lengths
         lengths = np.diff(queries.indptr)
-        for rows in cut_slices(queries.indptr, most=BLOCK_VECTORS):
+        for rows in cut_slices(queries.indptr, most=QUERY_VECTORS[kind]):
             vectors = _vectors_of(queries, rows, device)
             self._slices.append((vectors, torch.from_numpy(lengths[rows]).to(device)))
 
     def cut(self, embeddings: Embeddings, seen: int) -> Iterator[slice]:  # noqa: ARG002 - few rows are many vectors
         """Cut a part's rows."""
         assert embeddings.colbert_vecs is not None
-        return cut_slices(embeddings.colbert_vecs.indptr, most=BLOCK_VECTORS)
+        return cut_slices(embeddings.colbert_vecs.indptr, most=self._most)
 
     def score(self, embeddings: Embeddings, block: slice, above: Scores) -> Found:
         """Score a slice of rows; a row or a query without vectors has no score."""

@@ -16,6 +16,7 @@ import resource
 import sys
 import time
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ import torch
 from benchmarks.contest import Found, Group, Runner
 
 WARM_UP_TEXTS = 8
+WARM_UP_TOKENS = 2 * 65536
+"on a GPU: two full batches, in which memory is allocated and kernels are chosen"
 
 
 def load(name: str, model: Path, cache: Path, device: str) -> Runner:
@@ -44,7 +47,10 @@ def load(name: str, model: Path, cache: Path, device: str) -> Runner:
 
 def time_group(run: Runner, group: Group, *, device: str) -> Found:
     """Time a run over a group, after a run over a few of its texts."""
-    few = Group(texts=group.texts[:WARM_UP_TEXTS], lengths=group.lengths[:WARM_UP_TEXTS], batch=group.batch)
+    count = WARM_UP_TEXTS
+    if device != "cpu":
+        count += next((place for place, sum_ in enumerate(accumulate(group.lengths)) if sum_ >= WARM_UP_TOKENS), 0)
+    few = Group(texts=group.texts[:count], lengths=group.lengths[:count], batch=group.batch)
     run(few)
     began = time.perf_counter()
     made = run(group)

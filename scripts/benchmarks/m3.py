@@ -1,6 +1,6 @@
 """m3's own stages in memory, its tokenizer and its forward pass alone, and the machine's matmul rates.
 
-Of the benches only this module and `stored` import m3cli's internals.
+Of the benches only this module, `stored`, `busy`, `gpu` and `kernels` import m3cli's internals.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from m3cli.concurrency import parallel_map
 from m3cli.config import Dtype
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
-from m3cli.encoder.device import auto_batch_tokens, auto_threads, measure_matmul, plan_threads, set_threads
+from m3cli.encoder.device import auto_batch_tokens, auto_threads, measure_matmul, plan_threads, set_threads, time_matmul
 from m3cli.encoder.embeddings import restore_order
 from m3cli.encoder.encode import BatchEncoder, FailedRow, batch_rows, pack_rows
 from m3cli.encoder.heads import OutputOptions
@@ -30,6 +30,7 @@ from m3cli.records import Document, Output
 
 OUTPUTS: tuple[Output, ...] = ("dense", "sparse", "colbert")
 WARM_UP_BATCHES = 20
+SQUARE = "float16 at 8192^3"
 
 
 def load_m3(folder: Path, dtype: str, outputs: str = ",".join(OUTPUTS), *, device: str) -> Runner:
@@ -89,9 +90,18 @@ def make_documents(texts: list[str]) -> list[Document]:
 
 
 def measure_rates(device: str) -> dict[str, float]:
-    """Return FLOP/s by dtype of [4096 x 1024] . [1024 x 4096], BGE-M3's widest matmul."""
-    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16") if device == "cpu" else ("float32", "bfloat16", "float16")
-    return {dtype: measure_matmul(device, dtype) for dtype in dtypes}
+    """Return FLOP/s by dtype of [4096 x 1024] . [1024 x 4096], BGE-M3's widest matmul.
+
+    On a GPU it has the rows of a full batch and runs for a second, and a square one too, as their rates differ.
+    """
+    if device == "cpu":
+        return {dtype: measure_matmul(device, dtype) for dtype in cast("tuple[Dtype, ...]", ("float32", "bfloat16"))}
+    sustained = partial(time_matmul, device, seconds=1.0, calls=10, best=False)
+    return {
+        "bfloat16": sustained("bfloat16", rows=65536),
+        "float16": sustained("float16", rows=65536),
+        SQUARE: sustained("float16", rows=8192, width=8192, columns=8192),
+    }
 
 
 def measure_tokenizer(model: Path, texts: list[str]) -> float:

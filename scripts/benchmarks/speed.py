@@ -26,10 +26,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from benchmarks.contest import WORK, Contest, Found, Group, say
+from benchmarks.contest import WORK, Contest, Found, Group, encode, open_work, say
 from benchmarks.peers import read_max_length
 from benchmarks.report import EMPTY, draw_table, format_bytes, format_share, make_parser, save_results
-from benchmarks.texts import make_group, read_texts
+from benchmarks.texts import make_group, mix_rows, read_texts, split_sentences
 from m3cli.encoder.device import INT8, cpu_has
 
 REFERENCE = "FlagEmbedding"
@@ -150,16 +150,26 @@ def pick_best(contender: Contender, found: Mapping[str, list[Found] | str]) -> t
 
 
 def sum_up(
-    contender: Contender, best: tuple[str, Found], group: Group, *, flops: float, matmul: Mapping[str, float]
+    contender: Contender,
+    best: tuple[str, Found],
+    group: Group,
+    *,
+    flops: float,
+    matmul: Mapping[str, float],
+    device: str,
 ) -> dict[str, Any]:
     """Return a contender's row of the table."""
     setting, found = best
     rate = matmul.get(contender.dtype)
+    model_seconds = found.stages.get("encoding", found.seconds)
+    # On a GPU the host's stages overlap with the model's in m3 encode, so the share is the model's own.
+    share_seconds = found.seconds if device == "cpu" else model_seconds
     return {
         "setting": setting,
         "outputs": contender.outputs,
         "tokens_per_second": group.tokens / found.seconds,
-        "share_of_matmul": None if rate is None else flops / found.seconds / rate,
+        "model_tokens_per_second": group.tokens / model_seconds,
+        "share_of_matmul": None if rate is None else flops / share_seconds / rate,
         "padding_share": padding_share(run=found.positions, real=group.tokens),
         "peak_bytes": found.peak_bytes,
         "stages": found.stages,
@@ -196,11 +206,16 @@ def draw_stages(rows: Mapping[str, dict[str, Any] | str], *, markdown: bool) -> 
     """Return the table of m3's stages."""
     timed = {label: row for label, row in rows.items() if isinstance(row, dict) and row["stages"]}
     names = [name for row in timed.values() for name in row["stages"]]
-    header = ("", *(f"{name}, s" for name in dict.fromkeys(names)), "encoder idle")
+    header = ("", *(f"{name}, s" for name in dict.fromkeys(names)), "encoder idle", "model alone, tokens/s")
     return draw_table(
         header,
         [
-            (label, *(f"{spent:.3f}" for spent in row["stages"].values()), format_share(row["idle_share"]))
+            (
+                label,
+                *(f"{spent:.3f}" for spent in row["stages"].values()),
+                format_share(row["idle_share"]),
+                f"{row['model_tokens_per_second']:,.0f}",
+            )
             for label, row in timed.items()
         ],
         markdown=markdown,
@@ -211,12 +226,37 @@ def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = make_parser(__doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:i]")
-    parser.add_argument("--documents", type=int, default=600)
+    parser.add_argument("--documents", type=int, help="default: 600 on a CPU, 60,000 on a GPU")
     parser.add_argument("--paragraphs", action="store_true", help="measure on paragraphs of the documents")
     parser.add_argument("--rounds", type=int, default=1, help="the fastest run of each setting counts")
     parser.add_argument("--only", help="contenders whose name has one of these words, comma-separated")
     parser.add_argument("--cache", type=Path, default=WORK, help="for ONNX exports")
-    return parser.parse_args()
+    parser.add_argument("--end-to-end", action="store_true", help="also time m3 encode; always on a GPU")
+    options = parser.parse_args()
+    on_gpu = options.device != "cpu"
+    options.documents = options.documents or (60_000 if on_gpu else 600)
+    options.end_to_end = options.end_to_end or on_gpu
+    return options
+
+
+def choose_texts(options: argparse.Namespace) -> list[str]:
+    """Return texts of the corpus; on a GPU, which needs more, texts mixed of its sentences where it has too few."""
+    texts = read_texts(options.corpus, options.documents, paragraphs=options.paragraphs)
+    if len(texts) >= options.documents or options.device == "cpu":
+        return texts
+    return [json.loads(line)["text"] for line in mix_rows(split_sentences(texts), count=options.documents)]
+
+
+def encode_texts(texts: Sequence[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the metrics of the real `m3 encode`, whose stages overlap, by outputs."""
+    found = {}
+    with open_work(options.cache) as work:
+        corpus = work / "texts.jsonl"
+        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        for outputs in ("dense,sparse", "dense,sparse,colbert"):
+            flags = ("--model", str(options.model), "--device", options.device, "--outputs", outputs)
+            found[outputs] = encode(corpus, work / f"{outputs}.m3", *flags, "--long-docs", "truncate").metrics
+    return found
 
 
 def main() -> None:
@@ -224,7 +264,7 @@ def main() -> None:
     options = parse_options()
     words = options.only.split(",") if options.only else [""]
     contenders = [each for each in list_contenders(options.device) if any(word in each.label for word in words)]
-    texts = read_texts(options.corpus, options.documents, paragraphs=options.paragraphs)
+    texts = choose_texts(options)
     backend = AutoTokenizer.from_pretrained(options.model).backend_tokenizer
     group = make_group(texts, backend, max_length=read_max_length(options.model))
     shape = read_shape(options.model)
@@ -234,12 +274,15 @@ def main() -> None:
     tokenizer = contest.measure("tokenizer")
     found = run_all(contest, contenders, rounds=options.rounds)
     after = contest.ask("matmul")
+    end_to_end = encode_texts(texts, options) if options.end_to_end else {}
     matmul = {dtype: max(rate, after[dtype]) for dtype, rate in before.items()}
     rows: dict[str, dict[str, Any] | str] = {}
     for contender in contenders:
         best = pick_best(contender, found)
         rows[contender.label] = (
-            best if isinstance(best, str) else sum_up(contender, best, group, flops=flops, matmul=matmul)
+            best
+            if isinstance(best, str)
+            else sum_up(contender, best, group, flops=flops, matmul=matmul, device=options.device)
         )
     say("")
     print(f"{len(texts)} texts, {group.tokens:,} tokens; {shape.layers} layers, {shape.width} wide\n")
@@ -248,9 +291,17 @@ def main() -> None:
     print("matmul: " + ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in matmul.items()))
     if not isinstance(tokenizer, str):
         print(f"tokenizer alone: {group.tokens / tokenizer[0].seconds:,.0f} tokens/s")
+    for outputs, metrics in end_to_end.items():
+        print(f"m3 encode {outputs}, end to end: {metrics['tokens_per_second']:,.0f} tokens/s")
     if options.json:
         runs = {name: each if isinstance(each, str) else asdict(each[0]) for name, each in found.items()}
-        head = {"texts": len(texts), "tokens": group.tokens, "flops": flops, "shape": asdict(shape)}
+        head: dict[str, Any] = {
+            "end_to_end": end_to_end,
+            "texts": len(texts),
+            "tokens": group.tokens,
+            "flops": flops,
+            "shape": asdict(shape),
+        }
         bare = None if isinstance(tokenizer, str) else group.tokens / tokenizer[0].seconds
         save_results(
             options.json, {**head, "matmul": matmul, "tokenizer_tokens_per_second": bare, "rows": rows, "runs": runs}

@@ -1,6 +1,6 @@
 """Output folders written from arrays in memory, for the benches of search and of the writer.
 
-Of the benches only this module and `m3` import m3cli's internals.
+Of the benches only this module, `m3`, `busy`, `gpu` and `kernels` import m3cli's internals.
 """
 
 from __future__ import annotations

@@ -155,6 +155,13 @@ def test_a_damaged_head_is_named(copy: Path, content: bytes) -> None:
         load_model(read_checkpoint(copy), device="cpu", dtype="float32")
 
 
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_named(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_bytes())
+    rewrite(copy / "config.json", json.dumps({**config, "vocab_size": 250001}).encode())
+    with pytest.raises(ModelError, match=r"has 250,002 tokens, and config\.json says vocab_size 250,001;"):
+        load_tokenizer(read_checkpoint(copy))
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "folder", "link"])
 def test_a_damaged_tokenizer_cache_is_built_again(
     tiny_m3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from m3cli.encoder.colbert import (
     quantise_int8,
 )
 from m3cli.encoder.embeddings import restore_order
+from m3cli.encoder.heads import NO_LENGTH, NOT_FINITE, quantise_vectors
 from m3cli.records import Embeddings, TokenMatrices
 from m3cli.retrieval.scores import decode_vectors
 
@@ -239,3 +241,20 @@ def test_what_is_stored_is_decoded_to_float32_of_norm_1(indices: slice | np.ndar
     assert np.array_equal(from_signs, np.where(vectors[indices] > 0, 0.125, -0.125))
     assert from_half == pytest.approx(vectors[indices], abs=1e-3)
     assert {each.dtype for each in (from_int8, from_signs, from_half)} == {np.dtype(np.float32)}
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([8, 64, 1024]))
+def test_a_device_quantises_as_the_host_does(seed: int, width: int) -> None:
+    draw = np.random.default_rng(seed)
+    vectors = draw.standard_normal((20, width), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors[3], vectors[5, 1], vectors[6, 0] = 0, np.nan, np.inf
+    good = np.delete(np.arange(20), [5, 6])
+    made = {name: tensor.numpy() for name, tensor in quantise_vectors(torch.from_numpy(vectors), "int8").items()}
+    rounded, scales = quantise_int8(vectors[good])
+    assert made["colbert_vecs"][good].tobytes() == rounded.tobytes()
+    np.testing.assert_allclose(made["colbert_scales"][good], scales, rtol=1e-6)
+    assert made["colbert_errors"].tolist() == [0, 0, 0, NO_LENGTH, 0, NOT_FINITE, NOT_FINITE, *[0] * 13]
+    signs = quantise_vectors(torch.from_numpy(vectors), "binary")
+    assert signs["colbert_vecs"].numpy().tobytes() == quantise_binary(vectors).tobytes()
+    assert signs["colbert_errors"].tolist() == made["colbert_errors"].tolist()

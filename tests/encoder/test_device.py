@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,17 +14,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from m3cli.encoder import device
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.device import (
     ALIGNMENT,
     MAX_PARALLEL,
+    _allocate,
     auto_dtype,
     fetch,
     is_emulated,
+    lacks_memory,
+    measure_matmul,
     open_stream,
     plan_threads,
+    resolve_device,
     resolve_dtype,
+    retry_dtypes,
     send,
+    time_matmul,
 )
 from m3cli.encoder.linear import can_run_int8
 from m3cli.encoder.model import load_model
@@ -58,6 +69,13 @@ def test_a_dtype_that_is_slower_than_float32_is_told(
     assert not is_emulated(torch.float16, "cuda:0")
 
 
+def test_what_overflows_is_encoded_again_in_a_dtype_with_more_range() -> None:
+    assert retry_dtypes("float16", "cuda:1") == ("bfloat16", "float32")
+    assert retry_dtypes("float16", "cpu") == retry_dtypes("bfloat16", "cuda") == retry_dtypes("int8", "cpu")
+    assert retry_dtypes("bfloat16", "cuda") == ("float32",)
+    assert retry_dtypes("float32", "cuda") == ()
+
+
 @pytest.mark.parametrize("has", [{"avx512_vnni": True}, {"avx2": True}])
 def test_int8_needs_a_cpu_whose_products_do_not_overflow(has: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
@@ -83,3 +101,111 @@ def test_on_a_cpu_outputs_are_not_copied() -> None:
     arrays = fetch({"dense_vecs": tensor}, open_stream(CPU)).wait()
     assert arrays["dense_vecs"].tolist() == tensor.tolist()
     assert arrays["dense_vecs"].ctypes.data == tensor.data_ptr()
+
+
+def test_without_pinned_memory_arrays_are_pageable() -> None:
+    """Here torch has none at all, and says so."""
+    assert _allocate((3, 4), torch.float16, pinned=True).shape == (3, 4)
+    with pytest.raises(RuntimeError, match="negative"):
+        _allocate((-1,), torch.float16, pinned=True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("unable to mmap 64 bytes from file <x>: Cannot allocate memory (12)"),
+        MemoryError(),
+    ],
+)
+def test_a_lack_of_memory_is_known_by_class_or_text(error: Exception) -> None:
+    assert lacks_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        ValueError("out of memory"),
+    ],
+)
+def test_other_errors_are_no_lack_of_memory(error: Exception) -> None:
+    assert not lacks_memory(error)
+
+
+DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
+
+
+def warn_of_driver() -> bool:
+    warnings.warn("CUDA initialization: The NVIDIA driver is too old (found version 12020). Please", stacklevel=1)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("built_for", "visible", "reason"),
+    [
+        (None, None, r"torch \S+ is built without CUDA, and there is an NVIDIA GPU; install a CUDA build"),
+        ("13.0", "", "CUDA_VISIBLE_DEVICES= hides the NVIDIA GPU"),
+        (
+            "13.0",
+            None,
+            r"torch \S+ for CUDA 13.0 cannot use the NVIDIA GPU with driver 535.104.05 \(CUDA initialization: .*\); "
+            "update the driver, or install a torch for an older CUDA",
+        ),
+    ],
+)
+def test_auto_says_why_it_chooses_the_cpu(
+    built_for: str | None,
+    visible: str | None,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "version").write_text(DRIVER)
+    monkeypatch.setattr(device, "_GPU_FILES", (str(tmp_path / "version"),))
+    monkeypatch.setattr(device, "_DRIVER_FILE", str(tmp_path / "version"))
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(torch.cuda, "is_available", warn_of_driver)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    device._warn_once.cache_clear()
+    assert resolve_device("auto") == resolve_device(None) == resolve_device("cpu") == "cpu"
+    (record,) = caplog.records
+    assert re.fullmatch(f"--device auto chooses the CPU: {reason}", record.message)
+
+
+def test_auto_says_nothing_where_there_is_no_gpu_or_where_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(device, "_GPU_FILES", ("/nonexistent",))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == "cpu"
+    monkeypatch.setattr(device, "_GPU_FILES", ("/dev/null",))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto") == "cuda"
+    assert not caplog.records
+
+
+def test_a_matmul_on_a_gpu_is_not_waited_for_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, int] = {}
+    monkeypatch.setattr(device, "auto_batch_tokens", lambda _: 65536)
+    monkeypatch.setattr(device, "time_matmul", lambda *_, **sizes: seen.update(sizes) or 1.0)
+    assert measure_matmul("cuda:1", "float16") == 1.0
+    assert seen["rows"] == 65536
+    assert seen["calls"] >= 10
+
+
+def test_the_rate_counts_all_matmuls_of_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[str, Any] = {"rows": 64, "width": 32, "columns": 16, "seconds": 0.0, "calls": 5}
+    monkeypatch.setattr(time, "perf_counter", iter([0, 100, 100, 101, 200, 203, 300, 302]).__next__)
+    flops = 2 * 64 * 32 * 16 * 5
+    assert time_matmul("cpu", "float32", **sizes) == flops / 1
+    monkeypatch.setattr(time, "perf_counter", iter([0, 100, 100, 101, 200, 203, 300, 302]).__next__)
+    assert time_matmul("cpu", "float32", **sizes, best=False) == flops / 2

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3cli.encoder.embeddings import restore_order, select_rows
+from m3cli.encoder.embeddings import Buffers, restore_order, select_rows
 from m3cli.encoder.encode import batch_rows
 from m3cli.records import Embeddings, LexicalWeights, TokenMatrices
 from tests.encoder.test_encode import LENGTHS
@@ -78,6 +78,36 @@ def test_rows_are_picked_in_the_order_asked_for(chosen: list[int]) -> None:
     assert picked.lexical_weights.values.tolist() == [index for index in chosen for _ in range(index)]
     assert np.diff(picked.colbert_vecs.indptr).tolist() == [index + 1 for index in chosen]
     assert picked.colbert_vecs.vectors[:, 3].tolist() == [index for index in chosen for _ in range(index + 1)]
+
+
+def test_memory_is_taken_again_when_nothing_refers_to_it() -> None:
+    buffers = Buffers()
+    first = buffers.empty((100, 4), np.dtype(np.float16))
+    address, part = first.ctypes.data, first[3:5]
+    second = buffers.empty((90, 4), np.dtype(np.float16))
+    assert second.ctypes.data != address
+    del first
+    third = buffers.empty((100, 8), np.dtype(np.int8))
+    assert third.ctypes.data != address, "a part of it is in use"
+    part[:] = 7
+    del part
+    fourth = buffers.empty((100, 8), np.dtype(np.int8))
+    assert fourth.ctypes.data == address
+    del second, third, fourth
+    large = buffers.empty((1000, 4), np.dtype(np.float16))
+    assert large.shape == (1000, 4)
+    assert len(buffers._held) == 1, "those that were too small are freed"
+    del large
+
+
+def test_windows_in_reused_memory_are_the_same() -> None:
+    buffers = Buffers()
+    for num_rows in (6, 9, 3):
+        expected = make_embeddings(num_rows)
+        made = restore_order(iter([expected]), start=0, stop=num_rows, buffers=buffers)
+        assert made.colbert_vecs is not None
+        assert expected.colbert_vecs is not None
+        assert made.colbert_vecs.vectors.tobytes() == expected.colbert_vecs.vectors.tobytes()
 
 
 def test_what_is_not_there_stays_so() -> None:

@@ -6,7 +6,9 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 
 from m3cli.concurrency import parallel_map
 from m3cli.encoder import encode as encoding
+from m3cli.encoder import tokenizer as tokenizers
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.encode import (
     BALANCE_STEP,
@@ -29,6 +32,7 @@ from m3cli.encoder.encode import (
     pack_rows,
     plan_windows,
     split_batch,
+    take_batch,
 )
 from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.model import Model, load_model
@@ -43,6 +47,8 @@ LENGTHS = st.lists(st.integers(2, 50), max_size=60).map(lambda lengths: np.array
 
 POISON = 77
 "a token whose embedding is NaN in the model of these tests"
+STEEP = 78
+"a token whose embedding is too large for float16"
 
 
 def as_chunks(lengths: NDArray[np.int64]) -> Chunks:
@@ -118,6 +124,34 @@ def test_split_keeps_order_and_content(lengths: NDArray[np.int64]) -> None:
     assert first.cu_seqlens[0] == second.cu_seqlens[0] == 0
     assert len(first.rows) >= 1
     assert len(second.rows) >= 1
+
+
+def test_slices_of_texts_have_the_same_tokens(tiny_m3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(read_checkpoint(tiny_m3))
+    usual = tokenizer.encode(TEXTS)
+    monkeypatch.setattr(tokenizers, "SLICE_TEXTS", 2)
+    assert [ids.tolist() for ids in tokenizer.encode(TEXTS)] == [ids.tolist() for ids in usual]
+    assert tokenizer.encode([]) == []
+
+
+@pytest.mark.parametrize(("limit", "tried", "learned"), [(9000, [5000], None), (1500, [5000, 2560, 1280], 1280)])
+def test_warming_up_finds_the_largest_batch(
+    model: Model, limit: int, tried: list[int], learned: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = make_encoder(model)
+    launched: list[int] = []
+
+    def launch(_: Model, batch: Batch) -> Any:
+        launched.append(len(batch.input_ids))
+        return None if launched[-1] > limit else SimpleNamespace(outputs=SimpleNamespace(wait=lambda: None))
+
+    monkeypatch.setattr(encoder, "_launch", launch)
+    encoder.warm_up(5000)
+    assert launched == [], "a CPU needs none"
+    encoder.model = replace(model, device=torch.device("cuda"))
+    encoder.warm_up(5000)
+    assert launched == [4864 if size == 5000 else size for size in tried]
+    assert encoder.max_tokens == learned
 
 
 TEXTS = ["one two three four five six seven", "", "a", "trailing  ", "狐狸 跳过"]
@@ -284,7 +318,7 @@ def test_a_row_fails_if_memory_does_not_hold_the_model_in_float32(model: Model, 
     def load_float32() -> Model:
         raise ModelTooLarge("no memory for it")
 
-    encoder = make_encoder(broken, ahead=0, load_float32=load_float32)
+    encoder = make_encoder(broken, ahead=0, retries=[load_float32])
     result = list(encoder.encode_all(make_batches([9, 8], [7], poisoned=frozenset({1}))))
     assert list_rows(result) == [0, 1, 2]
     assert [(each.row, each.reason) for each in result if isinstance(each, FailedRow)] == [(1, OUT_OF_MEMORY)]
@@ -350,6 +384,23 @@ def test_halves_replace_a_batch_that_memory_does_not_hold(
     assert (failed.row, failed.reason) == (5, OUT_OF_MEMORY)
 
 
+def test_a_half_is_split_again_only_if_it_fails(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, limits = list[int](), [0]
+
+    def run_model(model: Any, batch: Batch) -> Any:
+        tried.append(len(batch.input_ids))
+        if len(batch.input_ids) > limits[0]:
+            raise torch.OutOfMemoryError("injected")
+        return real_run_model(model, batch)
+
+    monkeypatch.setattr(encoding, "run_model", run_model)
+    for limits[0], sizes in ((50, [69, 45, 24]), (40, [69, 45, 33, 12, 24])):
+        tried.clear()
+        result = list(make_encoder(model, ahead=0).encode_all(make_batches([33, 12, 12, 12])))
+        assert list_rows(result) == [0, 1, 2, 3]
+        assert tried == sizes
+
+
 def test_a_row_that_fits_alone_is_tried_again_when_nothing_waits(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     waiting: list[int] = []
 
@@ -370,7 +421,7 @@ def test_a_row_that_fits_alone_is_tried_again_when_nothing_waits(model: Model, m
 
 def test_rows_that_are_not_finite_are_encoded_in_float32_while_others_wait(model: Model, broken: Model) -> None:
     batches = make_batches([9, 8], [7, 6], [5], poisoned=frozenset({1, 2, 4}))
-    encoder = make_encoder(broken, ahead=1, load_float32=lambda: model)
+    encoder = make_encoder(broken, ahead=1, retries=[lambda: model])
     result = list(encoder.encode_all(batches))
     assert list_rows(result) == [0, 1, 3, 2, 4]
     exact = make_encoder(model, ahead=0)
@@ -387,6 +438,61 @@ def test_rows_that_are_not_finite_are_encoded_in_float32_while_others_wait(model
         assert each.dense_vecs is not None
         assert same.dense_vecs is not None
         np.testing.assert_allclose(each.dense_vecs.astype(np.float32), same.dense_vecs.astype(np.float32), atol=1e-3)
+
+
+def test_rows_that_overflow_are_encoded_together_in_the_next_dtype(
+    tiny_m3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(dtype: Any) -> Model:
+        loaded = load_model(read_checkpoint(tiny_m3), device="cpu", dtype=dtype)
+        loaded.word_embeddings[POISON] = torch.nan
+        loaded.word_embeddings[STEEP] = torch.tensor([1e5, -1e5]).repeat(32).to(loaded.dtype)
+        return loaded
+
+    launched = []
+
+    def run_model(model: Model, batch: Batch) -> Any:
+        launched.append((str(model.dtype).removeprefix("torch."), batch.rows.tolist()))
+        return real_run_model(model, batch)
+
+    monkeypatch.setattr(encoding, "run_model", run_model)
+    (batch,) = make_batches([9, 8, 8, 7, 6], poisoned=frozenset({2}))
+    batch.input_ids[batch.cu_seqlens[[1, 4]] + 1] = STEEP
+    encoder = make_encoder(load("float16"), retries=[partial(load, "bfloat16"), partial(load, "float32")])
+    encoder._retry_alone = False  # as on CUDA
+    first, second, failed = encoder.encode(batch)
+    assert launched == [("float16", [0, 1, 2, 3, 4]), ("bfloat16", [1, 2, 4]), ("float32", [2])]
+    assert (list_rows([first]), list_rows([second]), list_rows([failed])) == ([0, 3], [1, 4], [2])
+    assert encoder.repeated == {"bfloat16": 2, "float32": 0}
+    assert isinstance(failed, FailedRow)
+    assert failed.detail == "NaN or infinity in float16 and in bfloat16 and in float32"
+    (exact,) = make_encoder(load("float32")).encode(take_batch(batch, np.array([1, 4])))
+    assert isinstance(exact, Embeddings)
+    assert isinstance(second, Embeddings)
+    assert exact.dense_vecs is not None
+    assert second.dense_vecs is not None
+    assert (exact.dense_vecs.astype(np.float32) * second.dense_vecs.astype(np.float32)).sum(1).min() > 0.99
+
+
+def test_rows_are_encoded_again_in_halves_if_memory_runs_out(
+    model: Model, broken: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def run_model(running: Model, batch: Batch) -> Any:
+        if running is model:
+            tried.append(batch.rows.tolist())
+            if len(batch.rows) > 1:
+                raise torch.OutOfMemoryError("injected")
+        return real_run_model(running, batch)
+
+    monkeypatch.setattr(encoding, "run_model", run_model)
+    encoder = make_encoder(broken, retries=[lambda: model])
+    encoder._retry_alone = False
+    result = list(encoder.encode_all(make_batches([9, 8, 7], poisoned=frozenset({0, 2}))))
+    assert tried == [[0, 2], [0], [2]]
+    assert list_rows(result) == [1, 0, 2]
+    assert all(isinstance(each, Embeddings) for each in result)
 
 
 def test_a_cpu_keeps_nothing_waiting(model: Model) -> None:

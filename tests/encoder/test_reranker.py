@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, XLMRobertaForSequenceClassification
 from m3cli.encoder import reranker as module
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.model import Model, run_model
-from m3cli.encoder.reranker import PAIR_SPECIALS, Reranker, join_pair, load_reranker, score_batch
+from m3cli.encoder.reranker import PAIR_SPECIALS, Reranker, join_pair, load_reranker, score_batches
 from m3cli.encoder.texts import TokenisedTexts, pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.errors import ModelError
@@ -76,9 +76,8 @@ def test_logits_are_those_of_transformers(
 ) -> None:
     pairs = join(cross_encoder, max_length=MAX_LENGTH)
     found = np.full(len(pairs.input_ids), np.nan, np.float32)
-    for batch in pack_texts(pairs, max_batch_tokens=max_batch_tokens):
-        for result in score_batch(reranker, batch):
-            found[result.rows] = result.values
+    for result in score_batches(reranker, pack_texts(pairs, max_batch_tokens=max_batch_tokens)):
+        found[result.rows] = result.values
     with torch.inference_mode():
         expected = [float(reference(torch.tensor(ids[None].astype(np.int64))).logits[0, 0]) for ids in pairs.input_ids]
     assert np.ptp(expected) > 0.05, "all pairs alike would prove nothing"
@@ -102,7 +101,7 @@ def test_out_of_memory_goes_on_in_halves(
 ) -> None:
     pairs = join(cross_encoder, max_length=MAX_LENGTH)
     (batch,) = pack_texts(pairs, max_batch_tokens=8192)
-    (complete,) = score_batch(reranker, batch)
+    (complete,) = score_batches(reranker, [batch])
 
     def run_few(model: Model, batch: Batch) -> object:
         if len(batch.rows) > 3:
@@ -110,7 +109,7 @@ def test_out_of_memory_goes_on_in_halves(
         return run_model(model, batch)
 
     monkeypatch.setattr(module, "run_model", run_few)
-    parts = list(score_batch(reranker, batch))
+    parts = list(score_batches(reranker, [batch]))
     assert len(parts) > 4
     assert np.concatenate([part.rows for part in parts]).tolist() == batch.rows.tolist()
     np.testing.assert_allclose(np.concatenate([part.values for part in parts]), complete.values, atol=1e-5)
@@ -120,7 +119,7 @@ def test_out_of_memory_goes_on_in_halves(
 
     monkeypatch.setattr(module, "run_model", refuse)
     with pytest.raises(ModelError, match="does not fit the memory of cpu; lower --max-length"):
-        list(score_batch(reranker, batch))
+        list(score_batches(reranker, [batch]))
 
 
 def test_weights_as_bin_are_the_same(cross_encoder: Path, reranker: Reranker, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer
 from m3cli.encoder import device as machine
 from m3cli.encoder import encode as encoding
 from m3cli.encoder.model import run_model as real_run_model
+from m3cli.jobs.encode import pipeline
 from m3cli.records import Batch
 from tests.conftest import Completed
 from tests.functional.test_bad_rows import read_ids, read_skipped
@@ -131,6 +133,10 @@ def test_a_row_too_large_for_float16_is_encoded_in_float32(m3_here: M3, tmp_path
         done = m3_here("encode", "c.jsonl", *flags)
         assert done.returncode == 3, done.stderr
         assert ("encoding it again in float32" in done.stderr) == (dtype == "float16")
+        metrics = json.loads((tmp_path / f"{dtype}.m3" / "_m3" / "metrics.json").read_text(encoding="utf-8"))
+        assert metrics["repeated"] == ({"float32": len(BAD)} if dtype == "float16" else {})
+        assert (metrics["device"], metrics["torch"]) == ("cpu", torch.__version__)
+        assert metrics["device_name"]
         tables[dtype] = pq.read_table(tmp_path / f"{dtype}.m3" / "rows")
     ids = tables["float16"].column("id").to_pylist()
     assert ids == [f"d{number}" for number in range(60) if number != 7]
@@ -172,7 +178,8 @@ def test_out_of_memory_halves_batches_for_the_rest_of_the_run(
     assert done.returncode == 3, done.stderr
     refused = [tokens for tokens in tried if tokens > 150]
     assert 1 <= len(refused) <= 3, "the limit is learned once"
-    assert f"at most {refused[-1] // 2}" in done.stderr
+    limit = int(re.findall(r"at most (\d+)", done.stderr)[-1])
+    assert refused[-1] // 2 <= limit < refused[-1], "the larger half"
     assert max(tried[tried.index(refused[-1]) + 1 :]) <= 150
     whole, small = (pq.read_table(tmp_path / name / "rows") for name in ("whole.m3", "small.m3"))
     assert whole.column("id").equals(small.column("id"))
@@ -208,13 +215,33 @@ def test_another_error_of_the_device_is_not_taken_for_memory(
     m3_here: M3, tmp_path: Path, tiny_m3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run_model(model: Any, batch: Batch) -> Any:
-        raise RuntimeError("CUDA error: out of memory, says a driver that is broken")
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(encoding, "run_model", run_model)
     (tmp_path / "c.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8")
     done = m3_here("encode", "c.jsonl", "--model", tiny_m3, "--dtype", "float32")
     assert done.returncode == 1
-    assert "internal error: RuntimeError: CUDA error: out of memory, says a driver" in done.stderr.splitlines()[-1]
+    assert "internal error: RuntimeError: CUDA error: an illegal memory access" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flags", [(), ("--dedupe", "--format", "npy"), ("--long-docs", "merge"), ("--mcls", "8")])
+def test_the_threads_of_a_gpu_write_the_same_bytes(
+    m3_here: M3, tmp_path: Path, broken_m3: Path, flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several windows a shard, batches ahead, windows ordered ahead; rows that fail, so that shards come again."""
+    monkeypatch.setitem(encoding.WINDOW_BYTES, "cpu", 128 * 64 * 2)
+    monkeypatch.setattr(machine, "plan_threads", lambda *_, **__: 1)
+    write_corpus(tmp_path / "c.jsonl", BAD)
+    common = ("c.jsonl", "--model", broken_m3, "--dtype", "float32", "--shard-size", "1K", "--max-length", "24")
+    usual = (*common, *FLAGS, *flags)
+    assert m3_here("encode", *usual, "--out", "cpu.m3").returncode == 3
+    monkeypatch.setitem(pipeline.WINDOWS_AHEAD, "cpu", 1)
+    monkeypatch.setitem(machine.AHEAD, "cpu", 3)
+    assert m3_here("encode", *usual, "--out", "gpu.m3").returncode == 3
+    files = [path.relative_to(tmp_path / "cpu.m3") for path in (tmp_path / "cpu.m3").rglob("shard-*.*")]
+    assert len(files) > 20
+    for file in files:
+        assert (tmp_path / "cpu.m3" / file).read_bytes() == (tmp_path / "gpu.m3" / file).read_bytes(), file
 
 
 def test_a_query_that_cannot_be_encoded_is_counted_and_the_others_are_searched_for(
@@ -258,3 +285,23 @@ def test_a_head_that_gives_no_numbers_is_told(
     assert done.returncode == 3
     assert done.stdout.splitlines()[1] == "one\ttwo" + "\t" * 5
     assert "not a number in the output (row 1)" in done.stderr
+
+
+@pytest.mark.parametrize("form", ["int8", "binary"])
+def test_vectors_quantised_on_the_device_are_stored_as_those_of_the_host(
+    m3_here: M3, tmp_path: Path, broken_m3: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path / "c.jsonl", BAD)
+    usual = ("c.jsonl", "--model", broken_m3, "--dtype", "float32", "--colbert-dtype", form, *FLAGS)
+    assert m3_here("encode", *usual, "--out", "host.m3").returncode == 3
+    monkeypatch.setitem(pipeline.QUANTISES, "cpu", True)
+    assert m3_here("encode", *usual, "--out", "device.m3").returncode == 3
+    tables = [pq.read_table(tmp_path / name / "rows") for name in ("host.m3", "device.m3")]
+    assert (
+        tables[0]
+        .drop_columns("colbert_scales" if form == "int8" else [])
+        .equals(tables[1].drop_columns("colbert_scales" if form == "int8" else []))
+    )
+    if form == "int8":
+        scales = [np.frombuffer(b"".join(table["colbert_scales"].to_pylist()), np.float32) for table in tables]
+        np.testing.assert_allclose(scales[0], scales[1], rtol=1e-6)

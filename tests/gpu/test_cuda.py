@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -108,13 +108,13 @@ def make_encoder(
     *,
     ahead: int | None = None,
     mcls: int = 0,
-    load_float32: Callable[[], Model] | None = None,
+    retries: Sequence[Callable[[], Model]] = (),
     **settings: Any,
 ) -> BatchEncoder:
     usual = {"outputs": ALL, "special_ids": SPECIALS, "dense_dtype": "float32", "colbert_dtype": "float32"}
     options = OutputOptions(**{**usual, **settings})
-    encoder = BatchEncoder(model, options, mcls=mcls, load_float32=load_float32, ahead=ahead)
-    assert ahead is not None or encoder._ahead == 1
+    encoder = BatchEncoder(model, options, mcls=mcls, retries=retries, ahead=ahead)
+    assert ahead is not None or encoder._ahead == 3
     return encoder
 
 
@@ -170,7 +170,7 @@ def test_batches_ahead_give_the_same_bytes_as_one_after_the_other(tiny_m3: Path)
     batches = pack_all(make_chunks(3000, longest=300), max_batch_tokens=16384)
     assert len(batches) > 20
     settings: dict[str, Any] = {"dense_dtype": "float16", "colbert_dtype": "float16"}
-    alone, ahead = (encode(make_encoder(model, ahead=count, **settings), batches) for count in (0, 1))
+    alone, ahead = (encode(make_encoder(model, ahead=count, **settings), batches) for count in (0, 3))
     for one, other in zip(alone, ahead, strict=True):
         assert one.rows.tolist() == other.rows.tolist()
         assert one.dense_vecs is not None
@@ -299,7 +299,7 @@ def test_memory_that_runs_out_halves_batches_and_keeps_order(tiny_m3: Path, monk
     assert (dense[0] * dense[1]).sum(1).min() > 0.999
 
 
-def test_a_row_that_is_no_number_is_made_in_float32_between_others(tiny_m3: Path) -> None:
+def test_a_row_that_overflows_is_encoded_in_bfloat16_between_others(tiny_m3: Path) -> None:
     poison = 77
 
     def load_steep(dtype: str) -> Model:
@@ -313,9 +313,9 @@ def test_a_row_that_is_no_number_is_made_in_float32_between_others(tiny_m3: Path
     chunks.input_ids[chunks.cu_seqlens[bad] + 1] = poison
     batches = pack_all(chunks, max_batch_tokens=2048)
     exact = encode(make_encoder(load_steep("float32")), batches)
-    encoder = make_encoder(load_steep("float16"), load_float32=lambda: load_steep("float32"))
+    encoder = make_encoder(load_steep("float16"), retries=[lambda: load_steep("bfloat16")])
     made = encode(encoder, batches)
-    assert len(made) == len(batches) + len(bad)
+    assert encoder.repeated == {"bfloat16": len(bad)}
     dense = []
     for each in (exact, made):
         rows = np.concatenate([part.rows for part in each])

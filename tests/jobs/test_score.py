@@ -158,14 +158,39 @@ def test_texts_that_cannot_be_encoded_are_counted_faults(
     score: Callable[..., Scored], pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Failing(BatchEncoder):
-        def encode(self, batch: Any) -> Iterator[Any]:
-            for row in batch.rows.tolist():
+        def encode_all(self, batches: Any) -> Iterator[Any]:
+            for row in [row for batch in batches for row in batch.rows.tolist()]:
                 yield FailedRow(row=row, reason="out of memory", detail="")
 
     monkeypatch.setattr(text_encoder, "BatchEncoder", Failing)
     made = score(pairs)
     assert made.code == 3
     assert "12 of 12 rows have no scores: 12 out of memory" in made.said
+
+
+def test_the_next_batch_is_launched_before_pairs_are_scored(
+    score: Callable[..., Scored], pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    class Ahead(BatchEncoder):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options, ahead=1)
+
+        def _launch(self, *arguments: Any) -> Any:
+            events.append("launch")
+            return super()._launch(*arguments)
+
+    def watch(*arguments: Any, **options: Any) -> Any:
+        events.append("score")
+        return score_rows(*arguments, **options)
+
+    usual = score(pairs)
+    monkeypatch.setattr(text_encoder, "BatchEncoder", Ahead)
+    monkeypatch.setattr(score_texts, "score_rows", watch)
+    made = score(pairs, max_batch_tokens=1)
+    assert "".join(event[0] for event in events).endswith("llslslss"), "four texts, each scored after the next launch"
+    assert made.column("colbert+sparse+dense") == pytest.approx(usual.column("colbert+sparse+dense"), abs=2e-6)
 
 
 def test_parquet_keeps_types_and_order(score: Callable[..., Scored], tmp_path: Path) -> None:

@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
+import pytest
 
 from m3cli.encoder.encode import FailedRow
-from m3cli.jobs.encode.pipeline import TokenisedShard, drop_documents, find_originals
-from m3cli.records import Chunks, Document, Origins, Shard, ShardText, SkippedRow
+from m3cli.jobs.encode import pipeline as module
+from m3cli.jobs.encode.pipeline import TokenisedShard, drop_documents, encode_windows, find_originals
+from m3cli.progress import Stopwatch
+from m3cli.records import Batch, Chunks, Document, Embeddings, Origins, Shard, ShardText, SkippedRow
 
 
 def make_shard(texts: list[str], rows_of: list[int]) -> TokenisedShard:
@@ -37,6 +44,49 @@ def make_shard(texts: list[str], rows_of: list[int]) -> TokenisedShard:
         ),
         origins=Origins(rows=np.array([0, 4]), shard=np.array([7, 8]), row=np.array([70, 80])),
     )
+
+
+def test_batches_of_all_windows_are_one_sequence_and_reused_rows_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = make_shard(["a", "bb", "ccc", "dddd"], [1, 3, 1, 2])  # rows 0 and 4 are reused
+    monkeypatch.setattr(module, "window_tokens", lambda _: 10)  # rows 0 to 2, 3, 4, 5, 6
+    events: list[str] = []
+
+    def encode_all(batches: Iterator[Batch]) -> Iterator[Embeddings | FailedRow]:
+        for batch in list(batches):
+            events.append(f"encode {batch.rows.tolist()}")
+            yield as_embeddings(batch.rows)
+
+    def read(_: object, *, start: int, stop: int) -> Iterator[Embeddings]:
+        rows = np.array([row for row in (0, 4) if start <= row < stop])
+        if len(rows):
+            events.append(f"read {rows.tolist()}")
+            yield as_embeddings(rows)
+
+    pipeline: Any = SimpleNamespace(
+        encoder=SimpleNamespace(encode_all=encode_all, mcls=0, max_tokens=None, num_threads=1),
+        previous=SimpleNamespace(read=read),
+        config=SimpleNamespace(dedupe=False),
+        run=SimpleNamespace(runtime=SimpleNamespace(max_batch_tokens=100)),
+        watch=Stopwatch(),
+    )
+    result = [
+        (window.start, window.stop, made.rows.tolist())
+        for window, made in encode_windows(shard, pipeline)
+        if isinstance(made, Embeddings)
+    ]
+    assert result == [(0, 3, [0]), (0, 3, [2, 1]), (3, 4, [3]), (4, 5, [4]), (5, 6, [5]), (6, 7, [6])]
+    assert events == [
+        "encode [2, 1]",
+        "read [0]",
+        "encode [3]",
+        "encode [5]",
+        "read [4]",
+        "encode [6]",
+    ]
+
+
+def as_embeddings(rows: np.ndarray) -> Embeddings:
+    return Embeddings(rows=rows, dense_vecs=None, lexical_weights=None, colbert_vecs=None)
 
 
 def test_a_document_is_dropped_with_all_its_rows() -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import contender
+from benchmarks.contest import Group, Made
 from benchmarks.peers import group_padded
 from benchmarks.speed import Shape, count_flops
 from tests.conftest import ROOT, build_sample
@@ -29,11 +31,12 @@ def bench(name: str, *arguments: object) -> str:
 @pytest.mark.parametrize(
     ("name", "arguments", "shown"),
     [
-        ("speed", ["--documents", 4, "--only", "m3 bfloat16"], "m3 bfloat16"),
+        ("speed", ["--documents", 4, "--only", "m3 bfloat16", "--end-to-end"], "m3 encode dense,sparse, end to end"),
         ("lengths", ["--lengths", 16, "--tokens", 64], "m3 bfloat16"),
         ("growth", ["--sizes", "20,30", "--repeat", 1], "30 rows"),
         ("growth", ["--documents", "--sizes", "0.01", "--rows", 10], "0.01 MB"),
         ("host", ["--rows", 50, "--repeat", 1, "--shards", 3], "nothing to do"),
+        ("busy", ["--tokens", 2000, "--lengths", 20, "--ms", 0.1, "--batch", 300], "dense,sparse,colbert, 20"),
         ("score", ["--pairs", 8, "--queries", 2, "--reference-pairs", 4, "--batch-sizes", 4], "m3 bfloat16"),
     ],
 )
@@ -52,6 +55,42 @@ def test_the_bench_of_search(tmp_path: Path) -> None:
 
 def test_the_bench_of_the_writer(tmp_path: Path) -> None:
     assert "parquet zstd" in bench("writer", tmp_path, "--mib", 1, "--rounds", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", ["correct,probe", "speed,colbert"])
+def test_the_bench_of_a_gpu_runs_on_a_cpu(parts: str, tiny_m3: Path, tmp_path: Path) -> None:
+    """As on a GPU machine: no pip and no network, checkpoints made from a tokenizer alone."""
+    sizes = ("--layers", 2, "--hidden", 64, "--documents", 100, "--batch", 256, "--seconds", 0.001)
+    files = ("--tokenizer", tiny_m3, "--corpus", build_sample(), "--json", tmp_path / "out.json")
+    bench("gpu", *files, *sizes, "--parts", parts, "--device", "cpu", "--work", tmp_path / "work")
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    if "correct" in parts:
+        assert "passed" in found["correct"]["tests"]
+        assert found["correct"]["differing_files"] == []
+        assert min(each["least_cosine"] for each in found["correct"]["parity"].values()) > 0.999
+        kernels = found["probe"]
+        assert min(kernels[name]["ms"] for name in ("qkv: linear", "forward 30: as it is", "forward 30: folded")) > 0
+        assert kernels["forward 30: folded"]["least_cosine"] > 0.999
+    else:
+        assert found["speed"]["m3 encode, dense + sparse, shards of 8M"]["tokens_per_second"] > 0
+        assert found["speed"]["bench"]["rows"]["m3 float32"]["model_tokens_per_second"] > 0
+        assert found["colbert"]["search, colbert"]["hits_shared"] == 1.0
+
+
+def test_on_a_gpu_two_full_batches_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+
+    def run(group: Group) -> Made:
+        ran.append(group.tokens)
+        return Made(positions=group.tokens)
+
+    monkeypatch.setattr(contender, "read_peak", lambda _: 0)
+    group = Group(texts=["text"] * 2000, lengths=[250] * 2000)
+    contender.time_group(run, group, device="cuda")
+    contender.time_group(run, group, device="cpu")
+    assert ran[0] >= 2 * 65536
+    assert ran[1:] == [500_000, 2000, 500_000]
 
 
 def test_flops_are_those_of_the_matmuls() -> None:

@@ -265,7 +265,7 @@ def encode(
     """Encode the remaining shards and report; `fresh` is None unless this run has begun the folder."""
     # torch, and what imports it: only where there is work
     from m3cli.encoder import device as machine  # noqa: PLC0415
-    from m3cli.encoder.model import load_model  # noqa: PLC0415
+    from m3cli.encoder.model import load_model, load_retries  # noqa: PLC0415
     from m3cli.jobs.encode.pipeline import FirstRows, Pipeline, make_encoder, run_pipeline  # noqa: PLC0415
 
     run, config, progress, watch = opened.run, opened.run.config, work.progress, work.watch
@@ -277,14 +277,15 @@ def encode(
         model = load_model(checkpoint, device=device, dtype=config.dtype)
         num_threads = machine.plan_threads(run.runtime.threads, device=device)
         machine.set_threads(run.runtime.threads // num_threads)
-    load_float32 = partial(load_model, checkpoint, device=device, dtype="float32")
     encoder = make_encoder(
         model,
         tokenizer,
         config=config,
-        load_float32=load_float32 if config.dtype != "float32" else None,
+        retries=load_retries(checkpoint, device=device, dtype=config.dtype),
         num_threads=num_threads,
     )
+    with watch.count("loading"):
+        encoder.warm_up(run.runtime.max_batch_tokens)
     work.stop.check()
     progress.start(shards_todo=todo)
     before, began = opened.counts, time.perf_counter()
@@ -319,9 +320,11 @@ def encode(
     complete = opened.folder.write_manifest(opened.selector.num_shards)
     device_bytes = machine.peak_device_bytes(device)
     summary = summarise(opened, work, seconds=encoded, device_bytes=device_bytes, unread=unread)
+    summary = replace(summary, repeated=dict(encoder.repeated))
     if complete:
         summary = add_id_counts(summary, opened, request, previous)
-    opened.folder.write_metrics(metrics_document(summary))
+    names = {"device": device, "device_name": machine.name_device(device), "torch": machine.TORCH_VERSION}
+    opened.folder.write_metrics({**metrics_document(summary), **names})
     progress.show_summary(summary)
 
 
@@ -402,6 +405,7 @@ def summarise(opened: OpenRun, work: Work, *, seconds: float, device_bytes: int,
         taken=tally.num_reused,
         gone=None,
         duplicate_ids=None,
+        repeated={},
         unread=unread,
     )
 

@@ -1,16 +1,18 @@
 """The pipeline of `m3 encode`, in the order in which a row passes it: read, tokenize, encode, write, commit.
 
     opened.read > tokenise_shards      thread "reading", one shard ahead
-    encode_shards                      thread "encoding", a few batches ahead; drives the device
+    encode_shards                      thread "encoding", some batches ahead; drives the device
+    order_shards                       on CUDA thread "ordering", one window ahead
     write_shards                       the thread of the caller
 
 Each stage is a generator over the stage before. From the device to the disk a shard passes as `ShardStart`, then its
-batches, window by window. If a document fails in the model, `ShardAborted` ends the shard, and the shard comes again
-without that document. A shard is done when its entry is on disk.
+batches, window by window, which become `OrderedWindow`. If a document fails in the model, `ShardAborted` ends the
+shard, and the shard comes again without that document. A shard is done when its entry is on disk.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +27,7 @@ from m3cli.config import ColbertForm, EncodeConfig, RunConfig
 from m3cli.corpus.rows import ROW_HEAD_BYTES
 from m3cli.encoder.chunker import chunk_documents, cutting_of, lengths_with_mcls
 from m3cli.encoder.colbert import bound_vectors, compress_rows
-from m3cli.encoder.embeddings import restore_order, select_chunks, select_rows
+from m3cli.encoder.embeddings import Buffers, restore_order, select_chunks, select_rows
 from m3cli.encoder.encode import (
     NOT_A_NUMBER,
     OUT_OF_MEMORY,
@@ -43,14 +45,18 @@ from m3cli.encoder.tokenizer import Tokenizer
 from m3cli.errors import CorpusError, ModelError
 from m3cli.jobs.encode.increment import PreviousFolder
 from m3cli.progress import Progress, Stage, Stopwatch
-from m3cli.records import Chunks, DoneEntry, Embeddings, Origins, ShardCounts, ShardText, SkippedRow
+from m3cli.records import Batch, Chunks, DoneEntry, Embeddings, Origins, ShardCounts, ShardText, SkippedRow
 from m3cli.store.folder import RunFolder
 from m3cli.store.layout import MAX_MATRIX_BYTES, RowForm
 
 T = TypeVar("T")
 
-BATCHES_AHEAD = 4
-"finished batches that may wait for the writer"
+BATCHES_AHEAD = {"with colbert": 4, "without": 64}
+"finished batches that may wait for the next stage; without ColBERT one of 65,536 tokens is about a MiB"
+WINDOWS_AHEAD = {"cpu": 0, "cuda": 1}
+"ordered windows that may wait for the writer; 0: the writer's thread orders them, as a CPU has no core to spare"
+QUANTISES = {"cpu": False, "cuda": True}
+"whether ColBERT vectors are rounded before they are copied to the host; else `compress_rows` does it"
 COLBERT_ITEM_BYTES = 2
 "float16: the unit of a window's size, whatever is stored"
 TOO_LARGE = "merged ColBERT matrix too large"
@@ -97,7 +103,16 @@ class ShardAborted:
     shard: TokenisedShard
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrderedWindow:
+    """The rows of a window as they are to be written, ascending."""
+
+    shard: TokenisedShard
+    embeddings: Embeddings
+
+
 ShardItem = ShardStart | EncodedBatch | ShardAborted
+OrderedItem = ShardStart | OrderedWindow | ShardAborted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +130,7 @@ class Pipeline:
     watch: Stopwatch
     progress: Progress
     poll: Callable[[], None]
-    "called in the caller's thread with every batch; raises to end the run"
+    "called with every batch, on CUDA in a thread of the pipeline; raises to end the run"
 
     @property
     def config(self) -> EncodeConfig:
@@ -133,10 +148,15 @@ def run_pipeline(
     """Encode shards and commit them; yield each with its entry once it is on disk."""
     tokenised = timed(tokenise_shards(texts, pipeline), pipeline.watch, "reading")
     shards = prefetch(tokenised, depth=1, name="reading")
-    items = prefetch(encode_shards(shards, pipeline), depth=BATCHES_AHEAD, name="encoding")
+    depth = BATCHES_AHEAD["with colbert" if "colbert" in pipeline.config.outputs else "without"]
+    items = prefetch(encode_shards(shards, pipeline), depth=depth, name="encoding")
+    ordered = order_shards(_poll(items, pipeline), pipeline)
+    if (windows := WINDOWS_AHEAD[pipeline.encoder.model.device.type]) > 0:
+        ordered = prefetch(ordered, depth=windows, name="ordering")
     try:
-        yield from write_shards(items, pipeline)
+        yield from write_shards(ordered, pipeline)
     finally:
+        ordered.close()
         items.close()
 
 
@@ -190,51 +210,105 @@ def encode_shard(shard: TokenisedShard, pipeline: Pipeline) -> Generator[ShardIt
     yield ShardStart(shard=shard)
     if chunks.num_rows == 0:
         progress.advance(documents=0, tokens=0, shards=1.0)
-    for start, stop in plan_windows(chunks.num_tokens, max_window_tokens=window_tokens(pipeline)):
-        for result in encode_window(shard, pipeline, start=start, stop=stop):
-            if isinstance(result, FailedRow):
-                if not failed:
-                    yield ShardAborted(shard=shard)
-                failed.append(result)
-                continue
+    for window, result in encode_windows(shard, pipeline):
+        if isinstance(result, FailedRow):
             if not failed:
-                yield EncodedBatch(shard=shard, start=start, stop=stop, embeddings=result)
-            tokens = int(chunks.num_tokens[result.rows].sum())
-            progress.advance(
-                documents=int((chunks.chunk_index[result.rows] == 0).sum()),
-                tokens=tokens,
-                shards=tokens / len(chunks.input_ids),
-            )
+                yield ShardAborted(shard=shard)
+            failed.append(result)
+            continue
+        if not failed:
+            yield EncodedBatch(shard=shard, start=window.start, stop=window.stop, embeddings=result)
+        tokens = int(chunks.num_tokens[result.rows].sum())
+        progress.advance(
+            documents=int((chunks.chunk_index[result.rows] == 0).sum()),
+            tokens=tokens,
+            shards=tokens / len(chunks.input_ids),
+        )
     if failed:
         progress.withdraw_shard()
     return failed
 
 
-def encode_window(
-    shard: TokenisedShard, pipeline: Pipeline, *, start: int, stop: int
-) -> Iterator[Embeddings | FailedRow]:
-    """Yield the rows [start, stop): first those that a previous folder has, then copies with their originals."""
-    rows, encoder = np.arange(start, stop), pipeline.encoder
-    dedupe, max_batch_tokens = pipeline.config.dedupe, pipeline.run.runtime.max_batch_tokens
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedWindow:
+    """The rows [start, stop) of a shard that are sorted by length together."""
+
+    start: int
+    stop: int
+    rows: NDArray[np.int64]
+    "that go through the model"
+    originals: NDArray[np.int64]
+    "of those, the first row with the same text"
+
+
+def encode_windows(shard: TokenisedShard, pipeline: Pipeline) -> Iterator[tuple[PlannedWindow, Embeddings | FailedRow]]:
+    """Yield the rows of each window: first those that a previous folder has, then copies with their originals.
+
+    The batches of all windows are one sequence, so that the device goes on from one window to the next.
+    """
+    planned = deque[PlannedWindow]()
+
+    def plan_batches() -> Iterator[Batch]:
+        for start, stop in plan_windows(shard.chunks.num_tokens, max_window_tokens=window_tokens(pipeline)):
+            window = plan_window(shard, pipeline, start=start, stop=stop)
+            planned.append(window)
+            yield from pack_window(shard, pipeline, window)
+
+    def open_window() -> Iterator[tuple[PlannedWindow, Embeddings | FailedRow]]:
+        window = planned.popleft()
+        if pipeline.previous is not None:
+            reused = pipeline.previous.read(shard.origins, start=window.start, stop=window.stop)
+            yield from ((window, made) for made in timed(reused, pipeline.watch, "encoding"))
+
+    stop = 0
+    for result in timed(pipeline.encoder.encode_all(plan_batches()), pipeline.watch, "encoding"):
+        row = result.row if isinstance(result, FailedRow) else int(result.rows[0])
+        while row >= stop:
+            window, stop = planned[0], planned[0].stop
+            yield from open_window()
+        made = copy_rows(result, window.rows, window.originals) if pipeline.config.dedupe else (result,)
+        yield from ((window, each) for each in made)
+    while planned:
+        yield from open_window()
+
+
+def plan_window(shard: TokenisedShard, pipeline: Pipeline, *, start: int, stop: int) -> PlannedWindow:
+    """Return which of the rows [start, stop) go through the model."""
+    rows = np.arange(start, stop)
     if pipeline.previous is not None:
-        reused = pipeline.previous.read(shard.origins, start=start, stop=stop)
-        yield from timed(reused, pipeline.watch, "encoding")
         rows = np.setdiff1d(rows, shard.origins.rows, assume_unique=True)
-    originals = find_originals(shard, rows) if dedupe else rows
-    single = np.unique(originals)
+    originals = find_originals(shard, rows) if pipeline.config.dedupe else rows
+    return PlannedWindow(start=start, stop=stop, rows=rows, originals=originals)
+
+
+def pack_window(shard: TokenisedShard, pipeline: Pipeline, window: PlannedWindow) -> Iterator[Batch]:
+    """Yield the batches of a window, longest rows first."""
+    single, encoder = np.unique(window.originals), pipeline.encoder
+    max_batch_tokens = pipeline.run.runtime.max_batch_tokens
     groups = batch_rows(
         lengths_with_mcls(shard.chunks.num_tokens[single], every=encoder.mcls),
         max_batch_tokens=min(max_batch_tokens, encoder.max_tokens or max_batch_tokens),
         threads=encoder.num_threads,
     )
-    batches = (pack_rows(shard.chunks, single[group]) for group in groups)
-    for result in timed(encoder.encode_all(batches), pipeline.watch, "encoding"):
-        yield from copy_rows(result, rows, originals) if dedupe else (result,)
+    return (pack_rows(shard.chunks, single[group]) for group in groups)
 
 
-def write_shards(items: Iterator[ShardItem], pipeline: Pipeline) -> Iterator[tuple[TokenisedShard, DoneEntry]]:
-    """Write each shard as its batches come and commit it; yield it with its entry."""
-    for shard, its_items in groupby(_poll(items, pipeline), key=lambda item: item.shard):
+def order_shards(items: Iterator[ShardItem], pipeline: Pipeline) -> Generator[OrderedItem, None, None]:
+    """Yield the windows of each shard in the order in which they are written."""
+    buffers = Buffers()
+    for shard, its_items in groupby(items, key=lambda item: item.shard):
+        yield ShardStart(shard=shard)
+        try:
+            for window in finish_windows(shard, _batches_of(its_items), config=pipeline.config, buffers=buffers):
+                yield OrderedWindow(shard=shard, embeddings=window)
+                del window  # the writer may be the last to hold it
+        except _Aborted:
+            yield ShardAborted(shard=shard)
+
+
+def write_shards(items: Iterator[OrderedItem], pipeline: Pipeline) -> Iterator[tuple[TokenisedShard, DoneEntry]]:
+    """Write each shard as its windows come and commit it; yield it with its entry."""
+    for shard, its_items in groupby(items, key=lambda item: item.shard):
         entry = write_shard(shard, its_items, pipeline)
         if entry is not None:
             yield shard, entry
@@ -246,18 +320,19 @@ def _poll(items: Iterator[ShardItem], pipeline: Pipeline) -> Iterator[ShardItem]
         yield item
 
 
-def write_shard(shard: TokenisedShard, items: Iterator[ShardItem], pipeline: Pipeline) -> DoneEntry | None:
+def write_shard(shard: TokenisedShard, items: Iterator[OrderedItem], pipeline: Pipeline) -> DoneEntry | None:
     """Write a shard's windows and commit it; None if it was aborted, and nothing of it is kept."""
     config, folder = pipeline.config, pipeline.folder
     rows = plan_rows(shard.chunks, long_docs=config.long_docs, taken=shard.origins.rows)
     source = pipeline.source_of(shard.text)
     with folder.open_shard(form=pipeline.form, text=shard.text, chunks=rows, source=source) as writer:
-        try:
-            for window in finish_windows(shard, _batches_of(items), config=config):
+        for item in items:
+            if isinstance(item, ShardAborted):
+                return None
+            if isinstance(item, OrderedWindow):
                 with pipeline.watch.count("writing"):
-                    writer.append(window)
-        except _Aborted:
-            return None
+                    writer.append(item.embeddings)
+            del item  # a window of ColBERT vectors is large
         with pipeline.watch.count("writing"):
             entry = writer.finish()
             folder.commit(entry)
@@ -265,7 +340,7 @@ def write_shard(shard: TokenisedShard, items: Iterator[ShardItem], pipeline: Pip
 
 
 class _Aborted(Exception):
-    """The shard that is being written was aborted."""
+    """The shard that is being ordered was aborted."""
 
 
 def _batches_of(items: Iterator[ShardItem]) -> Iterator[EncodedBatch]:
@@ -278,7 +353,11 @@ def _batches_of(items: Iterator[ShardItem]) -> Iterator[EncodedBatch]:
 
 
 def finish_windows(
-    shard: TokenisedShard, batches: Iterator[EncodedBatch], *, config: EncodeConfig
+    shard: TokenisedShard,
+    batches: Iterator[EncodedBatch],
+    *,
+    config: EncodeConfig,
+    buffers: Buffers | None = None,
 ) -> Iterator[Embeddings]:
     """Yield the rows to be written, ascending, a window at a time: long documents merged, ColBERT compressed."""
     merger = None
@@ -294,7 +373,8 @@ def finish_windows(
     for (start, stop), window in groupby(batches, key=lambda batch: (batch.start, batch.stop)):
         parts = (batch.embeddings for batch in window)
         if merger is None:
-            yield restore_order((compress_rows(part, config.colbert_form) for part in parts), start=start, stop=stop)
+            compressed = (compress_rows(part, config.colbert_form) for part in parts)
+            yield restore_order(compressed, start=start, stop=stop, buffers=buffers)
             continue
         merged = [compress_rows(part, config.colbert_form) for part in merge_window(parts, merger, shard)]
         last = first + sum(len(part.rows) for part in merged)
@@ -333,23 +413,25 @@ def make_encoder(
     tokenizer: Tokenizer,
     *,
     config: EncodeConfig,
-    load_float32: Callable[[], Model] | None = None,
+    retries: Sequence[Callable[[], Model]] = (),
     num_threads: int = 1,
 ) -> BatchEncoder:
     """Make the encoder that a folder's rows go through; what is merged or compressed later leaves it in float32."""
     form = config.colbert_form
+    on_device = QUANTISES[model.device.type] and not config.merges and form == ColbertForm(dtype=form.dtype)
     options = OutputOptions(
         outputs=config.outputs,
         special_ids=tokenizer.special_ids,
         dense_dtype="float32" if config.merges else config.dense_dtype,
         colbert_dtype="float16" if form.plain else "float32",
+        quantise=form.dtype if on_device and form.dtype != "float16" else None,
         vector_weights=form.by_weight,
     )
     return BatchEncoder(
         model,
         options,
         mcls=config.mcls,
-        load_float32=load_float32,
+        retries=retries,
         num_threads=num_threads,
         parallel_map=parallel_map,
     )

@@ -98,7 +98,7 @@ def resolve_config(
         "outputs": outputs,
         "max_length": max_length,
         "dtype": machine.resolve_dtype(request.dtype, device),
-        "shard_size": request.shard_size or auto_shard_size(device, outputs),
+        "shard_size": request.shard_size or auto_shard_size(device),
     }
     typed = {name: getattr(request, name) for name in COMPARED_OPTIONS if getattr(request, name) is not None}
     config = EncodeConfig(fields=resolve_run_fields(request, sources=sources, stdin=stdin), **{**typed, **resolved})
@@ -134,11 +134,12 @@ def resolve_run_fields(request: EncodeRequest, *, sources: Sequence[Source], std
     )
 
 
-def auto_shard_size(device: str, outputs: Sequence[Output]) -> int:
-    """Return the bytes of text of a shard: enough to keep the device busy, little enough to lose in a crash."""
-    if not device.startswith("cuda"):
-        return AUTO_SHARD_SIZE["cpu"]
-    return AUTO_SHARD_SIZE["cuda with colbert" if "colbert" in outputs else "cuda"]
+def auto_shard_size(device: str) -> int:
+    """Return the bytes of text of a shard: enough to keep the device busy, little enough to lose in a crash.
+
+    The first shard is tokenised before the device has work, so a large one delays it.
+    """
+    return AUTO_SHARD_SIZE[device.partition(":")[0]]
 
 
 def check_outputs(outputs: Sequence[Output], checkpoint: Checkpoint) -> None:

@@ -164,9 +164,11 @@ class TextScorer:
         self._texts += len(texts)
         self._tokens += int(tokenised.num_tokens.sum())
         self._truncated += tokenised.truncated
-        for batch, results in self.encoder.encode_batches(tokenised):
-            yield from results
-            self._progress.advance(documents=len(batch.rows), tokens=len(batch.input_ids), shards=0.0)
+        num_tokens = tokenised.num_tokens
+        for made in self.encoder.encode_tokens(tokenised):
+            yield made
+            rows = made.rows if isinstance(made, Embeddings) else np.array([made.row])
+            self._progress.advance(documents=len(rows), tokens=int(num_tokens[rows].sum()), shards=0.0)
 
 
 def _lighter(sides: tuple[list[str], list[str]]) -> int:
