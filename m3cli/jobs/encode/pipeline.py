@@ -11,7 +11,7 @@ without that document. A shard is done when its entry is on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -43,7 +43,7 @@ from m3cli.encoder.tokenizer import Tokenizer
 from m3cli.errors import CorpusError, ModelError
 from m3cli.jobs.encode.increment import PreviousFolder
 from m3cli.progress import Progress, Stage, Stopwatch
-from m3cli.records import Chunks, DoneEntry, Embeddings, Origins, ShardCounts, ShardText, SkippedRow
+from m3cli.records import Chunks, DoneEntry, Embeddings, Origins, Output, ShardCounts, ShardText, SkippedRow
 from m3cli.store.folder import RunFolder
 from m3cli.store.layout import MAX_MATRIX_BYTES, RowForm
 
@@ -190,7 +190,8 @@ def encode_shard(shard: TokenisedShard, pipeline: Pipeline) -> Generator[ShardIt
     yield ShardStart(shard=shard)
     if chunks.num_rows == 0:
         progress.advance(documents=0, tokens=0, shards=1.0)
-    for start, stop in plan_windows(chunks.num_tokens, max_window_tokens=window_tokens(pipeline)):
+    max_window_tokens = window_tokens(pipeline.config.outputs, pipeline.encoder.model)
+    for start, stop in plan_windows(chunks.num_tokens, max_window_tokens=max_window_tokens):
         for result in encode_window(shard, pipeline, start=start, stop=stop):
             if isinstance(result, FailedRow):
                 if not failed:
@@ -214,22 +215,28 @@ def encode_window(
     shard: TokenisedShard, pipeline: Pipeline, *, start: int, stop: int
 ) -> Iterator[Embeddings | FailedRow]:
     """Yield the rows [start, stop): first those that a previous folder has, then copies with their originals."""
-    rows, encoder = np.arange(start, stop), pipeline.encoder
-    dedupe, max_batch_tokens = pipeline.config.dedupe, pipeline.run.runtime.max_batch_tokens
+    rows, dedupe = np.arange(start, stop), pipeline.config.dedupe
     if pipeline.previous is not None:
         reused = pipeline.previous.read(shard.origins, start=start, stop=stop)
         yield from timed(reused, pipeline.watch, "encoding")
         rows = np.setdiff1d(rows, shard.origins.rows, assume_unique=True)
     originals = find_originals(shard, rows) if dedupe else rows
-    single = np.unique(originals)
+    max_batch_tokens = pipeline.run.runtime.max_batch_tokens
+    results = encode_rows(shard.chunks, np.unique(originals), pipeline.encoder, max_batch_tokens=max_batch_tokens)
+    for result in timed(results, pipeline.watch, "encoding"):
+        yield from copy_rows(result, rows, originals) if dedupe else (result,)
+
+
+def encode_rows(
+    chunks: Chunks, rows: NDArray[np.int64], encoder: BatchEncoder, *, max_batch_tokens: int
+) -> Iterator[Embeddings | FailedRow]:
+    """Yield the results of some rows, longest rows first."""
     groups = batch_rows(
-        lengths_with_mcls(shard.chunks.num_tokens[single], every=encoder.mcls),
+        lengths_with_mcls(chunks.num_tokens[rows], every=encoder.mcls),
         max_batch_tokens=min(max_batch_tokens, encoder.max_tokens or max_batch_tokens),
         threads=encoder.num_threads,
     )
-    batches = (pack_rows(shard.chunks, single[group]) for group in groups)
-    for result in timed(encoder.encode_all(batches), pipeline.watch, "encoding"):
-        yield from copy_rows(result, rows, originals) if dedupe else (result,)
+    return encoder.encode_all(pack_rows(chunks, rows[group]) for group in groups)
 
 
 def write_shards(items: Iterator[ShardItem], pipeline: Pipeline) -> Iterator[tuple[TokenisedShard, DoneEntry]]:
@@ -278,9 +285,13 @@ def _batches_of(items: Iterator[ShardItem]) -> Iterator[EncodedBatch]:
 
 
 def finish_windows(
-    shard: TokenisedShard, batches: Iterator[EncodedBatch], *, config: EncodeConfig
+    shard: TokenisedShard, batches: Iterator[EncodedBatch], *, config: EncodeConfig, compress: bool = True
 ) -> Iterator[Embeddings]:
     """Yield the rows to be written, ascending, a window at a time: long documents merged, ColBERT compressed."""
+
+    def store(part: Embeddings) -> Embeddings:
+        return compress_rows(part, config.colbert_form) if compress else part
+
     merger = None
     if config.merges:
         merger = Merger(
@@ -294,9 +305,9 @@ def finish_windows(
     for (start, stop), window in groupby(batches, key=lambda batch: (batch.start, batch.stop)):
         parts = (batch.embeddings for batch in window)
         if merger is None:
-            yield restore_order((compress_rows(part, config.colbert_form) for part in parts), start=start, stop=stop)
+            yield restore_order(map(store, parts), start=start, stop=stop)
             continue
-        merged = [compress_rows(part, config.colbert_form) for part in merge_window(parts, merger, shard)]
+        merged = [store(part) for part in merge_window(parts, merger, shard)]
         last = first + sum(len(part.rows) for part in merged)
         if first < last:
             yield restore_order(merged, start=first, stop=last)
@@ -355,11 +366,11 @@ def make_encoder(
     )
 
 
-def window_tokens(pipeline: Pipeline) -> int | None:
+def window_tokens(outputs: Collection[Output], model: Model) -> int | None:
     """Return the most tokens of a window, by the bytes of their ColBERT vectors; None: a window is a shard."""
-    if "colbert" not in pipeline.config.outputs:
+    if "colbert" not in outputs:
         return None
-    return WINDOW_BYTES[pipeline.encoder.model.device.type] // (pipeline.run.checkpoint.dim * COLBERT_ITEM_BYTES)
+    return WINDOW_BYTES[model.device.type] // (model.checkpoint.hidden_size * COLBERT_ITEM_BYTES)
 
 
 class FirstRows:
