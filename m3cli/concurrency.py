@@ -1,4 +1,4 @@
-"""Threads: an iterator that is prefetched, and a function applied to items in parallel.
+"""Threads: an iterator that is prefetched, a function applied to items in parallel, and a lock.
 
 An error in a thread is raised in the reader. If the reader ends early (an exception, Ctrl-C, `close()`), each thread
 stops after its current item, the inner iterator is closed, and all threads are joined. A thread that is busy for longer
@@ -11,8 +11,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from queue import Empty, Full, Queue, SimpleQueue
-from threading import Event, Thread
+from threading import Event, RLock, Thread
 from threading import enumerate as list_threads
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ POLL_SECONDS = 0.1
 "seconds between checks whether the other side has ended; a new item wakes its reader at once"
 JOIN_TIMEOUT = 15.0
 "seconds"
+_TURN = RLock()
 
 
 class _End:
@@ -82,6 +84,13 @@ def parallel_map(work: Callable[[T], R], items: Iterable[T], *, threads: int, na
         for runner in runners:
             if runner.ident is not None:  # it was started
                 runner.join(max(0.0, deadline - time.monotonic()))
+
+
+@contextmanager
+def take_turn() -> Iterator[None]:
+    """Wait until no other thread of this process is inside; the number of torch's threads is one for the process."""
+    with _TURN:
+        yield
 
 
 def has_live_threads() -> bool:

@@ -28,7 +28,7 @@ AUTO_SHARD_SIZE = {"cpu": 512 << 10, "cuda": 8 << 20}
 "bytes of input text"
 
 Format = Literal["parquet", "npy"]
-Dtype = Literal["float32", "bfloat16", "float16", "int8"]
+Dtype = Literal["float32", "bfloat16", "float16", "int8", "nf4"]
 VectorDtype = Literal["float16", "float32"]
 ColbertDtype = Literal["float16", "int8", "binary"]
 VectorCompression = Literal["none", "zstd"]
@@ -243,7 +243,7 @@ class RunOptions(ModelChoice):
     """The checkpoint, how it computes, and what is shown of it."""
 
     dtype: Dtype | None = option(
-        "auto: float16 on a GPU, bfloat16 on a CPU that has it. int8 is for CPUs.",
+        "auto: float16 on a GPU, bfloat16 on a CPU that has it. int8 is for CPUs, nf4 for little memory.",
         "Model",
         default="auto",
         read="auto",

@@ -175,6 +175,17 @@ class RerankRequest(RunOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertRequest:
+    """Options of `m3 convert`."""
+
+    model: str = required("Checkpoint folder or hub id.", "Input", metavar="MODEL", argument=True)
+    revision: str | None = option("Branch, tag or commit on the hub.", "Input", metavar="NAME")
+    to: str = required("onnx.", "Output", metavar="TARGET")
+    out: str = required("New folder.", "Output", names=("--out", "-o"), metavar="DIR")
+    progress: Literal["auto", "none"] = option("auto: lines on stderr.", "Run", value="auto")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TransferRequest:
     """Options that `m3 export` and `m3 load` share."""
 

@@ -64,6 +64,7 @@ OPTIONS = {
     """,
     "export": "--fields --name --no-space-check --out --outputs --progress --to -o",
     "load": "--fields --left-out --name --outputs --progress --since --to",
+    "convert": "--out --progress --revision --to -o",
     "doctor": "--device --help-all --json --model --revision",
 }
 "of each command, by name"

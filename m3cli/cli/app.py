@@ -19,6 +19,7 @@ from typing import Annotated, Any, cast
 import typer
 
 import m3cli
+from m3cli.cli.convert import convert
 from m3cli.cli.doctor import doctor
 from m3cli.cli.encode import ENCODE_EXAMPLES, PLAN_EXAMPLES, encode, plan
 from m3cli.cli.eval import eval_runs
@@ -56,6 +57,7 @@ app.command("eval", cls=Command)(eval_runs)
 app.command("rerank", cls=Command)(rerank)
 app.command("export", cls=Command)(export)
 app.command("load", cls=Command)(load)
+app.command("convert", cls=Command)(convert)
 app.command("doctor", cls=Command)(doctor)
 
 # typer brings its own copy of click since 0.16; this is the base of its errors in every version.

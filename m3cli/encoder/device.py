@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from m3cli.config import Dtype
 from m3cli.encoder.checkpoint import Checkpoint
-from m3cli.encoder.linear import can_run_int8
+from m3cli.encoder.linear import can_run_int8, can_run_nf4
 from m3cli.errors import ModelTooLarge, UsageError
 
 _log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def resolve_dtype(dtype: Dtype | None, device: str) -> Dtype:
     """Return `dtype`, or the automatic one of a device (None).
 
     Raises:
-        UsageError: int8 cannot run here.
+        UsageError: int8 or nf4 cannot run here.
     """
     if dtype == "int8" and device.startswith("cuda"):
         raise UsageError(f"--dtype int8 runs on a CPU only, not on {device}; use float16 there, or --device cpu")
@@ -134,6 +134,8 @@ def resolve_dtype(dtype: Dtype | None, device: str) -> Dtype:
             "--dtype int8: this CPU has no VNNI instructions, and 8-bit products overflow in oneDNN without them; "
             "use --dtype float32"
         )
+    if dtype == "nf4" and not can_run_nf4():
+        raise UsageError("--dtype nf4 needs the package bitsandbytes: pip install 'm3cli[nf4]'")
     return dtype or auto_dtype(device)
 
 
@@ -147,9 +149,9 @@ def retry_dtypes(dtype: Dtype, device: str) -> tuple[Dtype, ...]:
     return ("bfloat16", "float32") if dtype == "float16" and device.startswith("cuda") else ("float32",)
 
 
-def state_dtype(dtype: Dtype) -> torch.dtype:
-    """Return the dtype of hidden states: with int8, which applies to matmuls only, the CPU's automatic one."""
-    found: torch.dtype = getattr(torch, auto_dtype("cpu") if dtype == "int8" else dtype)
+def state_dtype(dtype: Dtype, device: str) -> torch.dtype:
+    """Return the dtype of hidden states: with int8 and nf4, which are forms of weights, the device's automatic one."""
+    found: torch.dtype = getattr(torch, auto_dtype(device) if dtype in ("int8", "nf4") else dtype)
     return found
 
 
@@ -331,7 +333,7 @@ def list_devices() -> list[dict[str, Any]]:
 
 def name_attention(device: str, dtype: Dtype) -> str:
     """Return the name of the attention that a device uses with a dtype."""
-    varlen = takes_varlen(torch.device(device), state_dtype(dtype), head_width=_HEAD_WIDTH)
+    varlen = takes_varlen(torch.device(device), state_dtype(dtype, device), head_width=_HEAD_WIDTH)
     return "variable-length flash attention" if varlen else "batched matmuls, one block a length"
 
 

@@ -10,6 +10,8 @@ The operator's overloads are called by name. Otherwise torch tries each one, and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
@@ -159,3 +161,42 @@ def make_int8_linear(weight: torch.Tensor, bias: torch.Tensor, *, dtype: torch.d
 def can_run_int8() -> bool:
     """Return whether this torch has oneDNN's 8-bit matmul; its result needs a CPU with VNNI."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nf4Linear:
+    """x -> x W^T + b, with W in NF4, 4 bits a number, which is dequantised at each call."""
+
+    weight: torch.Tensor
+    "[in * out / 2, 1] uint8, two numbers a byte"
+    state: Any
+    "bitsandbytes' QuantState: a scale for each 64 numbers, 8 bits each (double quantisation)"
+    bias: torch.Tensor
+    "[out] in the states' dtype"
+
+    def apply(self, states: torch.Tensor) -> torch.Tensor:
+        """Map [N, in] to [N, out]."""
+        from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415  an extra
+
+        return F.linear(states, dequantize_4bit(self.weight, self.state), self.bias)
+
+    def apply_gelu(self, states: torch.Tensor) -> torch.Tensor:
+        """Map [N, in] to [N, out], then gelu (the exact one, with erf)."""
+        return F.gelu(self.apply(states))
+
+    def apply_add(self, states: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
+        """Map [N, in] to [N, out], then add [N, out]."""
+        return self.apply(states).add_(addend)
+
+
+def make_nf4_linear(weight: torch.Tensor, bias: torch.Tensor) -> Nf4Linear:
+    """Return an affine map [out, in] in NF4, on the device and for states of the dtype of its weights."""
+    from bitsandbytes.functional import quantize_4bit  # noqa: PLC0415  an extra
+
+    quantised, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    return Nf4Linear(weight=quantised, state=state, bias=bias)
+
+
+def can_run_nf4() -> bool:
+    """Return whether bitsandbytes is installed."""
+    return find_spec("bitsandbytes") is not None

@@ -31,7 +31,7 @@ from m3cli.encoder.checkpoint import (
     first_line,
 )
 from m3cli.encoder.device import is_emulated, lacks_memory, resolve_dtype, retry_dtypes, send, state_dtype
-from m3cli.encoder.linear import Int8Linear, Linear, make_int8_linear, make_linear
+from m3cli.encoder.linear import Int8Linear, Linear, Nf4Linear, make_int8_linear, make_linear, make_nf4_linear
 from m3cli.errors import ModelError, ModelTooLarge
 from m3cli.records import Batch, concat_ranges
 
@@ -57,19 +57,20 @@ _FOREIGN_CODE = re.compile("unsupported global|unsupported class|can only (build
 "in torch's error for a pickle that calls foreign code"
 
 Norm = tuple[torch.Tensor, torch.Tensor]
+AnyLinear = Linear | Int8Linear | Nf4Linear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
     """Weights of one transformer layer."""
 
-    qkv: Linear | Int8Linear
+    qkv: AnyLinear
     "C to 3C: query, key, value"
-    attention_out: Linear | Int8Linear
+    attention_out: AnyLinear
     attention_norm: Norm
-    intermediate: Linear | Int8Linear
+    intermediate: AnyLinear
     "C to I"
-    output: Linear | Int8Linear
+    output: AnyLinear
     "I to C"
     output_norm: Norm
 
@@ -118,7 +119,7 @@ def load_retries(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> list[C
 
 
 def _load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
-    target, kind = torch.device(device), state_dtype(resolve_dtype(dtype, device))
+    target, kind = torch.device(device), state_dtype(resolve_dtype(dtype, device), device)
     if is_emulated(kind, device):
         _log.warning("%s is not in this CPU's hardware: float32 would be several times faster here", dtype)
     if target.type == "cuda":
@@ -131,12 +132,12 @@ def _load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
     def put(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device=target, dtype=kind).contiguous()
 
-    def linear(names: list[str], *shape: int | None, after_gelu: bool = False) -> Linear | Int8Linear:
+    def linear(names: list[str], *shape: int | None, after_gelu: bool = False) -> AnyLinear:
         weight = torch.cat([tensors.take(f"{name}.weight", *shape) for name in names])
         bias = torch.cat([tensors.take(f"{name}.bias", shape[0]) for name in names])
         if dtype == "int8":
             return make_int8_linear(weight, bias, dtype=kind, after_gelu=after_gelu)
-        return make_linear(put(weight), put(bias))
+        return (make_nf4_linear if dtype == "nf4" else make_linear)(put(weight), put(bias))
 
     def norm(name: str) -> Norm:
         return put(tensors.take(f"{name}.weight", width)), put(tensors.take(f"{name}.bias", width))

@@ -1,8 +1,9 @@
-"""Encode single texts with a checkpoint, in float32: queries, passages of pairs, sentences; no chunking."""
+"""A loaded checkpoint, and single texts encoded with it in float32: queries, passages of pairs; no chunking."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from m3cli.config import Dtype
 from m3cli.encoder import device as machine
 from m3cli.encoder.checkpoint import Checkpoint
 from m3cli.encoder.embeddings import concat_embeddings, select_rows
-from m3cli.encoder.encode import BatchEncoder, FailedRow
+from m3cli.encoder.encode import BatchEncoder, FailedRow, ParallelMap
 from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.model import load_model, load_retries
 from m3cli.encoder.texts import TokenisedTexts, pack_texts, tokenise_texts
@@ -30,7 +31,7 @@ def resolve_length(value: int | None, checkpoint: Checkpoint, *, option: str) ->
 
 
 class TextEncoder:
-    """A loaded checkpoint that encodes texts into some of its outputs."""
+    """A loaded checkpoint that encodes texts into some of its outputs, float32 after a forward pass in `dtype`."""
 
     def __init__(
         self,
@@ -41,39 +42,58 @@ class TextEncoder:
         dtype: Dtype,
         max_batch_tokens: int | None = None,
     ) -> None:
-        self._max_batch_tokens = max_batch_tokens or machine.auto_batch_tokens(device)
-        self._tokenizer = load_tokenizer(checkpoint)
-        self._encoder = BatchEncoder(
-            load_model(checkpoint, device=device, dtype=dtype),
-            OutputOptions(
-                outputs=tuple(outputs),
-                special_ids=self._tokenizer.special_ids,
-                dense_dtype="float32",
-                colbert_dtype="float32",
-            ),
-            retries=load_retries(checkpoint, device=device, dtype=dtype),
+        self.checkpoint = checkpoint
+        self.outputs = tuple(outputs)
+        self.device = device
+        self.dtype = dtype
+        self.max_batch_tokens = max_batch_tokens or machine.auto_batch_tokens(device)
+        self.tokenizer = load_tokenizer(checkpoint)
+        self.model = load_model(checkpoint, device=device, dtype=dtype)
+        self.batch_encoder = self.make_encoder()
+
+    def select(self, outputs: Sequence[Output]) -> TextEncoder:
+        """Return an encoder with the same weights for some of the checkpoint's outputs."""
+        selected = copy(self)
+        selected.outputs = tuple(outputs)
+        selected.batch_encoder = selected.make_encoder()
+        return selected
+
+    def make_encoder(self, *, num_threads: int = 1, parallel_map: ParallelMap | None = None) -> BatchEncoder:
+        """Return an encoder of batches, `num_threads` of them at once."""
+        options = OutputOptions(
+            outputs=self.outputs,
+            special_ids=self.tokenizer.special_ids,
+            dense_dtype="float32",
+            colbert_dtype="float32",
+        )
+        return BatchEncoder(
+            self.model,
+            options,
+            retries=load_retries(self.checkpoint, device=self.device, dtype=self.dtype),
+            num_threads=num_threads,
+            parallel_map=parallel_map,
         )
 
     @property
     def tokenizer_hash(self) -> str:
         """Hash of the tokenizer, as in run.json."""
-        return self._tokenizer.serialisation_hash
+        return self.tokenizer.serialisation_hash
 
     def format_token(self, token_id: int) -> str:
         """Return a token as the model card prints it: decoded alone, without the mark for the start of a word.
 
         The mark alone is a token too and is returned unchanged.
         """
-        decoded = self._tokenizer.backend.decode([token_id], skip_special_tokens=False)
-        return str(decoded).strip() or self._tokenizer.token(token_id)
+        decoded = self.tokenizer.backend.decode([token_id], skip_special_tokens=False)
+        return str(decoded).strip() or self.tokenizer.token(token_id)
 
     def tokenise(self, texts: Sequence[str], *, max_length: int) -> TokenisedTexts:
         """Tokenise texts and truncate them to `max_length` tokens."""
-        return tokenise_texts(texts, self._tokenizer, max_length=max_length)
+        return tokenise_texts(texts, self.tokenizer, max_length=max_length)
 
     def encode_tokens(self, texts: TokenisedTexts) -> Iterator[Embeddings | FailedRow]:
         """Yield the embeddings of texts in packed batches, longest texts first; rows are indices of the texts."""
-        return self._encoder.encode_all(pack_texts(texts, max_batch_tokens=self._max_batch_tokens))
+        return self.batch_encoder.encode_all(pack_texts(texts, max_batch_tokens=self.max_batch_tokens))
 
     def try_texts(
         self, texts: Sequence[str], *, max_length: int

@@ -65,7 +65,7 @@ class RowsFile:
     def _piece(self, rows: pa.Table, embeddings: Embeddings, first: int, last: int) -> pa.Table:
         table = rows.slice(first, last - first)
         if self._form.format == "parquet":
-            for name, column in _vector_columns(embeddings, self._form, first, last).items():
+            for name, column in vector_columns(embeddings, self._form, first, last).items():
                 table = table.append_column(name, column)
         return table.cast(self._schema)
 
@@ -139,7 +139,8 @@ def _value_bytes(values: pa.Array) -> NDArray[np.int64]:
     return sizes
 
 
-def _vector_columns(embeddings: Embeddings, form: RowForm, first: int, last: int) -> dict[str, pa.Array]:
+def vector_columns(embeddings: Embeddings, form: RowForm, first: int, last: int) -> dict[str, pa.Array]:
+    """Return the vectors of rows [first, last) as columns of `row_schema`."""
     columns = {}
     if embeddings.dense_vecs is not None:
         flat = embeddings.dense_vecs[first:last].astype(form.dense_dtype, order="C", copy=False).reshape(-1)

@@ -35,15 +35,18 @@ from m3cli.store.layout import (
     RUN_NAME,
     SCALES_COLUMN,
     VECTOR_COLUMNS,
+    RowForm,
     colbert_name,
     dense_name,
     done_name,
     indptr_name,
     lexical_name,
+    row_schema,
     rows_name,
     scales_name,
 )
 from m3cli.store.pages import DensePages
+from m3cli.store.parquet import vector_columns
 from m3cli.store.verify.rows import hash_ids
 
 _DENSE = VECTOR_COLUMNS["dense"]
@@ -146,6 +149,18 @@ def read_shard(
         names = _choose_columns(file.schema_arrow, outputs=outputs, columns=columns)
         table = file.read(columns=names, use_threads=False)
         return _to_arrays(folder.path, index, table, outputs=outputs, first_row=0)
+
+
+def read_table(folder: OutputFolder, form: RowForm) -> Any:
+    """Read all rows as a pyarrow.Table, with vectors as columns of the parquet format whatever the folder's is."""
+    schema = row_schema(replace(form, format="parquet"))
+    tables: list[pa.Table] = []
+    for part in iter_parts(folder):
+        table = part.rows
+        for name, column in vector_columns(part.embeddings, form, 0, table.num_rows).items():
+            table = table.append_column(schema.field(name), column)
+        tables.append(table)
+    return pa.concat_tables(tables) if tables else schema.empty_table()
 
 
 def check_lengths(folder: OutputFolder, index: int) -> None:

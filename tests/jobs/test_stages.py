@@ -48,7 +48,7 @@ def make_shard(texts: list[str], rows_of: list[int]) -> TokenisedShard:
 
 def test_batches_of_all_windows_are_one_sequence_and_reused_rows_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     shard = make_shard(["a", "bb", "ccc", "dddd"], [1, 3, 1, 2])  # rows 0 and 4 are reused
-    monkeypatch.setattr(module, "window_tokens", lambda _: 10)  # rows 0 to 2, 3, 4, 5, 6
+    monkeypatch.setattr(module, "window_tokens", lambda *_: 10)  # rows 0 to 2, 3, 4, 5, 6
     events: list[str] = []
 
     def encode_all(batches: Iterator[Batch]) -> Iterator[Embeddings | FailedRow]:
@@ -63,9 +63,9 @@ def test_batches_of_all_windows_are_one_sequence_and_reused_rows_come_first(monk
             yield as_embeddings(rows)
 
     pipeline: Any = SimpleNamespace(
-        encoder=SimpleNamespace(encode_all=encode_all, mcls=0, max_tokens=None, num_threads=1),
+        encoder=SimpleNamespace(encode_all=encode_all, mcls=0, max_tokens=None, num_threads=1, model=None),
         previous=SimpleNamespace(read=read),
-        config=SimpleNamespace(dedupe=False),
+        config=SimpleNamespace(dedupe=False, outputs=()),
         run=SimpleNamespace(runtime=SimpleNamespace(max_batch_tokens=100)),
         watch=Stopwatch(),
     )

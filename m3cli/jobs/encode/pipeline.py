@@ -13,7 +13,7 @@ shard, and the shard comes again without that document. A shard is done when its
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -45,7 +45,7 @@ from m3cli.encoder.tokenizer import Tokenizer
 from m3cli.errors import CorpusError, ModelError
 from m3cli.jobs.encode.increment import PreviousFolder
 from m3cli.progress import Progress, Stage, Stopwatch
-from m3cli.records import Batch, Chunks, DoneEntry, Embeddings, Origins, ShardCounts, ShardText, SkippedRow
+from m3cli.records import Batch, Chunks, DoneEntry, Embeddings, Origins, Output, ShardCounts, ShardText, SkippedRow
 from m3cli.store.folder import RunFolder
 from m3cli.store.layout import MAX_MATRIX_BYTES, RowForm
 
@@ -247,9 +247,10 @@ def encode_windows(shard: TokenisedShard, pipeline: Pipeline) -> Iterator[tuple[
     The batches of all windows are one sequence, so that the device goes on from one window to the next.
     """
     planned = deque[PlannedWindow]()
+    max_window_tokens = window_tokens(pipeline.config.outputs, pipeline.encoder.model)
 
     def plan_batches() -> Iterator[Batch]:
-        for start, stop in plan_windows(shard.chunks.num_tokens, max_window_tokens=window_tokens(pipeline)):
+        for start, stop in plan_windows(shard.chunks.num_tokens, max_window_tokens=max_window_tokens):
             window = plan_window(shard, pipeline, start=start, stop=stop)
             planned.append(window)
             yield from pack_window(shard, pipeline, window)
@@ -283,14 +284,20 @@ def plan_window(shard: TokenisedShard, pipeline: Pipeline, *, start: int, stop: 
 
 def pack_window(shard: TokenisedShard, pipeline: Pipeline, window: PlannedWindow) -> Iterator[Batch]:
     """Yield the batches of a window, longest rows first."""
-    single, encoder = np.unique(window.originals), pipeline.encoder
     max_batch_tokens = pipeline.run.runtime.max_batch_tokens
+    return pack_batches(shard.chunks, np.unique(window.originals), pipeline.encoder, max_batch_tokens=max_batch_tokens)
+
+
+def pack_batches(
+    chunks: Chunks, rows: NDArray[np.int64], encoder: BatchEncoder, *, max_batch_tokens: int
+) -> Iterator[Batch]:
+    """Yield some rows in batches, longest rows first."""
     groups = batch_rows(
-        lengths_with_mcls(shard.chunks.num_tokens[single], every=encoder.mcls),
+        lengths_with_mcls(chunks.num_tokens[rows], every=encoder.mcls),
         max_batch_tokens=min(max_batch_tokens, encoder.max_tokens or max_batch_tokens),
         threads=encoder.num_threads,
     )
-    return (pack_rows(shard.chunks, single[group]) for group in groups)
+    return (pack_rows(chunks, rows[group]) for group in groups)
 
 
 def order_shards(items: Iterator[ShardItem], pipeline: Pipeline) -> Generator[OrderedItem, None, None]:
@@ -358,8 +365,13 @@ def finish_windows(
     *,
     config: EncodeConfig,
     buffers: Buffers | None = None,
+    compress: bool = True,
 ) -> Iterator[Embeddings]:
     """Yield the rows to be written, ascending, a window at a time: long documents merged, ColBERT compressed."""
+
+    def store(part: Embeddings) -> Embeddings:
+        return compress_rows(part, config.colbert_form) if compress else part
+
     merger = None
     if config.merges:
         merger = Merger(
@@ -373,10 +385,9 @@ def finish_windows(
     for (start, stop), window in groupby(batches, key=lambda batch: (batch.start, batch.stop)):
         parts = (batch.embeddings for batch in window)
         if merger is None:
-            compressed = (compress_rows(part, config.colbert_form) for part in parts)
-            yield restore_order(compressed, start=start, stop=stop, buffers=buffers)
+            yield restore_order(map(store, parts), start=start, stop=stop, buffers=buffers)
             continue
-        merged = [compress_rows(part, config.colbert_form) for part in merge_window(parts, merger, shard)]
+        merged = [store(part) for part in merge_window(parts, merger, shard)]
         last = first + sum(len(part.rows) for part in merged)
         if first < last:
             yield restore_order(merged, start=first, stop=last)
@@ -437,11 +448,11 @@ def make_encoder(
     )
 
 
-def window_tokens(pipeline: Pipeline) -> int | None:
+def window_tokens(outputs: Collection[Output], model: Model) -> int | None:
     """Return the most tokens of a window, by the bytes of their ColBERT vectors; None: a window is a shard."""
-    if "colbert" not in pipeline.config.outputs:
+    if "colbert" not in outputs:
         return None
-    return WINDOW_BYTES[pipeline.encoder.model.device.type] // (pipeline.run.checkpoint.dim * COLBERT_ITEM_BYTES)
+    return WINDOW_BYTES[model.device.type] // (model.checkpoint.hidden_size * COLBERT_ITEM_BYTES)
 
 
 class FirstRows:

@@ -245,7 +245,7 @@ def format_command(run: RunConfig, request: EncodeRequest, *, since: str | None)
     options: dict[str, Any] = {
         "outputs": config.outputs if since is not None and config.outputs != ALL_OUTPUTS else None,
         "max_length": config.max_length if config.max_length != MAX_LENGTH_CEILING else None,
-        "dtype": config.dtype if config.dtype in ("float32", "int8") else None,
+        "dtype": config.dtype if config.dtype in ("float32", "int8", "nf4") else None,
         "format": config.format if config.format != "parquet" else None,
         "text_field": fields.text if fields.text not in ("", *TEXT_NAMES) else None,
         "id_field": fields.id if fields.id not in ID_NAMES else None,

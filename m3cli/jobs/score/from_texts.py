@@ -56,14 +56,14 @@ class TextScorer:
 
     ids = False
 
-    def __init__(self, request: ScoreRequest, progress: Progress) -> None:
-        self._request, self._progress = request, progress
-        self._checkpoint = open_checkpoint(request.model, request.revision)
+    def __init__(self, request: ScoreRequest, progress: Progress, *, loaded: TextEncoder | None = None) -> None:
+        self._request, self._progress, self._loaded = request, progress, loaded
+        self._checkpoint = loaded.checkpoint if loaded else open_checkpoint(request.model, request.revision)
         self.lengths = (  # of queries and of passages, in tokens
             resolve_length(request.max_query_length, self._checkpoint, option="--max-query-length"),
             resolve_length(request.max_passage_length, self._checkpoint, option="--max-passage-length"),
         )
-        self._device = machine.resolve_device(request.device)
+        self._device = loaded.device if loaded else machine.resolve_device(request.device)
         self.outputs: tuple[Output, ...] = self._checkpoint.outputs
         self.limits = WINDOW_LIMITS["cuda" if self._device.startswith("cuda") else "cpu"]
         self._texts = self._tokens = self._truncated = 0
@@ -72,8 +72,11 @@ class TextScorer:
         self.encoder: TextEncoder
 
     def load(self, wanted: Sequence[Output]) -> None:
-        """Load tokenizer and model."""
+        """Load tokenizer and model, unless they are loaded."""
         self._wanted = tuple(wanted)
+        if self._loaded is not None:
+            self.encoder = self._loaded.select(self._wanted)
+            return
         dtype = machine.resolve_dtype(self._request.dtype, self._device)
         self._progress.say(f"{self._checkpoint.name}, {dtype} on {self._device}")
         self.encoder = TextEncoder(

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, get_args
+from typing import TYPE_CHECKING, BinaryIO, get_args
 
 from m3cli.config import ALL_OUTPUTS
 from m3cli.corpus.streams import PeekableStream
@@ -22,6 +22,9 @@ from m3cli.requests import Mode, SearchRequest
 from m3cli.store.commit import check_writable
 from m3cli.store.reader import OutputFolder, open_folder
 from m3cli.store.results import open_ranking, ranking_format
+
+if TYPE_CHECKING:
+    from m3cli.encoder.text_encoder import TextEncoder
 
 CANDIDATES = 200
 CANDIDATE_OUTPUTS: tuple[Output, ...] = ("dense", "sparse")
@@ -77,7 +80,7 @@ def search_corpus(
     began = time.perf_counter()
     drawn = show is not None and request.out is None and request.format is None
     shown = kind == "jsonl" or drawn
-    queries, hits = _search(request, folder, mode, source, shown=shown, progress=progress, stdin=stdin)
+    queries, hits = rank_queries(request, folder, mode, source, shown=shown, progress=progress, stdin=stdin)
     seconds = time.perf_counter() - began
     without_hits = sum(not found.ids for found in hits)
     remark = f"; {without_hits:,} without a hit" if without_hits else ""
@@ -177,7 +180,7 @@ def outputs_of(folder: OutputFolder) -> tuple[Output, ...]:
     return folder.run.config.outputs
 
 
-def _search(
+def rank_queries(
     request: SearchRequest,
     folder: OutputFolder,
     mode: Mode,
@@ -185,8 +188,13 @@ def _search(
     *,
     shown: bool,
     progress: Progress,
-    stdin: PeekableStream | None,
+    stdin: PeekableStream | None = None,
+    loaded: TextEncoder | None = None,
 ) -> tuple[Queries, list[QueryHits]]:
+    """Return the queries that could be encoded, and the hits of each; `shown` reads spans and texts of the hits too.
+
+    Texts are encoded by `loaded`, or by the checkpoint that the request names.
+    """
     if mode == "bm25":
         return _search_terms(request, folder, source, shown=shown, progress=progress, stdin=stdin)
     # torch, which is slow to import: only after options and folder have been checked
@@ -219,11 +227,11 @@ def _search(
                 f"--candidates {blend.candidates}: at most {most:,} hits of a query are ranked, not --top-k "
                 f"{request.top_k}"
             )
-        queries = _embed(request, folder, source, outputs, progress)
+        queries = _embed(request, folder, source, outputs, progress, loaded)
         assert queries.embeddings is not None
         found = search_hybrid(target, queries.embeddings, blend)
     else:
-        queries = _embed(request, folder, source, (mode,), progress)
+        queries = _embed(request, folder, source, (mode,), progress, loaded)
         assert queries.embeddings is not None
         found = search_single(target, queries.embeddings, mode)
     return queries, describe_hits(found, folder, ids=queries.ids, texts=queries.texts, chunks=chunks, shown=shown)
@@ -243,10 +251,11 @@ def _embed(
     source: Queries | OutputFolder,
     outputs: tuple[Output, ...],
     progress: Progress,
+    loaded: TextEncoder | None,
 ) -> Queries:
     if isinstance(source, OutputFolder):
         return read_vectors(source, folder, outputs, progress)
-    return encode_queries(source, folder, outputs, request, progress)
+    return encode_queries(source, folder, outputs, request, progress, loaded=loaded)
 
 
 def _search_terms(

@@ -26,6 +26,7 @@ from m3cli.store.reader import OutputFolder, iter_parts, open_folder
 
 if TYPE_CHECKING:
     from m3cli.encoder.checkpoint import Checkpoint
+    from m3cli.encoder.text_encoder import TextEncoder
 
 
 LITERAL_ID = "query"
@@ -149,9 +150,15 @@ def read_vectors(
 
 
 def encode_queries(
-    queries: Queries, corpus: OutputFolder, outputs: tuple[Output, ...], request: SearchRequest, progress: Progress
+    queries: Queries,
+    corpus: OutputFolder,
+    outputs: tuple[Output, ...],
+    request: SearchRequest,
+    progress: Progress,
+    *,
+    loaded: TextEncoder | None = None,
 ) -> Queries:
-    """Encode texts with the checkpoint of the corpus; texts that cannot be encoded are skipped.
+    """Encode texts with the checkpoint of the corpus, which may be loaded; texts that cannot be encoded are skipped.
 
     Raises:
         ForeignFolder: the checkpoint or its tokenizer differs from the corpus'.
@@ -161,14 +168,21 @@ def encode_queries(
     from m3cli.encoder.text_encoder import DEFAULT_LENGTH, TextEncoder, resolve_length  # noqa: PLC0415
 
     _log_prefix(corpus.run.config.prefix, request, progress)
-    checkpoint = open_corpus_checkpoint(corpus, request)
+    if loaded is None:
+        checkpoint = open_corpus_checkpoint(corpus, request)
+    else:
+        checkpoint = loaded.checkpoint
+        check_corpus_checkpoint(corpus, checkpoint)
     length = resolve_length(request.max_query_length, checkpoint, option="--max-query-length")
-    device = machine.resolve_device(request.device)
-    dtype = machine.resolve_dtype(request.dtype, device)
-    progress.say(f"{checkpoint.name}, {dtype} on {device}")
-    encoder = TextEncoder(
-        checkpoint, outputs=outputs, device=device, dtype=dtype, max_batch_tokens=request.max_batch_tokens
-    )
+    if loaded is None:
+        device = machine.resolve_device(request.device)
+        dtype = machine.resolve_dtype(request.dtype, device)
+        progress.say(f"{checkpoint.name}, {dtype} on {device}")
+        encoder = TextEncoder(
+            checkpoint, outputs=outputs, device=device, dtype=dtype, max_batch_tokens=request.max_batch_tokens
+        )
+    else:
+        encoder = loaded.select(outputs)
     made = corpus.run.checkpoint.tokenizer_hash
     if encoder.tokenizer_hash != made:
         raise ForeignFolder(
@@ -208,13 +222,13 @@ def resolve_model(corpus: OutputFolder, request: SearchRequest) -> str | None:
 
 
 def open_corpus_checkpoint(corpus: OutputFolder, request: SearchRequest) -> Checkpoint:
-    """Open the checkpoint for queries; scores have no meaning unless it is that of the corpus.
+    """Open the checkpoint for queries.
 
     Raises:
         ForeignFolder: the checkpoints differ.
         UsageError: no checkpoint is given, and that of the corpus has no hub id.
     """
-    from m3cli.jobs.encode.resolve import find_other_file, open_checkpoint  # noqa: PLC0415
+    from m3cli.jobs.encode.resolve import open_checkpoint  # noqa: PLC0415
 
     made = corpus.run.checkpoint
     model = resolve_model(corpus, request)
@@ -224,12 +238,24 @@ def open_corpus_checkpoint(corpus: OutputFolder, request: SearchRequest) -> Chec
             "(or M3_MODEL), or give --queries an encoded folder"
         )
     checkpoint = open_checkpoint(model, request.revision)
+    check_corpus_checkpoint(corpus, checkpoint)
+    return checkpoint
+
+
+def check_corpus_checkpoint(corpus: OutputFolder, checkpoint: Checkpoint) -> None:
+    """Check that a checkpoint is that of the corpus, without which scores have no meaning.
+
+    Raises:
+        ForeignFolder: they differ.
+    """
+    from m3cli.jobs.encode.resolve import find_other_file  # noqa: PLC0415
+
+    made = corpus.run.checkpoint
     if (other := find_other_file(made, checkpoint)) is not None:
         raise ForeignFolder(
             f"{corpus.path.name} was encoded with {made.name}, the queries would be with {checkpoint.name}, and "
             f"their {other} differ: scores between them mean nothing; give --model the corpus' checkpoint"
         )
-    return checkpoint
 
 
 def _log_prefix(prefix: str, request: SearchRequest, progress: Progress) -> None:
