@@ -17,11 +17,10 @@ from typing import Any
 import pyarrow as pa
 
 from m3cli.config import ENCODE_FLAGS, ID_NAMES, MAX_ROW_BYTES, TEXT_NAMES, TITLE_NAMES, FieldFlags
-from m3cli.corpus.lines import BOM, LineStream, split_rows
 from m3cli.corpus.parquet import can_be_kept, check_columns, is_text, read_parquet_schema, without_views
 from m3cli.corpus.rows import Fault, parse_json_line, split_cells
 from m3cli.corpus.sources import split_endings
-from m3cli.corpus.streams import ByteStream, PeekableStream, Readable, read_head
+from m3cli.corpus.streams import BOM, ByteStream, LineStream, PeekableStream, Readable, read_head, split_rows
 from m3cli.errors import CorpusError, UsageError
 from m3cli.records import Fields, Source, SourceFormat
 

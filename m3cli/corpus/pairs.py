@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from m3cli.config import MAX_ROW_BYTES
-from m3cli.corpus.lines import BOM, LineStream
 from m3cli.corpus.parquet import open_parquet, parquet_errors, read_parquet_schema
 from m3cli.corpus.rows import INVALID_UTF8, TOO_LONG, WRONG_COLUMNS, Fault, name_type, parse_json_line, split_cells
 from m3cli.corpus.sources import check_local_input, find_sources, split_endings
-from m3cli.corpus.streams import ByteStream, PeekableStream, read_head
+from m3cli.corpus.streams import BOM, ByteStream, LineStream, PeekableStream, read_head
 from m3cli.corpus.trec import RUN_COLUMNS, split_run_line
 from m3cli.errors import CorpusError, UsageError, check_reachable, count_noun, is_utf8
 from m3cli.records import Source

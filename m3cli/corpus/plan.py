@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from m3cli.config import MAX_ROW_BYTES
-from m3cli.corpus.lines import LineStream
 from m3cli.corpus.parquet import count_text_bytes, open_parquet
-from m3cli.corpus.streams import ByteStream
+from m3cli.corpus.streams import ByteStream, LineStream
 from m3cli.records import Fields, Shard, Source
 
 

@@ -18,7 +18,6 @@ import pyarrow as pa
 import xxhash
 
 from m3cli.config import MAX_ROW_BYTES
-from m3cli.corpus.lines import Block, LineStream, split_rows
 from m3cli.corpus.parquet import (
     GroupCursor,
     check_columns,
@@ -29,7 +28,7 @@ from m3cli.corpus.parquet import (
 )
 from m3cli.corpus.plan import Plan, plan_source
 from m3cli.corpus.rows import Fault, ParsedRows, Row, build_documents, parse_json_line, parse_text_line, parse_tsv_line
-from m3cli.corpus.streams import ByteStream, PeekableStream, check_unchanged, find_inode
+from m3cli.corpus.streams import Block, ByteStream, LineStream, PeekableStream, check_unchanged, find_inode, split_rows
 from m3cli.records import Fields, Shard, ShardText, Source
 
 Action = Literal["read", "hash", "skip"]

@@ -12,9 +12,8 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import get_args
 
-from m3cli.corpus.lines import BOM
 from m3cli.corpus.remote import is_remote, list_objects
-from m3cli.corpus.streams import PeekableStream, corpus_errors, read_head, read_size_and_mtime
+from m3cli.corpus.streams import BOM, PeekableStream, corpus_errors, read_head, read_size_and_mtime
 from m3cli.errors import CorpusError, UsageError, check_reachable, is_utf8
 from m3cli.paths import is_output_folder
 from m3cli.records import Compression, Source, SourceFormat

@@ -13,10 +13,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from m3cli.corpus.lines import BOM
 from m3cli.corpus.rows import Fault, parse_json_line
 from m3cli.corpus.sources import find_sources
-from m3cli.corpus.streams import BLOCK_BYTES, ByteStream, PeekableStream
+from m3cli.corpus.streams import BLOCK_BYTES, BOM, ByteStream, PeekableStream
 from m3cli.errors import CorpusError, check_reachable, count_noun
 from m3cli.records import Judgements, Rankings
 
