@@ -16,9 +16,10 @@ from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError, count_noun
 from m3cli.jobs.paths import check_ignored_options, check_paths
 from m3cli.jobs.search.queries import Queries, QueryEncoder, View, one_query, open_queries, read_vectors
+from m3cli.jobs.search.texts import InputTexts
 from m3cli.progress import Progress
 from m3cli.records import Output, QueryHits
-from m3cli.requests import HITS_SHOWN, Mode, SearchRequest
+from m3cli.requests import Mode, SearchRequest
 from m3cli.store.commit import check_writable
 from m3cli.store.reader import OutputFolder, open_folder
 from m3cli.store.results import open_ranking, ranking_format
@@ -83,7 +84,7 @@ def search_corpus(
             raise UsageError("--mode bm25 searches words: give --queries a file of texts or the words of a query")
     began = time.perf_counter()
     drawn = show is not None and request.out is None and request.format is None and _count(source) <= MOST_SHOWN
-    view = View(spans=kind == "jsonl" or drawn, num_passages=HITS_SHOWN if drawn else 0)
+    view = View(spans=kind == "jsonl" or drawn, input_texts=InputTexts(folder) if drawn else None)
     if mode == "bm25":
         search = prepare_term_search(request, folder, view=view, progress=progress, stdin=stdin)
     else:

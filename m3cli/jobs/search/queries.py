@@ -19,6 +19,7 @@ from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder.embeddings import concat_embeddings, select_rows
 from m3cli.errors import CorpusError, ForeignFolder, ModelError, UsageError, count_noun
 from m3cli.jobs.score.from_folders import check_same_model
+from m3cli.jobs.search.texts import InputTexts
 from m3cli.progress import Progress
 from m3cli.records import Embeddings, Output, SkippedRow
 from m3cli.requests import SearchRequest
@@ -55,8 +56,8 @@ class View:
 
     spans: bool
     "with the spans of chunks, and the start of kept texts"
-    num_passages: int
-    "hits of a query whose text is read from the input if it is not kept"
+    input_texts: InputTexts | None
+    "of the input, for the first hits of a query if texts are not kept; None: they are not shown"
 
 
 def open_queries(request: SearchRequest, *, progress: Progress, stdin: PeekableStream | None) -> Queries | OutputFolder:

@@ -6,7 +6,7 @@ Only the shards of the hits are read, from plain or Parquet files that have the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,9 @@ from m3cli.corpus.plan import Plan
 from m3cli.corpus.reader import read_shards
 from m3cli.errors import CorpusError
 from m3cli.store.reader import OutputFolder
+
+KEPT_CHARS = 64 << 20
+"of the texts that are in memory for further queries"
 
 _log = logging.getLogger(__name__)
 
@@ -31,50 +34,57 @@ class Passage:
     "in code points of the document's text"
 
 
-def read_passages(folder: OutputFolder, passages: Sequence[Passage], *, length: int) -> list[str | None]:
-    """Return the first `length` code points of each passage; None: it is not in the input, or that is not read."""
-    wanted: dict[int, set[str]] = {}
-    for passage in passages:
-        wanted.setdefault(passage.shard, set()).add(passage.id)
-    texts: dict[tuple[int, str], str] = {}
-    for source in sorted({folder.entries[shard].shard.source for shard in wanted}):
-        shards = [shard for shard in sorted(wanted) if folder.entries[shard].shard.source == source]
-        texts.update(_read_documents(folder, source, {shard: wanted[shard] for shard in shards}))
-    found = [texts.get((passage.shard, passage.id)) for passage in passages]
-    return [
-        None if text is None else text[passage.start : passage.stop][:length]
-        for text, passage in zip(found, passages, strict=True)
-    ]
+class InputTexts:
+    """Texts of a folder's input, by shard; the last ones that were read are kept."""
+
+    def __init__(self, folder: OutputFolder) -> None:
+        self._folder = folder
+        self._shards: dict[int, dict[str, str]] = {}
+
+    def read(self, passages: Sequence[Passage], *, length: int) -> list[str | None]:
+        """Return the first `length` code points of each passage; None: it is not in the input, or that is not read."""
+        found: list[str | None] = []
+        for passage in passages:
+            texts = self._shards.pop(passage.shard, None)
+            if texts is None:
+                texts = _read_documents(self._folder, passage.shard)
+            self._shards[passage.shard] = texts  # the last one
+            text = texts.get(passage.id)
+            found.append(None if text is None else text[passage.start : passage.stop][:length])
+        while len(self._shards) > 1 and sum(self._count(shard) for shard in self._shards) > KEPT_CHARS:
+            del self._shards[next(iter(self._shards))]
+        return found
+
+    def _count(self, shard: int) -> int:
+        return sum(map(len, self._shards[shard].values()))
 
 
-def _read_documents(
-    folder: OutputFolder, number: int, wanted: dict[int, set[str]]
-) -> Iterator[tuple[tuple[int, str], str]]:
-    """Yield shard, id and text of some documents of a source; none if it is missing or has changed."""
-    config, source = folder.run.config, folder.run.sources[number]
+def _read_documents(folder: OutputFolder, index: int) -> dict[str, str]:
+    """Return the texts of a shard by id; none if its source is missing or has changed, or is not plain or Parquet."""
+    config, entry = folder.run.config, folder.entries[index]
+    source = folder.run.sources[entry.shard.source]
     try:
         status = Path(source.path).stat()
     except OSError:
-        return
+        return {}
     if source.sequential or status.st_size != source.size:
-        return
-    shards = tuple(replace(folder.entries[index].shard, source=0) for index in wanted)
+        return {}
+    shard = replace(entry.shard, source=0)
     try:
-        for text in read_shards(
+        (text,) = read_shards(
             (replace(source, mtime_ns=status.st_mtime_ns),),
             plan=Plan(
-                shards=shards, num_sources=1, complete=True, shard_size=config.shard_size, limit=None, rows_left=None
+                shards=(shard,), num_sources=1, complete=True, shard_size=config.shard_size, limit=None, rows_left=None
             ),
             fields=config.fields,
             schema=kept_schema((source,), config.fields) if config.fields.kept else None,
             title_sep=config.title_sep,
             max_row_bytes=config.max_row_bytes,
             ask=lambda _: "read",
-        ):
-            index = text.shard.index
-            if text.input_hash == folder.entries[index].input_hash:
-                for document in reversed(text.documents):  # of equal ids the first
-                    if document.id in wanted[index]:
-                        yield (index, document.id), document.text
+        )
     except CorpusError:
         _log.warning("%s is not what %s was made from: hits are shown without text", source.name, folder.path.name)
+        return {}
+    if text.input_hash != entry.input_hash:
+        return {}
+    return {document.id: document.text for document in reversed(text.documents)}  # of equal ids the first

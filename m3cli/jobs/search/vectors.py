@@ -17,9 +17,9 @@ import numpy as np
 
 from m3cli.concurrency import prefetch
 from m3cli.jobs.search.queries import Queries, View
-from m3cli.jobs.search.texts import Passage, read_passages
+from m3cli.jobs.search.texts import Passage
 from m3cli.records import Embeddings, Output, QueryHits
-from m3cli.requests import Fusion
+from m3cli.requests import HITS_SHOWN, Fusion
 from m3cli.retrieval.scan import cut_slices, open_scan, scan_part
 from m3cli.retrieval.scores import Rows, Weights, average_scores, expand_rows, fuse_ranks, score_rows
 from m3cli.retrieval.top import Ranked, Scores, TopRows, number_runs, rank_rows
@@ -197,13 +197,13 @@ def describe_hits(found: Found, folder: OutputFolder, queries: Queries, *, chunk
         snippets: list[str | None] = [None] * len(names)
         if rows.texts is not None:
             snippets = [rows.texts[row] for row in own]
-        elif view.num_passages and starts is not None and ends is not None:
+        elif view.input_texts is not None and starts is not None and ends is not None:
             best = zip(shard_of(ranked.row[first:last]), names, starts.tolist(), ends.tolist(), strict=True)
             passages = [
                 Passage(shard=shard, id=name, start=start, stop=stop)
-                for shard, name, start, stop in islice(best, view.num_passages)
+                for shard, name, start, stop in islice(best, HITS_SHOWN)
             ]
-            snippets[: view.num_passages] = read_passages(folder, passages, length=SNIPPET_LENGTH)
+            snippets[:HITS_SHOWN] = view.input_texts.read(passages, length=SNIPPET_LENGTH)
         if chunks:
             names = [f"{name}#{chunk}" for name, chunk in zip(names, index, strict=True)]
         hits.append(
