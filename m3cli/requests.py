@@ -16,6 +16,8 @@ Terms = Literal["m3", "plain"]
 ScoreMode = Literal["dense", "sparse", "colbert", "sparse+dense", "colbert+sparse+dense"]
 Weights = tuple[float, float, float]
 "of dense, sparse, colbert"
+HITS_SHOWN = 10
+"of a query, in a table"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +39,13 @@ class SearchRequest(RunOptions):
     """Options of `m3 search`."""
 
     folder: str = required("A folder that m3 encode wrote.", "Input", metavar="DIR", argument=True)
-    queries: str = required(
+    words: str | None = option(
+        "The words of a query; without them and --queries, queries are typed on the terminal.",
+        "Input",
+        metavar="[QUERY]",
+        argument=True,
+    )
+    queries: str | None = option(
         "JSONL, TSV, Parquet or text lines of queries ('-': standard input), the words of one query, or an encoded "
         "folder whose documents are the queries.",
         "Queries",
@@ -103,11 +111,13 @@ class ScoreRequest(RunOptions):
     """Options of `m3 score`."""
 
     pairs: str = required(
-        "TSV, CSV, JSONL or Parquet of query and passage, a TREC run of ids, or '-' for standard input.",
+        "TSV, CSV, JSONL or Parquet of query and passage, a TREC run of ids, or '-' for standard input; with PASSAGE "
+        "the words of a query.",
         "Input",
         metavar="PAIRS",
         argument=True,
     )
+    passage: str | None = option("The words of a passage.", "Input", metavar="[PASSAGE]", argument=True)
     input_format: str = option("Of the pairs.", "Input", value="auto", metavar="auto|tsv|csv|jsonl|parquet|trec")
     query_field: str | None = option(
         "Column of the query.", "Input", default="found by its name, else the first", metavar="NAME"
@@ -116,7 +126,11 @@ class ScoreRequest(RunOptions):
         "Column of the passage.", "Input", default="found by its name, else the second", metavar="NAME"
     )
     out: str | None = option(
-        ".tsv, .jsonl or .parquet.", "Scores", default="TSV on stdout", names=("--out", "-o"), metavar="FILE"
+        ".tsv, .jsonl or .parquet.",
+        "Scores",
+        default="TSV on stdout, a table on a terminal",
+        names=("--out", "-o"),
+        metavar="FILE",
     )
     modes: tuple[ScoreMode, ...] | None = option(
         "Some of dense,sparse,colbert,sparse+dense,colbert+sparse+dense.",

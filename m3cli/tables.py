@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from rich import box
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -14,12 +15,12 @@ from rich.text import Text
 from m3cli.config import list_non_defaults
 from m3cli.errors import count_noun, escape_controls, escape_unprintable
 from m3cli.records import QueryHits, RunPlan, RunSummary
+from m3cli.requests import HITS_SHOWN
 
 _PLAIN_WIDTH = 100
 "columns off a terminal, so that a log does not depend on the size of a window"
 _BAR_WIDTH = 30
 _NAMES_SHOWN = 4
-_HITS_SHOWN = 10
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -220,16 +221,58 @@ def hits_table(found: QueryHits) -> Table:
         table.add_column(name, style=style, justify="right" if name == "#" else "left", no_wrap=True)
     what = "text" if kept else "" if found.char_start is None else "characters"
     table.add_column(what, no_wrap=True, overflow="ellipsis", ratio=1)
-    for index, name in enumerate(found.ids[:_HITS_SHOWN]):
+    for index, name in enumerate(found.ids[:HITS_SHOWN]):
         text, span = found.texts[index], ""
         if text is not None:
             span = " ".join(text.split())
         elif found.char_start is not None and found.char_end is not None:
             span = f"{found.char_start[index]:,} to {found.char_end[index]:,}"
         table.add_row(str(index + 1), f"{found.scores[index]:.4f}", _plain(name), _plain(span))
-    more = len(found.ids) - _HITS_SHOWN
+    more = len(found.ids) - HITS_SHOWN
     if more > 0:
         table.caption = f"and {more:,} more: --out FILE has all"
     elif not found.ids:
         table.caption = "nothing found"
     return table
+
+
+_SHORT = {"sparse+dense": "s+d", "colbert+sparse+dense": "c+s+d"}
+_SCORE_WIDTH = 7
+
+
+class ScoreTable:
+    """Pairs with their scores, one in a line, for a terminal of some columns."""
+
+    cleaned = 0
+
+    def __init__(self, stream: BinaryIO, *, width: int, query: str, passage: str, scores: Sequence[str]) -> None:
+        self._stream, self._columns, self._scores = stream, (query, passage), scores
+        rest = max(24, width - (_SCORE_WIDTH + 2) * len(scores) - 2)
+        self._widths = rest // 3, rest - rest // 3
+        self._write([_SHORT.get(name, name) for name in scores], ["query", "passage"])
+
+    def append(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        scores: Mapping[str, Any],
+        *,
+        raws: object,  # noqa: ARG002  as other tables take it
+        batches: object,  # noqa: ARG002
+    ) -> None:
+        """Append rows and their scores; a missing score is NaN."""
+        values = zip(*(scores[name].tolist() for name in self._scores), strict=True)
+        for row, numbers in zip(rows, values, strict=True):
+            cells = ["" if number != number else f"{number:.4f}" for number in numbers]  # noqa: PLR0124  NaN
+            self._write(cells, [str(row.get(name) or "") for name in self._columns])
+
+    def finish(self) -> None:
+        """Flush the stream."""
+        self._stream.flush()
+
+    def _write(self, scores: Sequence[str], texts: Sequence[str]) -> None:
+        cells = [cell.rjust(_SCORE_WIDTH) for cell in scores]
+        for text, width in zip(texts, self._widths, strict=True):
+            plain = escape_unprintable(" ".join(text.split()))
+            cut = plain if cell_len(plain) <= width else f"{set_cell_size(plain, width - 1)}…"
+            cells.append(set_cell_size(cut, width))
+        self._stream.write(f"{'  '.join(cells).rstrip()}\n".encode(errors="replace"))

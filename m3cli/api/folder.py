@@ -16,8 +16,8 @@ from m3cli.concurrency import take_turn
 from m3cli.config import ALL_OUTPUTS, EncodeConfig
 from m3cli.errors import UsageError
 from m3cli.jobs.encode.resolve import make_form
-from m3cli.jobs.search.command import rank_queries, resolve_mode
-from m3cli.jobs.search.queries import Queries, open_corpus_checkpoint
+from m3cli.jobs.search.command import prepare_search, prepare_term_search, resolve_mode
+from m3cli.jobs.search.queries import Queries, View, open_corpus_checkpoint
 from m3cli.progress import Progress
 from m3cli.records import LexicalWeights, Output, QueryHits
 from m3cli.requests import Level, Mode, SearchRequest, Weights
@@ -183,9 +183,14 @@ class Folder:
         source = Queries(ids=tuple(map(str, range(len(texts)))), texts=texts)
         with take_turn():
             loaded = None if chosen == "bm25" else self._load(model, request)
-            asked, hits = rank_queries(
-                request, self._folder, chosen, source, shown=True, progress=Progress("none"), loaded=loaded
-            )
+            view, quiet = View(spans=True), Progress("none")
+            if chosen == "bm25":
+                search = prepare_term_search(request, self._folder, view=view, progress=quiet, stdin=None)
+            else:
+                search = prepare_search(
+                    request, self._folder, chosen, texts=True, view=view, progress=quiet, loaded=loaded
+                )
+            asked, hits = search(source)
         found = dict(zip(asked.ids, hits, strict=True))
         return [found.get(str(index)) or _no_hits(index, text) for index, text in enumerate(texts)]
 

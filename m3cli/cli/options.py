@@ -89,7 +89,7 @@ def _annotate(name: str, option: Option, hint: Any, *, default: str, inverted: b
     elif kind is int:
         about["min"] = option.least
     if option.argument:
-        return Annotated[kind, typer.Argument(**about)]
+        return Annotated[kind | None, typer.Argument(**about)]
     return Annotated[kind | None, typer.Option(*names, **about)]
 
 

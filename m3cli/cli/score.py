@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from typing import Annotated, Any
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
@@ -12,6 +13,10 @@ from m3cli.cli.options import takes
 from m3cli.cli.terminal import open_results, open_stdin, show_run
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED
 from m3cli.requests import ScoreRequest
+
+if TYPE_CHECKING:
+    from m3cli.corpus.pairs import PairColumns
+    from m3cli.tables import ScoreTable
 
 Explain = Annotated[
     bool,
@@ -23,10 +28,11 @@ Explain = Annotated[
 def score(request: ScoreRequest, *, explain: Explain = False) -> None:
     """Score pairs of query and passage: dense, sparse, colbert and their weighted averages, in the input's order.
 
-    A row that is not a pair (an empty side, an unknown id) has empty scores; then the exit code is 3.
+    Two arguments are the words of one query and one passage. A row that is not a pair (an empty side, an unknown id)
+    has empty scores; then the exit code is 3.
     """
     with show_run(request.progress) as shown:
-        stdin = open_stdin([request.pairs])
+        stdin = open_stdin([request.pairs] if request.passage is None else [])
         if explain:
             from m3cli.jobs.score.explain import explain_pairs  # noqa: PLC0415  torch
 
@@ -34,8 +40,17 @@ def score(request: ScoreRequest, *, explain: Explain = False) -> None:
         else:
             from m3cli.jobs.score.command import score_pairs  # noqa: PLC0415  pyarrow, not for --help
 
-            code = score_pairs(request, progress=shown, stdout=open_results(shown), stdin=stdin)
+            results = open_results(shown)
+            show = partial(_open_table, results) if sys.stdout.isatty() else None
+            code = score_pairs(request, progress=shown, stdout=results, stdin=stdin, show=show)
     raise typer.Exit(code)
+
+
+def _open_table(results: BinaryIO, columns: PairColumns, scores: Sequence[str]) -> ScoreTable:
+    from m3cli.tables import ScoreTable, open_console  # noqa: PLC0415  rich is slow
+
+    width = open_console(sys.stdout).width
+    return ScoreTable(results, width=width, query=columns.query, passage=columns.passage, scores=scores)
 
 
 _TABLES = (

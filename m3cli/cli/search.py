@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -18,16 +19,30 @@ from m3cli.requests import SearchRequest
 def search(request: SearchRequest) -> None:
     """Search an encoded folder, exactly: every row is scored, in one pass; documents by their best chunk.
 
+    Without a query on a terminal it asks for one query after the other.
+
     Texts are encoded with the checkpoint of the folder. Rows that are not queries are counted; then the exit code is 3.
     """
     from m3cli.jobs.search.command import search_corpus  # noqa: PLC0415  pyarrow, not for --help
 
     request = replace(request, out=None) if request.out == "-" else request
     show = _print_hits if sys.stdout.isatty() else None
+    ask = _ask if show is not None and sys.stdin.isatty() else None
     with show_run(request.progress) as shown:
-        stdin = open_stdin([request.queries, *request.corpus_inputs])
-        code = search_corpus(request, progress=shown, stdout=open_results(shown), stdin=stdin, show=show)
+        stdin = open_stdin([request.queries or "", *request.corpus_inputs])
+        code = search_corpus(request, progress=shown, stdout=open_results(shown), stdin=stdin, show=show, ask=ask)
     raise typer.Exit(code)
+
+
+def _ask() -> str | None:
+    """Return the next line that is typed; None at its end."""
+    with suppress(ImportError):
+        import readline  # noqa: F401, PLC0415  for `input`: the cursor keys, and lines that were typed before
+    try:
+        return input("query> ")
+    except EOFError:
+        print()  # noqa: T201  the shell's prompt begins a line
+        return None
 
 
 def _print_hits(hits: Sequence[Any]) -> None:

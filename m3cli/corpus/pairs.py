@@ -402,7 +402,7 @@ def read_pairs(
         CorpusError: the file is corrupt, or its quoting is invalid.
     """
     for number, read in enumerate(read_rows(source, columns, stdin=stdin), start=1):
-        yield _make_pair(number, read, columns, ids=ids)
+        yield make_pair(number, read, columns, ids=ids)
 
 
 def cut_windows(pairs: Iterable[Pair], limits: WindowLimits) -> Iterator[list[Pair]]:
@@ -423,7 +423,8 @@ def cut_windows(pairs: Iterable[Pair], limits: WindowLimits) -> Iterator[list[Pa
         yield window
 
 
-def _make_pair(number: int, read: ReadRow, columns: PairColumns, *, ids: bool) -> Pair:
+def make_pair(number: int, read: ReadRow, columns: PairColumns, *, ids: bool) -> Pair:
+    """Return a row as a pair, with its fault if it is none."""
     sides = {"query": "", "passage": ""}
     fault = read.fault
     if not fault:

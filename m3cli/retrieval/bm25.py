@@ -40,27 +40,36 @@ class Bm25Index:
         self._terms = terms
         self._numbers: dict[int | str, int] = {}
         self._texts: list[np.ndarray] = []
+        self._built: Any = None
+        "bm25s' index of all texts"
 
     def add(self, texts: Sequence[str]) -> None:
         """Add texts in corpus order."""
+        self._built = None
         for found in self._terms(texts):
             numbers = [self._numbers.setdefault(term, len(self._numbers)) for term in found]
             self._texts.append(np.array(numbers, np.int32))
 
     def search(self, queries: Sequence[str], top: TopRows, *, positions: Rows, keys: Rows) -> None:
         """Offer all texts that share a term with a query; [R] positions and keys of the texts."""
-        bm25s = import_bm25s()
         if not self._numbers:
             return
-        index = bm25s.BM25(method="lucene", k1=K1, b=B)
-        vocabulary = {str(number): number for number in range(len(self._numbers))}
-        index.index(bm25s.tokenization.Tokenized(ids=_Lists(self._texts), vocab=vocabulary), show_progress=False)
+        if self._built is None:
+            self._built = self._build()
+        index = self._built
         for number, found in enumerate(self._terms(queries)):
             known = [self._numbers[term] for term in found if term in self._numbers]
             if known:
                 scores = index.get_scores_from_ids(known)
                 rows = np.flatnonzero(scores > top.thresholds[number])
                 top.offer(np.full(len(rows), number), positions[rows], keys[rows], scores[rows].astype(np.float32))
+
+    def _build(self) -> Any:
+        bm25s = import_bm25s()
+        index = bm25s.BM25(method="lucene", k1=K1, b=B)
+        vocabulary = {str(number): number for number in range(len(self._numbers))}
+        index.index(bm25s.tokenization.Tokenized(ids=_Lists(self._texts), vocab=vocabulary), show_progress=False)
+        return index
 
 
 class _Lists:

@@ -50,7 +50,7 @@ class RowBlock:
     def find_keys(self, rows: Rows) -> Rows:
         """Return the keys [N] of N rows of the block: of their documents, or of their chunks if hits are chunks."""
         distinct, numbers = np.unique(rows, return_inverse=True)
-        keys = hash_ids(self.ids.take(pa.array(distinct)))
+        keys = hash_ids(self.ids.take(_to_arrow(distinct)))
         if self.chunk_index is not None:
             keys ^= self.chunk_index[distinct] * HASH_MULTIPLIER
         return keys[numbers]
@@ -89,7 +89,7 @@ def iter_blocks(
 
 def _to_block(folder: OutputFolder, part: ShardArrays, *, chunks: bool) -> RowBlock:
     positions = (part.shard << _ROW_BITS) + part.embeddings.rows
-    chunk_index = part.rows.column("chunk_index").to_numpy().astype(np.int64)
+    chunk_index = _to_numpy(part.rows.column("chunk_index"))
     first = int(positions[0])
     if folder.run.config.long_docs == "both":
         positions = np.where(chunk_index < 0, -1, positions)
@@ -130,7 +130,7 @@ def read_metadata(folder: OutputFolder, positions: Rows, *, spans: bool, length:
         rows = part.embeddings.rows
         wanted = by_shard[part.shard]
         first, last = np.searchsorted(wanted, [rows[0], rows[-1] + 1])
-        table = part.rows.select(columns).take(pa.array(wanted[first:last] - rows[0]))
+        table = part.rows.select(columns).take(_to_arrow(wanted[first:last] - rows[0]))
         if length:
             table = table.set_column(
                 len(columns) - 1, TEXT_COLUMN, pc.utf8_slice_codeunits(table.column(TEXT_COLUMN), 0, length)
@@ -139,7 +139,7 @@ def read_metadata(folder: OutputFolder, positions: Rows, *, spans: bool, length:
     table = pa.concat_tables(found) if found else pa.table({name: pa.array([], pa.int64()) for name in columns})
 
     def read_numbers(name: str) -> Rows | None:
-        return table.column(name).to_numpy().astype(np.int64) if name in columns else None
+        return _to_numpy(table.column(name)) if name in columns else None
 
     chunk_index = read_numbers("chunk_index")
     assert chunk_index is not None
@@ -159,6 +159,23 @@ def iter_texts(folder: OutputFolder, *, chunks: bool) -> Iterator[tuple[list[str
         found = np.flatnonzero(block.positions >= 0)
         texts = part.rows.column(TEXT_COLUMN).take(pa.array(found)).to_pylist()
         yield texts, block.positions[found], block.find_keys(found)
+
+
+def _to_numpy(column: Any) -> Rows:
+    """Return integers without nulls as an array; pyarrow's own conversion imports pandas, half a second."""
+    array = column.combine_chunks()
+    values = np.frombuffer(array.buffers()[1] or b"", f"i{array.type.bit_width // 8}")
+    return values[array.offset : array.offset + len(array)].astype(np.int64)
+
+
+def _to_arrow(rows: Rows) -> Any:
+    return pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows, np.int64))])
+
+
+def shard_of(positions: Rows) -> list[int]:
+    """Return the shard of each position."""
+    shards: list[int] = (positions >> _ROW_BITS).tolist()
+    return shards
 
 
 def split_positions(positions: Rows) -> dict[int, Rows]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -73,6 +74,50 @@ def test_words_as_a_query_give_a_run(search: Callable[..., Completed], mode: str
     assert scores == sorted(scores, reverse=True)
     assert len(set(columns(done, 2))) == len(lines) <= len(TEXTS)
     assert f"{mode}: 1 query, " in done.stderr
+
+
+def test_words_are_text_and_the_checkpoint_is_remembered(
+    search: Callable[..., Completed],
+    place: Path,
+    tiny_m3: Path,
+    tmp_path: Path,
+    m3_here: Callable[..., Completed],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = "the quick brown fox jumps over the lazy dog"
+    named = search("--queries", words, "--mode", "dense")
+    options = ("--mode", "dense", "--dtype", "float32")
+    assert m3_here("search", place / "c.m3", words, *options).stdout == named.stdout
+    assert m3_here("search", place / "c.m3", words, "--model", tiny_m3, *options).stdout == named.stdout
+    other = tmp_path / "other"
+    shutil.copytree(tiny_m3, other)
+    (other / "config.json").write_text((other / "config.json").read_text().replace("1e-05", "1e-06"))
+    monkeypatch.setenv("M3_MODEL", str(other))  # of another corpus
+    assert m3_here("search", place / "c.m3", words, *options).stdout == named.stdout
+    done = m3_here("search", place / "c.m3", words, "--model", other)
+    assert done.returncode == 10
+    assert "config.json differ" in done.stderr
+    monkeypatch.delenv("M3_MODEL")
+    (tmp_path / words).write_text('{"_id": "q1", "text": "no"}\n', encoding="utf-8")
+    done = m3_here("search", place / "c.m3", words, *options)
+    assert done.stdout == named.stdout
+    assert f"for the queries of that file: -q {words}" in done.stderr
+    done = m3_here("search", place / "c.m3", words, "-q", words)
+    assert done.returncode == 2
+    assert "give the words of a query, or queries" in done.stderr
+    assert m3_here("search", place / "c.m3", "").returncode == 2
+    assert m3_here("search", place / "c.m3", "-q", " ").returncode == 2
+
+
+def test_a_checkpoint_that_has_moved_is_named(m3_here: Callable[..., Completed], tiny_m3: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_m3, tmp_path / "model")
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"id": "a", "text": "a fox"}])
+    assert m3_here("encode", corpus, "--model", "model", "--outputs", "dense").returncode == 0
+    (tmp_path / "model").rename(tmp_path / "moved")
+    done = m3_here("search", "c.m3", "fox")
+    assert done.returncode == 2
+    assert f"c.m3 was encoded with {tmp_path}/model, which is not there now" in done.stderr
+    assert m3_here("search", "c.m3", "fox", "--model", "moved").returncode == 0
 
 
 def test_ids_with_blanks_stand_between_tabs(search: Callable[..., Completed]) -> None:

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from m3cli.errors import CorpusError
@@ -38,7 +40,7 @@ class Terminal:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "m3cli", *map(str, arguments)],
+            ["setsid", "--ctty", sys.executable, "-m", "m3cli", *map(str, arguments)],  # for Ctrl-C
             cwd=folder,
             stdin=slave,
             stdout=slave,
@@ -50,9 +52,9 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
-    def wait_for(self, words: str) -> None:
+    def wait_for(self, words: str, *, times: int = 1) -> None:
         until = time.monotonic() + 120
-        while words not in self.shown:
+        while self.shown.count(words) < times:
             assert time.monotonic() < until, self.shown
             assert self._read(1.0), f"it has ended without {words!r}: {self.shown}"
 
@@ -211,6 +213,82 @@ def test_a_query_typed_on_a_terminal_ends_with_one_ctrl_d(m3_here: M3, tmp_path:
     assert "1 query" in shown
 
 
+@pytest.fixture
+def encoded(m3_here: M3, tmp_path: Path, tiny_m3: Path) -> Path:
+    """A folder without text, made from c.jsonl and a Parquet file, that remembers its checkpoint."""
+    rows = [{"docno": f"fox {number}", "body": f"the quick fox {number} " * 9} for number in range(9)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    table = pa.table({"docno": ["dog"], "body": ["a lazy dog\x1b[31m"], "lang": ["en"]})
+    pq.write_table(table, tmp_path / "d.parquet")
+    done = m3_here("encode", "c.jsonl", "d.parquet", "--out", "c.m3", "--model", tiny_m3, "--shard-size", "400", *FLAGS)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "c.m3"
+
+
+def test_a_search_in_one_line_shows_text_of_the_input(
+    encoded: Path, on_terminal: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    code, shown = on_terminal("search", "c.m3", "the quick fox 3")
+    assert code == 0
+    lines = shown.splitlines()
+    assert "text" in lines[1]
+    assert sum("the quick fox" in line for line in lines[2:]) == 9
+    assert sum("a lazy dog\\x1b[31m" in line for line in lines) == 1
+    (tmp_path / "c.jsonl").write_text("other", encoding="utf-8")
+    code, shown = on_terminal("search", "c.m3", "the quick fox 3")
+    assert code == 0
+    assert "the quick fox 1" not in shown
+    assert " 0 to " in shown
+
+
+@pytest.mark.slow
+def test_without_a_query_a_terminal_asks_for_one_after_the_other(encoded: Path, tmp_path: Path) -> None:
+    with terminal(tmp_path, "search", "c.m3", "--dtype", "float32") as opened:
+        opened.wait_for("query> ")
+        opened.type("the quick fox 3\n")
+        opened.wait_for("fox 8")
+        opened.wait_for("query> ", times=2)
+        opened.type("\n")
+        opened.wait_for("query> ", times=3)
+        opened.type("lazy dog\n")
+        opened.wait_for("query> ", times=4)  # typed before the prompt, Ctrl-D would be lost
+        opened.type("\x04")
+        shown = opened.finish()
+    assert opened.process.returncode == 0, shown
+    assert shown.count("query> ") == 4
+    assert shown.count("float32 on cpu") == 1, "the model is loaded once"
+    with terminal(tmp_path, "search", "c.m3", "--dtype", "float32") as opened:
+        opened.wait_for("query> ")
+        opened.type("half a que\x03")
+        shown = opened.finish()
+    assert opened.process.returncode == 130
+    assert shown.rstrip().endswith("m3: interrupted")
+
+
+def test_without_a_query_a_pipe_is_told_to_give_one(encoded: Path, m3_here: M3) -> None:
+    done = m3_here("search", "c.m3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no query: give its words after DIR" in done.stderr
+
+
+def test_two_texts_are_scored(
+    m3_here: M3, on_terminal: Callable[..., tuple[int, str]], tmp_path: Path, tiny_m3: Path
+) -> None:
+    (tmp_path / "a fox").write_text("no pairs", encoding="utf-8")
+    model = ("--model", tiny_m3, "--dtype", "float32")
+    done = m3_here("score", "a fox", "the fox", *model)
+    header, row = [line.split("\t") for line in done.stdout.splitlines()]
+    assert (header[:3], row[:2]) == (["query", "passage", "dense"], ["a fox", "the fox"])
+    assert "scoring the words 'a fox'" in done.stderr
+    code, shown = on_terminal("score", "a fox", "the 狐狸 fox" * 20, *model)
+    lines = shown.splitlines()
+    assert code == 0
+    assert lines[0].split() == ["dense", "sparse", "colbert", "s+d", "c+s+d", "query", "passage"]
+    assert lines[1].endswith("…")
+    assert m3_here("score", "a fox", " ", *model).returncode == 3
+    assert m3_here("score", "a fox", "x", "--query-field", "q", *model).returncode == 2
+
+
 def test_scores_on_a_terminal_have_lines_of_their_own(tmp_path: Path, tiny_m3: Path) -> None:
     pairs = [f"query {number}\tpassage {number} {ESCAPE}" for number in range(40)]
     (tmp_path / "p.tsv").write_text("".join(f"{pair}\n" for pair in ["query\tpassage", *pairs]), encoding="utf-8")
@@ -222,7 +300,8 @@ def test_scores_on_a_terminal_have_lines_of_their_own(tmp_path: Path, tiny_m3: P
     assert not [line for line in lines if "tokens [" in line]
     rows = [line for line in lines if "passage " in line and not line.startswith("m3:")]
     assert len(rows) == len(pairs)
-    assert all(row.startswith("query ") and "\\x1b[31m" in row for row in rows)
+    assert all(re.match(r"( *-?\d\.\d{4}  ){5}query \d+ +passage \d+ \\x1b", row) for row in rows)
+    assert max(map(len, rows)) <= 80
 
 
 @pytest.fixture

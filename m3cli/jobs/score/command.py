@@ -8,9 +8,11 @@ scored has empty scores and is counted; the exit code is then 3.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol
 
@@ -21,9 +23,11 @@ from m3cli.corpus.pairs import (
     Pair,
     PairColumns,
     PairSource,
+    ReadRow,
     WindowLimits,
     cut_windows,
     find_pairs,
+    make_pair,
     read_pairs,
     resolve_columns,
 )
@@ -105,16 +109,41 @@ class ScoreTally:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenPairs:
-    """A pairs file and its columns."""
+    """A pairs file and its columns, or one pair of texts."""
 
-    source: PairSource
+    source: PairSource | None
+    "None: the pair was typed"
     columns: PairColumns
+    typed: dict[str, str]
+    "the pair by column"
+
+    def read(self, *, ids: bool, stdin: PeekableStream | None) -> Iterator[Pair]:
+        """Yield the pairs."""
+        if self.source is None:
+            return iter((make_pair(1, ReadRow(row=self.typed), self.columns, ids=ids),))
+        return read_pairs(self.source, self.columns, ids=ids, stdin=stdin)
+
+
+Show = Callable[[PairColumns, Sequence[str]], TableWriter]
+"takes the columns and the names of the scores"
 
 
 def score_pairs(
-    request: ScoreRequest, *, progress: Progress, stdout: BinaryIO, stdin: PeekableStream | None = None
+    request: ScoreRequest,
+    *,
+    progress: Progress,
+    stdout: BinaryIO,
+    stdin: PeekableStream | None = None,
+    show: Show | None = None,
 ) -> int:
-    """Score every pair of a file.
+    """Score every pair of a file, or the two texts that were typed.
+
+    Args:
+        request: the options.
+        progress: messages and progress bar.
+        stdout: output of the table without `out`.
+        stdin: standard input, if pairs are read from it.
+        show: opens the table that is shown without `out`, on a terminal.
 
     Returns:
         the exit code: 0, or 3 if some rows have no scores.
@@ -126,12 +155,12 @@ def score_pairs(
         OutputError: `out` cannot be written; raised before anything is scored.
     """
     read: dict[str, Sequence[str | None]] = {
-        "PAIRS": [request.pairs],
+        "PAIRS": [request.pairs] if request.passage is None else [],
         "--queries": [request.queries],
         "--corpus": [request.corpus],
     }
     check_paths({"--out": request.out}, read, model=request.model)
-    pairs = open_pairs(request, ids=request.queries is not None, stdin=stdin)
+    pairs = open_pairs(request, progress, ids=request.queries is not None, stdin=stdin)
     table_format(request.out)
     check_writable(request.out)
     if request.modes is not None:
@@ -140,12 +169,16 @@ def score_pairs(
     modes = resolve_modes(request, scorer.outputs)
     check_weights(modes, request.weights)
     columns, began = pairs.columns, time.perf_counter()
-    with open_table(request.out, stdout, columns=columns.names, schema=columns.schema, score_names=modes) as table:
+    with (
+        nullcontext(show(columns, modes))
+        if show is not None and request.out is None
+        else open_table(request.out, stdout, columns=columns.names, schema=columns.schema, score_names=modes)
+    ) as table:
         scorer.load(parts_of(modes))
         if not scorer.ids:
             progress.start(shards_todo=None)  # the bar counts tokens
         try:
-            rows = read_pairs(pairs.source, columns, ids=scorer.ids, stdin=stdin)
+            rows = pairs.read(ids=scorer.ids, stdin=stdin)
             tally = write_scores(rows, scorer, table, modes, weights=request.weights, progress=progress)
         finally:
             progress.stop()
@@ -188,19 +221,35 @@ def write_scores(
     return tally
 
 
-def open_pairs(request: ScoreRequest, *, ids: bool, stdin: PeekableStream | None) -> OpenPairs:
+def open_pairs(request: ScoreRequest, progress: Progress, *, ids: bool, stdin: PeekableStream | None) -> OpenPairs:
     """Find the pairs file and its columns."""
     if (request.queries is None) != (request.corpus is None):
         option, missing = ("--queries", "--corpus") if request.queries is not None else ("--corpus", "--queries")
         raise UsageError(f"{option} without {missing}: pairs of ids need both folders (they may be the same)")
     _check_options(request)
+    if request.passage is not None:
+        return _open_typed(request, progress)
     source = find_pairs(request.pairs, input_format=request.input_format, stdin=stdin)
     if source.format == "trec" and not ids:
         raise UsageError(f"{request.pairs} is a TREC run, which holds ids: give --queries DIR and --corpus DIR")
     columns = resolve_columns(
         source, query_field=request.query_field, passage_field=request.passage_field, ids=ids, stdin=stdin
     )
-    return OpenPairs(source=source, columns=columns)
+    return OpenPairs(source=source, columns=columns, typed={})
+
+
+def _open_typed(request: ScoreRequest, progress: Progress) -> OpenPairs:
+    """Return the pair of a query and a passage that were typed."""
+    typed = {
+        "--query-field": request.query_field,
+        "--passage-field": request.passage_field,
+        "--input-format": None if request.input_format == "auto" else request.input_format,
+    }
+    check_ignored_options(typed, other="PASSAGE", reason="no file of pairs is read")
+    if os.path.exists(request.pairs):  # noqa: PTH110  False for texts longer than a path
+        progress.say(f"scoring the words {request.pairs!r}; for the pairs of that file: m3 score {request.pairs}")
+    columns = PairColumns(names=("query", "passage"), query="query", passage="passage", header=False, schema=None)
+    return OpenPairs(source=None, columns=columns, typed={"query": request.pairs, "passage": request.passage or ""})
 
 
 def _check_options(request: ScoreRequest) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from m3cli.corpus.pairs import Pair, WindowLimits, cut_windows, read_pairs
+from m3cli.corpus.pairs import Pair, WindowLimits, cut_windows
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import UsageError
 from m3cli.jobs.score.command import finish_scores, open_pairs, resolve_modes
@@ -36,12 +36,12 @@ def explain_pairs(
         raise UsageError("--explain needs the texts of the pairs: leave --queries and --corpus out")
     if request.out is not None:
         raise UsageError("--explain prints to standard output: leave --out out and redirect the output")
-    pairs = open_pairs(request, ids=False, stdin=stdin)
+    pairs = open_pairs(request, progress, ids=False, stdin=stdin)
     scorer = TextScorer(request, progress)
     modes = resolve_modes(request, scorer.outputs)
     check_weights(modes, request.weights)
     scorer.load(parts_of(modes))
-    for window in cut_windows(read_pairs(pairs.source, pairs.columns, ids=False, stdin=stdin), LIMITS):
+    for window in cut_windows(pairs.read(ids=False, stdin=stdin), LIMITS):
         scores, faults = finish_scores(scorer.score_window(window), modes, weights=request.weights)
         sides = _Sides(scorer, [pair for pair, fault in zip(window, faults, strict=True) if not fault])
         for index, (pair, fault) in enumerate(zip(window, faults, strict=True)):

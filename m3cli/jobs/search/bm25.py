@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -44,27 +44,38 @@ def open_terms(folder: OutputFolder, request: SearchRequest) -> Terms:
     return lambda texts: (ids[1:-1].tolist() for ids in tokenizer.encode(list(texts)))
 
 
-def search_texts(folder: OutputFolder, queries: Queries, terms: Terms, request: SearchRequest) -> Found:
-    """Rank a folder's rows by BM25 over their kept text."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexedTexts:
+    """R texts, of a folder's rows or of the corpus."""
+
+    index: Bm25Index
+    positions: Rows
+    "[R] in the folder, or in the corpus"
+    keys: Rows
+    "[R] of documents or chunks"
+    ids: list[str] | None
+    "of the corpus' documents; None: the texts are rows of the folder"
+
+
+def index_texts(folder: OutputFolder, terms: Terms, request: SearchRequest) -> IndexedTexts:
+    """Index the kept text of a folder's rows."""
     index, positions, keys = Bm25Index(terms), [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for texts, some, owners in iter_texts(folder, chunks=request.level == "chunk"):
         index.add(texts)
         positions.append(some)
         keys.append(owners)
-    ranked = _rank(index, queries, request, positions=np.concatenate(positions), keys=np.concatenate(keys))
-    return Found(ranked=ranked, parts={"bm25": ranked.score})
+    return IndexedTexts(index=index, positions=np.concatenate(positions), keys=np.concatenate(keys), ids=None)
 
 
-def search_input(
+def index_input(
     folder: OutputFolder,
-    queries: Queries,
     terms: Terms,
     request: SearchRequest,
     progress: Progress,
     *,
     stdin: PeekableStream | None = None,
-) -> list[QueryHits]:
-    """Rank complete documents of the corpus by BM25; report documents that only the corpus or only the folder has.
+) -> IndexedTexts:
+    """Index complete documents of the corpus; report documents that only the corpus or only the folder has.
 
     Raises:
         ForeignFolder: folder and corpus share no document.
@@ -91,7 +102,20 @@ def search_input(
         )
     numbers: dict[str, int] = {}
     keys = np.array([numbers.setdefault(name, len(numbers)) for name in ids], np.int64)
-    ranked = _rank(index, queries, request, positions=np.arange(len(ids)), keys=keys)
+    return IndexedTexts(index=index, positions=np.arange(len(ids)), keys=keys, ids=ids)
+
+
+def search_terms(indexed: IndexedTexts, queries: Queries, request: SearchRequest) -> Found:
+    """Rank texts by BM25."""
+    texts = [text for text in queries.texts if text is not None]
+    top = TopRows(len(texts), limit=request.top_k, threshold=0.0)
+    indexed.index.search(texts, top, positions=indexed.positions, keys=indexed.keys)
+    ranked = top.finish()
+    return Found(ranked=ranked, parts={"bm25": ranked.score})
+
+
+def describe_input_hits(ranked: Ranked, ids: Sequence[str], queries: Queries) -> list[QueryHits]:
+    """Return the hits of each query among documents of the corpus."""
     bounds = np.searchsorted(ranked.query, np.arange(len(queries.ids) + 1))
     hits = []
     for number, (first, last) in enumerate(pairwise(bounds.tolist())):
@@ -110,13 +134,6 @@ def search_input(
             )
         )
     return hits
-
-
-def _rank(index: Bm25Index, queries: Queries, request: SearchRequest, *, positions: Rows, keys: Rows) -> Ranked:
-    texts = [text for text in queries.texts if text is not None]
-    top = TopRows(len(texts), limit=request.top_k, threshold=0.0)
-    index.search(texts, top, positions=positions, keys=keys)
-    return top.finish()
 
 
 def _read_input(

@@ -15,7 +15,8 @@ from m3cli.config import ALL_OUTPUTS
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError, count_noun
 from m3cli.jobs.paths import check_ignored_options, check_paths
-from m3cli.jobs.search.queries import Queries, encode_queries, open_queries, read_vectors
+from m3cli.jobs.search.queries import Queries, QueryEncoder, View, one_query, open_queries, read_vectors
+from m3cli.jobs.search.texts import InputTexts
 from m3cli.progress import Progress
 from m3cli.records import Output, QueryHits
 from m3cli.requests import Mode, SearchRequest
@@ -33,6 +34,8 @@ MOST_SHOWN = 20
 
 
 Show = Callable[[Sequence[QueryHits]], None]
+Ask = Callable[[], str | None]
+Search = Callable[[Queries | OutputFolder], tuple[Queries, list[QueryHits]]]
 
 
 def search_corpus(
@@ -42,8 +45,9 @@ def search_corpus(
     stdout: BinaryIO,
     stdin: PeekableStream | None = None,
     show: Show | None = None,
+    ask: Ask | None = None,
 ) -> int:
-    """Search a folder.
+    """Search a folder for queries, or for each line that is typed.
 
     Args:
         request: the options.
@@ -51,6 +55,7 @@ def search_corpus(
         stdout: output of the ranking without `out`.
         stdin: standard input, if queries or corpus are read from it.
         show: shows the hits of few queries as a table, on a terminal.
+        ask: returns a line that is typed on a terminal, None at the end.
 
     Returns:
         the exit code: 0, or 3 if rows were skipped.
@@ -61,10 +66,11 @@ def search_corpus(
         ForeignFolder: queries and corpus are of different models.
         OutputError: `out` cannot be written; raised before anything is read.
     """
-    if request.queries == "-" and "-" in request.corpus_inputs:
-        raise UsageError("--queries - with --input -: standard input can be read once; give one of them a file")
+    typed = request.words is None and request.queries is None
+    _check_queries(request, on_terminal=ask is not None)
     kind = ranking_format(request.out, typed=request.format)
-    files = [request.queries] if os.path.exists(request.queries) else []  # noqa: PTH110  False for texts longer than a path
+    named = request.queries or ""
+    files = [named] if os.path.exists(named) else []  # noqa: PTH110  False for texts longer than a path
     read: dict[str, Sequence[str | None]] = {
         "DIR": [request.folder],
         "--queries": files,
@@ -74,19 +80,32 @@ def search_corpus(
     check_writable(request.out)
     folder = open_corpus(request, progress)
     mode = resolve_mode(request, folder)
-    source = open_queries(request, progress=progress, stdin=stdin)
+    source = None if typed else open_queries(request, progress=progress, stdin=stdin)
     if isinstance(source, OutputFolder):
         _check_text_options(request)
+        if mode == "bm25":
+            raise UsageError("--mode bm25 searches words: give --queries a file of texts or the words of a query")
     began = time.perf_counter()
-    drawn = show is not None and request.out is None and request.format is None
-    shown = kind == "jsonl" or drawn
-    queries, hits = rank_queries(request, folder, mode, source, shown=shown, progress=progress, stdin=stdin)
+    drawn = show is not None and request.out is None and request.format is None and _count(source) <= MOST_SHOWN
+    view = View(spans=kind == "jsonl" or drawn, input_texts=InputTexts(folder) if drawn else None)
+    if mode == "bm25":
+        search = prepare_term_search(request, folder, view=view, progress=progress, stdin=stdin)
+    else:
+        texts = not isinstance(source, OutputFolder)
+        search = prepare_search(request, folder, mode, texts=texts, view=view, progress=progress)
+    if source is None:
+        assert ask is not None
+        assert show is not None
+        progress.say(f"{folder.path.name} by {mode}: type a query; Ctrl-D ends")
+        answer_lines(search, ask, show)
+        return EXIT_DONE
+    queries, hits = search(source)
     seconds = time.perf_counter() - began
     without_hits = sum(not found.ids for found in hits)
     remark = f"; {without_hits:,} without a hit" if without_hits else ""
     counted = f"{count_noun(len(hits), 'query', 'queries')}, {count_noun(folder.counts.chunks, 'row')}"
     progress.say(f"{mode}: {counted}, {seconds:.1f} s in all{remark}")
-    if show is not None and drawn and len(hits) <= MOST_SHOWN:
+    if show is not None and drawn:
         show(hits)
     else:
         with open_ranking(request.out, stdout, kind=kind, tag=f"m3-{mode}") as ranking:
@@ -96,6 +115,34 @@ def search_corpus(
                 f"{count_noun(ranking.blanks, 'line has', 'lines have')} an id with blanks: tabs between the columns"
             )
     return EXIT_ROWS_SKIPPED if queries.skipped else EXIT_DONE
+
+
+def _count(source: Queries | OutputFolder | None) -> int:
+    """Return the number of queries; 1 if they are typed one by one."""
+    if isinstance(source, OutputFolder):
+        return source.counts.documents
+    return 1 if source is None else len(source.ids)
+
+
+def answer_lines(search: Search, ask: Ask, show: Show) -> None:
+    """Search for each line that is typed, until there are no more."""
+    while (line := ask()) is not None:
+        if line.strip():
+            show(search(one_query(line))[1])
+
+
+def _check_queries(request: SearchRequest, *, on_terminal: bool) -> None:
+    """Raise UsageError unless the queries come from one place."""
+    if request.words is not None and request.queries is not None:
+        raise UsageError(f"{request.words!r} and --queries {request.queries}: give the words of a query, or queries")
+    if request.queries == "-" and "-" in request.corpus_inputs:
+        raise UsageError("--queries - with --input -: standard input can be read once; give one of them a file")
+    if request.words is None and request.queries is None:
+        if not on_terminal:
+            raise UsageError("no query: give its words after DIR, or a file of queries with --queries")
+        if request.out is not None or request.format is not None:
+            flag = f"--out {request.out}" if request.out is not None else f"--format {request.format}"
+            raise UsageError(f"{flag} without queries: give them with --queries")
 
 
 def open_corpus(request: SearchRequest, progress: Progress) -> OutputFolder:
@@ -180,36 +227,40 @@ def outputs_of(folder: OutputFolder) -> tuple[Output, ...]:
     return folder.run.config.outputs
 
 
-def rank_queries(
+def prepare_search(
     request: SearchRequest,
     folder: OutputFolder,
     mode: Mode,
-    source: Queries | OutputFolder,
     *,
-    shown: bool,
+    texts: bool,
+    view: View,
     progress: Progress,
-    stdin: PeekableStream | None = None,
     loaded: TextEncoder | None = None,
-) -> tuple[Queries, list[QueryHits]]:
-    """Return the queries that could be encoded, and the hits of each; `shown` reads spans and texts of the hits too.
+) -> Search:
+    """Load what a search by vectors needs; return a function that searches.
 
-    Texts are encoded by `loaded`, or by the checkpoint that the request names.
+    Args:
+        request: the options.
+        folder: the folder.
+        mode: what scores a row, not bm25.
+        texts: whether queries are texts; else they are vectors of a folder.
+        view: what is shown of hits.
+        progress: messages.
+        loaded: the checkpoint, if it is loaded.
     """
-    if mode == "bm25":
-        return _search_terms(request, folder, source, shown=shown, progress=progress, stdin=stdin)
     # torch, which is slow to import: only after options and folder have been checked
     from m3cli.encoder.device import resolve_device  # noqa: PLC0415
     from m3cli.jobs.search.vectors import Blend, Target, describe_hits, search_hybrid, search_single  # noqa: PLC0415
     from m3cli.retrieval.scores import resolve_weights  # noqa: PLC0415
 
-    chunks = request.level == "chunk"
     target = Target(
         folder=folder,
         vocabulary=folder.run.checkpoint.vocabulary,
         device=resolve_device(request.device),
         top_k=request.top_k,
-        chunks=chunks,
+        chunks=request.level == "chunk",
     )
+    blend: Blend | None = None
     if mode == "hybrid":
         weights = resolve_weights(request.weights, outputs_of(folder))
         # Dense and sparse find candidates whatever their weights; ColBERT, the largest to read, only ranks them.
@@ -227,14 +278,25 @@ def rank_queries(
                 f"--candidates {blend.candidates}: at most {most:,} hits of a query are ranked, not --top-k "
                 f"{request.top_k}"
             )
-        queries = _embed(request, folder, source, outputs, progress, loaded)
-        assert queries.embeddings is not None
-        found = search_hybrid(target, queries.embeddings, blend)
     else:
-        queries = _embed(request, folder, source, (mode,), progress, loaded)
+        assert mode != "bm25"
+        outputs = (mode,)
+    encoder = QueryEncoder(folder, outputs, request, progress, loaded=loaded) if texts else None
+
+    def search(source: Queries | OutputFolder) -> tuple[Queries, list[QueryHits]]:
+        if isinstance(source, OutputFolder):
+            queries = read_vectors(source, folder, outputs, progress)
+        else:
+            assert encoder is not None
+            queries = encoder.encode(source)
         assert queries.embeddings is not None
-        found = search_single(target, queries.embeddings, mode)
-    return queries, describe_hits(found, folder, ids=queries.ids, texts=queries.texts, chunks=chunks, shown=shown)
+        if blend is not None:
+            found = search_hybrid(target, queries.embeddings, blend)
+        else:
+            found = search_single(target, queries.embeddings, outputs[0])
+        return queries, describe_hits(found, folder, queries, chunks=target.chunks, view=view)
+
+    return search
 
 
 def _resolve_sources(request: SearchRequest, outputs: tuple[Output, ...]) -> tuple[Output, ...]:
@@ -245,36 +307,30 @@ def _resolve_sources(request: SearchRequest, outputs: tuple[Output, ...]) -> tup
     return request.candidates_by or tuple(output for output in CANDIDATE_OUTPUTS if output in outputs)
 
 
-def _embed(
-    request: SearchRequest,
-    folder: OutputFolder,
-    source: Queries | OutputFolder,
-    outputs: tuple[Output, ...],
-    progress: Progress,
-    loaded: TextEncoder | None,
-) -> Queries:
-    if isinstance(source, OutputFolder):
-        return read_vectors(source, folder, outputs, progress)
-    return encode_queries(source, folder, outputs, request, progress, loaded=loaded)
-
-
-def _search_terms(
-    request: SearchRequest,
-    folder: OutputFolder,
-    source: Queries | OutputFolder,
-    *,
-    shown: bool,
-    progress: Progress,
-    stdin: PeekableStream | None,
-) -> tuple[Queries, list[QueryHits]]:
-    from m3cli.jobs.search.bm25 import open_terms, search_input, search_texts  # noqa: PLC0415
+def prepare_term_search(
+    request: SearchRequest, folder: OutputFolder, *, view: View, progress: Progress, stdin: PeekableStream | None
+) -> Search:
+    """Index the texts of a folder, or of its corpus; return a function that searches them by BM25."""
+    from m3cli.jobs.search.bm25 import (  # noqa: PLC0415
+        describe_input_hits,
+        index_input,
+        index_texts,
+        open_terms,
+        search_terms,
+    )
     from m3cli.jobs.search.vectors import describe_hits  # noqa: PLC0415
 
-    if isinstance(source, OutputFolder):
-        raise UsageError("--mode bm25 searches words: give --queries a file of texts or the words of a query")
     terms = open_terms(folder, request)
     if request.corpus_inputs:
-        return source, search_input(folder, source, terms, request, progress, stdin=stdin)
-    found = search_texts(folder, source, terms, request)
-    chunks = request.level == "chunk"
-    return source, describe_hits(found, folder, ids=source.ids, texts=source.texts, chunks=chunks, shown=shown)
+        indexed = index_input(folder, terms, request, progress, stdin=stdin)
+    else:
+        indexed = index_texts(folder, terms, request)
+
+    def search(queries: Queries | OutputFolder) -> tuple[Queries, list[QueryHits]]:
+        assert isinstance(queries, Queries)
+        found = search_terms(indexed, queries, request)
+        if indexed.ids is not None:
+            return queries, describe_input_hits(found.ranked, indexed.ids, queries)
+        return queries, describe_hits(found, folder, queries, chunks=request.level == "chunk", view=view)
+
+    return search

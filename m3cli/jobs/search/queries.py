@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder.embeddings import concat_embeddings, select_rows
 from m3cli.errors import CorpusError, ForeignFolder, ModelError, UsageError, count_noun
 from m3cli.jobs.score.from_folders import check_same_model
+from m3cli.jobs.search.texts import InputTexts
 from m3cli.progress import Progress
 from m3cli.records import Embeddings, Output, SkippedRow
 from m3cli.requests import SearchRequest
@@ -50,24 +51,49 @@ class Queries:
     "rows of the file that were skipped"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """What is shown of hits; a TREC run has ids and scores only."""
+
+    spans: bool
+    "with the spans of chunks, and the start of kept texts"
+    input_texts: InputTexts | None = None
+    "of the input, for the first hits of a query if texts are not kept; None: they are not shown"
+
+
 def open_queries(request: SearchRequest, *, progress: Progress, stdin: PeekableStream | None) -> Queries | OutputFolder:
-    """Read a text or a file of texts, or open an encoded folder.
+    """Return the words of a query, or read a file of texts, or open an encoded folder.
 
     Raises:
         UsageError: the value looks like a path that does not exist.
         CorpusError: a file has no queries, or two with one id.
     """
+    if request.words is not None:
+        if _exists(Path(request.words)):
+            progress.say(f"searching for the words {request.words!r}; for the queries of that file: -q {request.words}")
+        return one_query(request.words)
     value = request.queries
-    if not value.strip():
+    if value is None or not value.strip():
         raise UsageError("--queries is empty: give a file, an encoded folder, or the words of a query")
     path = Path(value)
     if value != "-" and not _exists(path):
         if _PATH_LIKE.fullmatch(value) or (has_known_ending(value) and not re.search(r"\s", value)):
             raise UsageError(f"--queries {value}: no such file or folder; give one, or the words of a query")
-        return Queries(ids=(LITERAL_ID,), texts=(value,))
+        return one_query(value)
     if path.is_dir() and value != "-":
         return open_folder(path)
-    return _read_texts(request, progress=progress, stdin=stdin)
+    return _read_texts(value, request, progress=progress, stdin=stdin)
+
+
+def one_query(words: str) -> Queries:
+    """Return the words of a query as queries.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if not words.strip():
+        raise UsageError("the query is empty: give its words")
+    return Queries(ids=(LITERAL_ID,), texts=(words,))
 
 
 def _exists(path: Path) -> bool:
@@ -77,8 +103,8 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _read_texts(request: SearchRequest, *, progress: Progress, stdin: PeekableStream | None) -> Queries:
-    sources = find_sources((request.queries,), input_format=request.input_format, stdin=stdin)
+def _read_texts(path: str, request: SearchRequest, *, progress: Progress, stdin: PeekableStream | None) -> Queries:
+    sources = find_sources((path,), input_format=request.input_format, stdin=stdin)
     fields = resolve_fields(
         sources,
         id_field=request.query_id_field,
@@ -94,10 +120,10 @@ def _read_texts(request: SearchRequest, *, progress: Progress, stdin: PeekableSt
         skipped += shard.skipped
         for document in shard.documents:
             if texts.setdefault(document.id, document.text) != document.text:
-                raise CorpusError(f"{request.queries}: two queries have the id {document.id[:80]!r}; give each its own")
+                raise CorpusError(f"{path}: two queries have the id {document.id[:80]!r}; give each its own")
     if not texts:
         reason = f": {skipped[0].reason}" if skipped else ""
-        raise CorpusError(f"{request.queries}: there is no query in it{reason}")
+        raise CorpusError(f"{path}: there is no query in it{reason}")
     if skipped:
         first = skipped[0]
         progress.say(
@@ -149,113 +175,141 @@ def read_vectors(
     return Queries(ids=tuple(ids), texts=(None,) * len(ids), embeddings=concat_embeddings(parts), skipped=skipped)
 
 
-def encode_queries(
-    queries: Queries,
-    corpus: OutputFolder,
-    outputs: tuple[Output, ...],
-    request: SearchRequest,
-    progress: Progress,
-    *,
-    loaded: TextEncoder | None = None,
-) -> Queries:
-    """Encode texts with the checkpoint of the corpus, which may be loaded; texts that cannot be encoded are skipped.
+class QueryEncoder:
+    """The checkpoint of a corpus, loaded to encode queries."""
 
-    Raises:
-        ForeignFolder: the checkpoint or its tokenizer differs from the corpus'.
-        ModelError: the checkpoint cannot be loaded, or no text can be encoded.
-    """
-    from m3cli.encoder import device as machine  # noqa: PLC0415  torch
-    from m3cli.encoder.text_encoder import DEFAULT_LENGTH, TextEncoder, resolve_length  # noqa: PLC0415
+    def __init__(
+        self,
+        corpus: OutputFolder,
+        outputs: tuple[Output, ...],
+        request: SearchRequest,
+        progress: Progress,
+        *,
+        loaded: TextEncoder | None = None,
+    ) -> None:
+        """Load the checkpoint, or take one that is loaded.
 
-    _log_prefix(corpus.run.config.prefix, request, progress)
-    if loaded is None:
-        checkpoint = open_corpus_checkpoint(corpus, request)
-    else:
-        checkpoint = loaded.checkpoint
-        check_corpus_checkpoint(corpus, checkpoint)
-    length = resolve_length(request.max_query_length, checkpoint, option="--max-query-length")
-    if loaded is None:
-        device = machine.resolve_device(request.device)
-        dtype = machine.resolve_dtype(request.dtype, device)
-        progress.say(f"{checkpoint.name}, {dtype} on {device}")
-        encoder = TextEncoder(
-            checkpoint, outputs=outputs, device=device, dtype=dtype, max_batch_tokens=request.max_batch_tokens
+        Raises:
+            ForeignFolder: the checkpoint or its tokenizer differs from the corpus'.
+            ModelError: the checkpoint cannot be loaded.
+        """
+        from m3cli.encoder import device as machine  # noqa: PLC0415  torch
+        from m3cli.encoder.text_encoder import TextEncoder, resolve_length  # noqa: PLC0415
+
+        self._prefix, self._progress = request.query_prefix, progress
+        _log_prefix(corpus.run.config.prefix, request, progress)
+        if loaded is None:
+            checkpoint = open_corpus_checkpoint(corpus, request)
+        else:
+            checkpoint = loaded.checkpoint
+            check_corpus_checkpoint(corpus, checkpoint)
+        self._length = resolve_length(request.max_query_length, checkpoint, option="--max-query-length")
+        if loaded is None:
+            device = machine.resolve_device(request.device)
+            dtype = machine.resolve_dtype(request.dtype, device)
+            progress.say(f"{checkpoint.name}, {dtype} on {device}")
+            self._encoder = TextEncoder(
+                checkpoint, outputs=outputs, device=device, dtype=dtype, max_batch_tokens=request.max_batch_tokens
+            )
+        else:
+            self._encoder = loaded.select(outputs)
+        made = corpus.run.checkpoint.tokenizer_hash
+        if self._encoder.tokenizer_hash != made:
+            raise ForeignFolder(
+                f"{corpus.path.name} was made with tokenizer {made[:7]}, this version of transformers builds "
+                f"{self._encoder.tokenizer_hash[:7]} from the same files: install the version it was made with"
+            )
+
+    def encode(self, queries: Queries) -> Queries:
+        """Encode texts; those that cannot be encoded are skipped.
+
+        Raises:
+            ModelError: no text can be encoded.
+        """
+        from m3cli.encoder.text_encoder import DEFAULT_LENGTH  # noqa: PLC0415  torch
+
+        texts = [f"{self._prefix}{text}" for text in queries.texts]
+        embeddings, failed, tokenised = self._encoder.try_texts(texts, max_length=self._length)
+        if tokenised.truncated:
+            remedy = "" if self._length > DEFAULT_LENGTH else "; --max-query-length sets another length"
+            total = count_noun(len(texts), "query", "queries")
+            self._progress.say(f"{tokenised.truncated:,} of {total} cut at {self._length} tokens{remedy}")
+        if failed:
+            first = min(failed, key=lambda each: each.row)
+            message = (
+                f"{len(failed):,} of {count_noun(len(texts), 'query', 'queries')} cannot be encoded; the first, "
+                f"{queries.ids[first.row][:80]!r}: {first.reason} ({first.detail})"
+            )
+            if embeddings is None:
+                raise ModelError(message)
+            self._progress.say(message)
+        assert embeddings is not None
+        kept = embeddings.rows.tolist()
+        return Queries(
+            ids=tuple(queries.ids[row] for row in kept),
+            texts=tuple(queries.texts[row] for row in kept),
+            embeddings=embeddings,
+            skipped=queries.skipped + len(failed),
         )
-    else:
-        encoder = loaded.select(outputs)
-    made = corpus.run.checkpoint.tokenizer_hash
-    if encoder.tokenizer_hash != made:
-        raise ForeignFolder(
-            f"{corpus.path.name} was made with tokenizer {made[:7]}, this version of transformers builds "
-            f"{encoder.tokenizer_hash[:7]} from the same files: install the version it was made with"
-        )
-    texts = [f"{request.query_prefix}{text}" for text in queries.texts]
-    embeddings, failed, tokenised = encoder.try_texts(texts, max_length=length)
-    if tokenised.truncated:
-        remedy = "" if length > DEFAULT_LENGTH else "; --max-query-length sets another length"
-        total = count_noun(len(texts), "query", "queries")
-        progress.say(f"{tokenised.truncated:,} of {total} cut at {length} tokens{remedy}")
-    if failed:
-        first = min(failed, key=lambda each: each.row)
-        message = (
-            f"{len(failed):,} of {count_noun(len(texts), 'query', 'queries')} cannot be encoded; the first, "
-            f"{queries.ids[first.row][:80]!r}: "
-            f"{first.reason} ({first.detail})"
-        )
-        if embeddings is None:
-            raise ModelError(message)
-        progress.say(message)
-    assert embeddings is not None
-    kept = embeddings.rows.tolist()
-    return Queries(
-        ids=tuple(queries.ids[row] for row in kept),
-        texts=tuple(queries.texts[row] for row in kept),
-        embeddings=embeddings,
-        skipped=queries.skipped + len(failed),
-    )
-
-
-def resolve_model(corpus: OutputFolder, request: SearchRequest) -> str | None:
-    """Return --model, or $M3_MODEL, or the hub id of the corpus' checkpoint, or None."""
-    name = corpus.run.checkpoint.name
-    return request.model or os.environ.get("M3_MODEL") or (name if name.count("/") == 1 else None)
 
 
 def open_corpus_checkpoint(corpus: OutputFolder, request: SearchRequest) -> Checkpoint:
-    """Open the checkpoint for queries.
+    """Open the checkpoint for queries: --model, or else M3_MODEL, the remembered path or hub id, whichever fits.
+
+    Scores have no meaning unless it is the checkpoint of the corpus.
 
     Raises:
-        ForeignFolder: the checkpoints differ.
-        UsageError: no checkpoint is given, and that of the corpus has no hub id.
+        ForeignFolder: the checkpoint differs from the corpus'.
+        UsageError: none is named, and that of the corpus is not where it was.
     """
-    from m3cli.jobs.encode.resolve import open_checkpoint  # noqa: PLC0415
+    from m3cli.jobs.encode.resolve import find_other_file, open_checkpoint  # noqa: PLC0415
 
-    made = corpus.run.checkpoint
-    model = resolve_model(corpus, request)
-    if model is None:
+    made, differing = corpus.run.checkpoint, []
+    for model, revision in _list_models(corpus, request):
+        checkpoint = open_checkpoint(model, revision)
+        if (other := find_other_file(made, checkpoint)) is None:
+            return replace(checkpoint, name=made.name) if model == made.path else checkpoint
+        differing.append((checkpoint.name, other))
+    if not differing:
         raise UsageError(
-            f"{corpus.path.name} was encoded with a checkpoint called {made.name!r}: give its path with --model "
-            "(or M3_MODEL), or give --queries an encoded folder"
+            f"{corpus.path.name} was encoded with {made.path}, which is not there now: give the path of that "
+            "checkpoint with --model or M3_MODEL, or give --queries an encoded folder"
         )
-    checkpoint = open_checkpoint(model, request.revision)
-    check_corpus_checkpoint(corpus, checkpoint)
-    return checkpoint
+    raise _other_checkpoint(corpus, *differing[0])
 
 
 def check_corpus_checkpoint(corpus: OutputFolder, checkpoint: Checkpoint) -> None:
-    """Check that a checkpoint is that of the corpus, without which scores have no meaning.
+    """Check that a loaded checkpoint is that of the corpus.
 
     Raises:
         ForeignFolder: they differ.
     """
     from m3cli.jobs.encode.resolve import find_other_file  # noqa: PLC0415
 
+    if (other := find_other_file(corpus.run.checkpoint, checkpoint)) is not None:
+        raise _other_checkpoint(corpus, checkpoint.name, other)
+
+
+def _other_checkpoint(corpus: OutputFolder, name: str, other: str) -> ForeignFolder:
+    return ForeignFolder(
+        f"{corpus.path.name} was encoded with {corpus.run.checkpoint.name}, the queries would be with {name}, and "
+        f"their {other} differ: scores between them mean nothing; give --model the corpus' checkpoint"
+    )
+
+
+def _list_models(corpus: OutputFolder, request: SearchRequest) -> list[tuple[str, str | None]]:
+    """Return the models to try in order, each with its revision."""
     made = corpus.run.checkpoint
-    if (other := find_other_file(made, checkpoint)) is not None:
-        raise ForeignFolder(
-            f"{corpus.path.name} was encoded with {made.name}, the queries would be with {checkpoint.name}, and "
-            f"their {other} differ: scores between them mean nothing; give --model the corpus' checkpoint"
-        )
+    if request.model is not None:
+        return [(request.model, request.revision)]
+    models = []
+    if named := os.environ.get("M3_MODEL"):
+        models.append((named, request.revision))
+    if Path(made.path).is_dir():
+        models.append((made.path, None))
+    if made.name.count("/") == 1:
+        models.append((made.name, request.revision or made.revision))
+    return models
 
 
 def _log_prefix(prefix: str, request: SearchRequest, progress: Progress) -> None:

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 
 from m3cli.concurrency import prefetch
+from m3cli.jobs.search.queries import Queries, View
+from m3cli.jobs.search.texts import Passage
 from m3cli.records import Embeddings, Output, QueryHits
-from m3cli.requests import Fusion
+from m3cli.requests import HITS_SHOWN, Fusion
 from m3cli.retrieval.scan import cut_slices, open_scan, scan_part
 from m3cli.retrieval.scores import Rows, Weights, average_scores, expand_rows, fuse_ranks, score_rows
 from m3cli.retrieval.top import Ranked, Scores, TopRows, number_runs, rank_rows
-from m3cli.store.lookup import find_rows, iter_blocks, read_metadata
+from m3cli.store.lookup import find_rows, iter_blocks, read_metadata, shard_of
 from m3cli.store.reader import OutputFolder
 from m3cli.store.results import SNIPPET_LENGTH
 
@@ -178,36 +180,43 @@ class _Best:
             )
 
 
-def describe_hits(
-    found: Found, folder: OutputFolder, *, ids: Sequence[str], texts: Sequence[str | None], chunks: bool, shown: bool
-) -> list[QueryHits]:
-    """Read the rows of the hits; return the hits of each query, also of queries without hits.
-
-    A TREC run needs ids and scores only; with `shown`, spans and the start of kept texts are read too.
-    """
+def describe_hits(found: Found, folder: OutputFolder, queries: Queries, *, chunks: bool, view: View) -> list[QueryHits]:
+    """Read the rows of the hits; return the hits of each query, also of queries without hits."""
     ranked = found.ranked
     positions, numbers = np.unique(ranked.row, return_inverse=True)
-    length = SNIPPET_LENGTH if shown and folder.run.config.keep_text else 0
-    rows = read_metadata(folder, positions, spans=shown, length=length)
-    bounds = np.searchsorted(ranked.query, np.arange(len(ids) + 1))
+    length = SNIPPET_LENGTH if view.spans and folder.run.config.keep_text else 0
+    rows = read_metadata(folder, positions, spans=view.spans, length=length)
+    bounds = np.searchsorted(ranked.query, np.arange(len(queries.ids) + 1))
     hits: list[QueryHits] = []
     for query, (first, last) in enumerate(pairwise(bounds.tolist())):
         own = numbers[first:last]
         index = rows.chunk_index[own]
         names = [rows.ids[row] for row in own]
+        starts = None if rows.char_start is None else rows.char_start[own]
+        ends = None if rows.char_end is None else rows.char_end[own]
+        snippets: list[str | None] = [None] * len(names)
+        if rows.texts is not None:
+            snippets = [rows.texts[row] for row in own]
+        elif view.input_texts is not None and starts is not None and ends is not None:
+            best = zip(shard_of(ranked.row[first:last]), names, starts.tolist(), ends.tolist(), strict=True)
+            passages = [
+                Passage(shard=shard, id=name, start=start, stop=stop)
+                for shard, name, start, stop in islice(best, HITS_SHOWN)
+            ]
+            snippets[:HITS_SHOWN] = view.input_texts.read(passages, length=SNIPPET_LENGTH)
         if chunks:
             names = [f"{name}#{chunk}" for name, chunk in zip(names, index, strict=True)]
         hits.append(
             QueryHits(
-                query=ids[query],
-                text=texts[query],
+                query=queries.ids[query],
+                text=queries.texts[query],
                 ids=tuple(names),
                 scores=ranked.score[first:last],
                 parts={name: values[first:last] for name, values in found.parts.items()},
                 chunk_index=index,
-                char_start=None if rows.char_start is None else rows.char_start[own],
-                char_end=None if rows.char_end is None else rows.char_end[own],
-                texts=(None,) * len(names) if rows.texts is None else tuple(rows.texts[row] for row in own),
+                char_start=starts,
+                char_end=ends,
+                texts=tuple(snippets),
             )
         )
     return hits

@@ -1,0 +1,90 @@
+"""Texts of hits, read from the input that a folder without text was made from.
+
+Only the shards of the hits are read, from plain or Parquet files that have the same content as then.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from m3cli.corpus.fields import kept_schema
+from m3cli.corpus.plan import Plan
+from m3cli.corpus.reader import read_shards
+from m3cli.errors import CorpusError
+from m3cli.store.reader import OutputFolder
+
+KEPT_CHARS = 64 << 20
+"of the texts that are in memory for further queries"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passage:
+    """A hit whose text is read."""
+
+    shard: int
+    id: str
+    "of its document"
+    start: int
+    stop: int
+    "in code points of the document's text"
+
+
+class InputTexts:
+    """Texts of a folder's input, by shard; the last ones that were read are kept."""
+
+    def __init__(self, folder: OutputFolder) -> None:
+        self._folder = folder
+        self._shards: dict[int, dict[str, str]] = {}
+
+    def read(self, passages: Sequence[Passage], *, length: int) -> list[str | None]:
+        """Return the first `length` code points of each passage; None: it is not in the input, or that is not read."""
+        found: list[str | None] = []
+        for passage in passages:
+            texts = self._shards.pop(passage.shard, None)
+            if texts is None:
+                texts = _read_documents(self._folder, passage.shard)
+            self._shards[passage.shard] = texts  # the last one
+            text = texts.get(passage.id)
+            found.append(None if text is None else text[passage.start : passage.stop][:length])
+        while len(self._shards) > 1 and sum(self._count(shard) for shard in self._shards) > KEPT_CHARS:
+            del self._shards[next(iter(self._shards))]
+        return found
+
+    def _count(self, shard: int) -> int:
+        return sum(map(len, self._shards[shard].values()))
+
+
+def _read_documents(folder: OutputFolder, index: int) -> dict[str, str]:
+    """Return the texts of a shard by id; none if its source is missing or has changed, or is not plain or Parquet."""
+    config, entry = folder.run.config, folder.entries[index]
+    source = folder.run.sources[entry.shard.source]
+    try:
+        status = Path(source.path).stat()
+    except OSError:
+        return {}
+    if source.sequential or status.st_size != source.size:
+        return {}
+    shard = replace(entry.shard, source=0)
+    try:
+        (text,) = read_shards(
+            (replace(source, mtime_ns=status.st_mtime_ns),),
+            plan=Plan(
+                shards=(shard,), num_sources=1, complete=True, shard_size=config.shard_size, limit=None, rows_left=None
+            ),
+            fields=config.fields,
+            schema=kept_schema((source,), config.fields) if config.fields.kept else None,
+            title_sep=config.title_sep,
+            max_row_bytes=config.max_row_bytes,
+            ask=lambda _: "read",
+        )
+    except CorpusError:
+        _log.warning("%s is not what %s was made from: hits are shown without text", source.name, folder.path.name)
+        return {}
+    if text.input_hash != entry.input_hash:
+        return {}
+    return {document.id: document.text for document in reversed(text.documents)}  # of equal ids the first
