@@ -36,8 +36,8 @@ OPTIONS = {
         --device --dtype --engine --format --gone --gpus-per-worker --help-all --id-field --input-format --keep-fields
         --keep-text --limit --log-file --long-docs --max-batch-tokens --max-length --max-row-bytes --max-runtime
         --max-skipped --mcls --metrics --model --no-space-check --num-workers --out --outputs --overlap --prefix
-        --progress --revision --shard-size --since-run --split --text-field --title-field --title-sep --verify-input
-        --worker -o
+        --progress --quiet --revision --shard-size --since-run --split --text-field --title-field --title-sep
+        --verify-input --worker -o
     """,
     "plan": """
         --colbert-dtype --colbert-pool --colbert-top-k --compression --dedupe --dense-dtype --device --dtype --format
@@ -49,22 +49,24 @@ OPTIONS = {
     "check": "--device --help-all --json --model --repair --revision --sample --seed",
     "score": """
         --chunks --corpus --device --dtype --explain --help-all --input-format --max-batch-tokens --max-passage-length
-        --max-query-length --model --modes --out --passage-field --progress --queries --query-field --revision
+        --max-query-length --model --modes --out --passage-field --progress --queries --query-field --quiet --revision
         --weights -o
     """,
     "search": """
         --candidates --candidates-by --device --dtype --format --fusion --help-all --input --input-format --level
         --max-batch-tokens --max-query-length --mode --model --out --progress --queries --query-field --query-id-field
-        --query-prefix --revision --tokenizer --top-k --weights -k -o -q
+        --query-prefix --quiet --revision --tokenizer --top-k --weights -k -o -q
     """,
     "eval": "--json --measures",
     "rerank": """
         --corpus --device --dtype --help-all --id-field --max-batch-tokens --max-length --model --normalise --out
-        --progress --queries --query-field --query-id-field --revision --text-field --title-field --title-sep --top-k -o
+        --progress --queries --query-field --query-id-field --quiet --revision --text-field --title-field --title-sep
+        --top-k -o
     """,
-    "export": "--fields --name --no-space-check --out --outputs --progress --to -o",
-    "load": "--fields --left-out --name --outputs --progress --since --to",
-    "convert": "--out --progress --revision --to -o",
+    "export": "--fields --name --no-space-check --out --outputs --progress --quiet --to -o",
+    "load": "--fields --left-out --name --outputs --progress --quiet --since --to",
+    "convert": "--out --progress --quiet --revision --to -o",
+    "help": "",
     "doctor": "--device --help-all --json --model --revision",
 }
 "of each command, by name"

@@ -41,7 +41,6 @@ app = typer.Typer(
     "another run; 11 locked; 12 damage; 75 stopped, run again; 130 Ctrl-C.",
     no_args_is_help=True,
     rich_markup_mode=None,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -60,9 +59,38 @@ app.command("load", cls=Command)(load)
 app.command("convert", cls=Command)(convert)
 app.command("doctor", cls=Command)(doctor)
 
+
+@app.command("help", cls=Command)
+def show_help(
+    context: typer.Context,
+    command: Annotated[str | None, typer.Argument(metavar="[COMMAND]", help="Such as encode.")] = None,
+) -> None:
+    """Show the help of m3 or of a command."""
+    group: Any = context.parent
+    found = group.command.get_command(group, command) if command else group.command
+    if found is None:
+        raise UsageError(f"there is no command {command!r}, only {', '.join(group.command.list_commands(group))}")
+    typer.echo(found.get_help(typer.Context(found, info_name=command, parent=group) if command else group))
+
+
 # typer brings its own copy of click since 0.16; this is the base of its errors in every version.
 _TyperError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
+
+_HINTS = (
+    (("--resume", "--continue"), "--since-run", "the same command again resumes, without an option"),
+    (
+        ("--overwrite", "--force"),
+        "--since-run",
+        "a folder is never overwritten: give another --out, or remove the folder first",
+    ),
+    (("--batch-size", "--batch_size"), "--max-batch-tokens", "--max-batch-tokens N limits the tokens of a batch"),
+    (("--gpu", "--cuda", "--use-gpu"), "--device", "--device cuda does it; a GPU is used by default if there is one"),
+    (("--fp16", "--use-fp16"), "--dtype", "--dtype float16 does it"),
+    (("--num-workers", "--workers"), "--worker", "--worker I/N encodes the part I of N"),
+    (("--append",), "--since-run", "--out NEW --since-run OLD encodes only what OLD does not hold"),
+)
+"names of other programs, the option of a command that they are about, and what does the same"
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -78,7 +106,7 @@ def _root(
     *,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
     version: Annotated[  # noqa: ARG001  both are seen before any command is
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", "-V", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     handler = logging.StreamHandler()
@@ -139,7 +167,9 @@ def _describe_end(error: BaseException, arguments: Sequence[str]) -> tuple[str, 
     if isinstance(error, _TyperError):
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "m3"
-        message = _describe_value(error, arguments) or cast(Any, error).format_message().strip()
+        message = (
+            _describe_value(error, arguments) or _describe_option(error) or cast(Any, error).format_message().strip()
+        )
         if message.startswith("Usage: "):  # the help of a command line without a command
             sys.stdout.write(f"{message}\n")
             return "", UsageError.exit_code
@@ -150,6 +180,16 @@ def _describe_end(error: BaseException, arguments: Sequence[str]) -> tuple[str, 
         words = f"cannot write standard output: {error.strerror}; free some space and run the same command again"
         return words, OutputError.exit_code
     return describe_end(error)
+
+
+def _describe_option(error: Any) -> str | None:
+    """Return the message for an option that other programs have; None for other errors."""
+    name, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    known = {option for each in context.command.params for option in each.opts} if context else ()
+    for names, needed, remedy in _HINTS:
+        if name in names and needed in known:
+            return f"No such option: {name}; {remedy}"
+    return None
 
 
 def _describe_value(error: Any, arguments: Sequence[str]) -> str | None:

@@ -58,7 +58,7 @@ class Command(TyperCommand):
 def _describe(option: Any) -> tuple[str, str]:
     """Return what is typed, and what it does with its default."""
     if option.param_type_name == "argument":
-        return f"{option.metavar}{'' if option.nargs == 1 else '...'}", option.help
+        return f"{option.metavar}{'' if option.nargs == 1 or '...' in option.metavar else '...'}", option.help
     names = ", ".join(sorted(option.opts, key=len))
     default = f" [default: {option.show_default}]" if isinstance(option.show_default, str) else ""
     metavar = "" if option.is_flag else f" {option.metavar}"

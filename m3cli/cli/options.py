@@ -17,6 +17,7 @@ from m3cli.config import EncodeConfig, EncodeRequest, Option, list_options
 from m3cli.errors import UsageError
 from m3cli.requests import Weights
 
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.", rich_help_panel="Run")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel="Run")]
 
 
@@ -37,10 +38,18 @@ def takes(request: type, *, without: Container[str] = ()) -> Callable[[Callable[
         @wraps(command)
         def run(**typed: Any) -> None:
             check_numbers(typed)
+            if typed.pop("quiet", False):
+                if typed["progress"] not in (None, "none"):
+                    raise UsageError(
+                        f"--quiet is --progress none; leave one of it and --progress {typed['progress']} out"
+                    )
+                typed["progress"] = "none"
             rest = {each.name: typed.pop(each.name) for each in own}
             typed.pop("help_all", None)
             command(make_request(request, typed), **rest)
 
+        if any(each.name == "progress" for each in made):
+            made.append(inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet))
         run.__signature__ = inspect.Signature([*made, *own, *(more if hides else [])])  # type: ignore[attr-defined]
         return run
 
@@ -79,18 +88,33 @@ def _annotate(name: str, option: Option, hint: Any, *, default: str, inverted: b
     if kind is bool:
         return Annotated[bool | None, typer.Option(*names, **about)]
     about |= {"metavar": option.metavar or ("N" if kind is int else "TEXT"), "show_default": default or False}
+    choices = ("auto",) * (option.read == "auto") + _list_choices(kind)
     if option.read == "each":
         kind = list[str]
     elif option.read or get_origin(kind) in (Literal, tuple):
-        choices = ("auto",) * (option.read == "auto") + _list_choices(kind)
         about["parser"] = _make_parser(option, kind, names[0], choices)
         about["metavar"] = option.metavar or "|".join(choices) or "SIZE"
-        kind = str
+        completed = ("auto", "cpu", "cuda") if name == "device" else choices
+        several, kind = get_origin(kind) is tuple, str
+        about["autocompletion"] = _make_completer(completed, several=several)
     elif kind is int:
         about["min"] = option.least
+    elif "|" in about["metavar"] and about["metavar"].islower():
+        about["autocompletion"] = _make_completer(about["metavar"].split("|"))
     if option.argument:
         return Annotated[kind | None, typer.Argument(**about)]
     return Annotated[kind | None, typer.Option(*names, **about)]
+
+
+def _make_completer(choices: Sequence[str], *, several: bool = False) -> Callable[[str], list[str]]:
+    """Return what completes a word to the choices; with `several` after the last comma."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, _ = incomplete.rpartition(",") if several else ("", "", "")
+        typed = before.split(",")
+        return [f"{before}{comma}{choice}" for choice in choices if choice not in typed]
+
+    return complete
 
 
 def _list_choices(kind: Any) -> tuple[str, ...]:
@@ -107,7 +131,9 @@ def _make_parser(option: Option, kind: Any, flag: str, choices: Sequence[str]) -
             return _PARSERS[option.read](flag, text)
         if get_origin(kind) is tuple:
             return parse_choices(flag, text, choices) if choices else parse_names(text)
-        return parse_choice(flag, text, choices) if len(choices) > 1 else None if text == "auto" else text
+        if len(choices) > 1:
+            return parse_choice(flag, text, choices)
+        return None if text == "auto" else re.sub(r"^gpu(?=:|$)", "cuda", text)
 
     return parse
 
@@ -205,12 +231,15 @@ def parse_choices(flag: str, text: str, choices: Sequence[str]) -> tuple[str, ..
 
 
 def parse_choice(flag: str, text: str, choices: Sequence[str]) -> str | None:
-    """Check that a word is one of the choices; 'auto' is None."""
+    """Check that a word is one of the choices, or another name of one; 'auto' is None."""
+    if _OTHER_NAMES.get(text) in choices:
+        text = _OTHER_NAMES[text]
     if text not in choices:
         raise UsageError(f"{flag} {text!r}: expected {', '.join(choices)}")
     return None if text == "auto" else text
 
 
+_OTHER_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _PARSERS: dict[str, Callable[[str, str], Any]] = {
     "size": parse_size,
     "share": parse_share,

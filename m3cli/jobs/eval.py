@@ -1,4 +1,4 @@
-"""`m3 eval`: measures of runs against judgements, with a test of each run against the first.
+"""`m3 eval`: measures of runs against judgements, with a test of each run against the first; or how runs agree.
 
 Runs are read one after the other; only the values of their queries are kept.
 """
@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from m3cli.corpus.streams import PeekableStream
-from m3cli.corpus.trec import read_qrels, read_run
+from m3cli.corpus.trec import RUN_COLUMNS, read_lines, read_qrels, read_run, split_run_line
 from m3cli.errors import CorpusError, UsageError, count_noun
 from m3cli.retrieval.measures import (
     Values,
     compare_queries,
+    compare_rankings,
     count_missing,
     count_without_relevant,
     measure_queries,
@@ -101,4 +103,46 @@ def evaluate_runs(
             )
         )
         base = values if base is None else base
+    return found
+
+
+DEPTH = 1000
+"documents of a query that are compared"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How a run agrees with the first, as means over queries."""
+
+    run: str
+    queries: int
+    "that both have"
+    overlap: float
+    "part of the best 10 documents that both have"
+    tau: float
+    "Kendall's tau of the documents that both have; NaN if no query has two of them"
+
+
+def is_run(path: str) -> bool:
+    """Whether a file is a TREC run, by its first line; standard input counts as judgements."""
+    if path == "-":
+        return False
+    return any(len(split_run_line(line)) == len(RUN_COLUMNS) for _, line in islice(read_lines(path), 1))
+
+
+def compare_runs(runs: Sequence[str], *, stdin: PeekableStream | None = None) -> list[Agreement]:
+    """Compare each run with the first.
+
+    Raises:
+        CorpusError: a file cannot be read, or two runs share no query.
+    """
+    base = read_run(runs[0], stdin=stdin, top_k=DEPTH)
+    found = []
+    for run in runs[1:]:
+        rankings = read_run(run, stdin=stdin, top_k=DEPTH)
+        shared = [query for query in base if query in rankings]
+        if not shared:
+            raise CorpusError(f"{run} and {runs[0]} share no query; give runs of the same queries")
+        overlaps, taus = compare_rankings([(list(base[query]), list(rankings[query])) for query in shared])
+        found.append(Agreement(run=run, queries=len(shared), overlap=overlaps, tau=taus))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,10 +17,13 @@ from m3cli.jobs.reread import find_input, read_texts
 from m3cli.records import Source
 from m3cli.store.layout import TEXT_COLUMN
 from m3cli.store.lookup import RowLookup
-from m3cli.store.reader import FolderDescription, OutputFolder, describe, iter_parts, open_folder, read_shard
+from m3cli.store.reader import FolderDescription, OutputFolder, describe, iter_ids, iter_parts, open_folder, read_shard
 
 _log = logging.getLogger(__name__)
 
+_NEAR_IDS = 3
+_NEAR_LENGTH = 8
+"most characters that a near id is longer or shorter"
 _COLUMNS = ("chunk_index", "num_chunks", "char_start", "char_end", "num_tokens", "truncated")
 
 
@@ -61,7 +65,9 @@ def find_chunks(folder: str, document_id: str, *, text: bool = False, source: st
     opened = open_folder(Path(folder))
     found = RowLookup(opened).find([document_id])
     if not len(found.row):
-        raise UsageError(f"{folder} has no document with id {document_id!r}")
+        near = _find_near(opened, document_id)
+        hint = f"; near ids: {', '.join(map(repr, near))}" if near else ""
+        raise UsageError(f"{folder} has no document with id {document_id!r}{hint}")
     if found.duplicates:
         _log.warning("several documents have the id %r: this is the first of them", document_id)
     shard, rows = int(found.shard[0]), found.row
@@ -78,6 +84,20 @@ def find_chunks(folder: str, document_id: str, *, text: bool = False, source: st
         ChunkSpan(**dict(zip(_COLUMNS, values, strict=True)), text=row_text)
         for *values, row_text in zip(*columns, texts, strict=True)
     ]
+
+
+def _find_near(folder: OutputFolder, document_id: str) -> list[str]:
+    """Return up to three ids that resemble one: with its beginning, in other case, or with typing errors."""
+    wanted = document_id.casefold()
+    near: list[str] = []
+    for ids, _ in iter_ids(folder.path, folder.entries):
+        begun = [name for name in ids.to_pylist() if _begins_alike(name.casefold(), wanted)]
+        near = difflib.get_close_matches(document_id, [*near, *begun], n=_NEAR_IDS, cutoff=0.6)
+    return near
+
+
+def _begins_alike(name: str, wanted: str) -> bool:
+    return abs(len(name) - len(wanted)) < _NEAR_LENGTH and (name[:2] == wanted[:2] or name[-2:] == wanted[-2:])
 
 
 def _read_text(folder: OutputFolder, shard: int, document_id: str, *, source: str | None) -> str:

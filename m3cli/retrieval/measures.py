@@ -114,6 +114,26 @@ def compare_queries(base: Values, other: Values) -> float:
     return float(stats.ttest_rel(other, base).pvalue)
 
 
+def compare_rankings(pairs: Sequence[tuple[Sequence[str], Sequence[str]]], *, depth: int = 10) -> tuple[float, float]:
+    """Return the mean overlap of the best `depth` documents, and the mean of Kendall's tau of the shared documents.
+
+    Args:
+        pairs: two rankings of each query, best first.
+        depth: of the overlap; two shorter rankings are compared by the length of the longer one.
+    """
+    from scipy.stats import kendalltau  # noqa: PLC0415  a second
+
+    overlaps, taus = [], []
+    for first, second in pairs:
+        longest = min(depth, max(len(first), len(second)))
+        overlaps.append(len({*first[:depth]} & {*second[:depth]}) / longest)
+        ranks = {document: rank for rank, document in enumerate(second)}
+        shared = [ranks[document] for document in first if document in ranks]
+        if len(shared) > 1:
+            taus.append(float(kendalltau(np.arange(len(shared)), shared).statistic))
+    return float(np.mean(overlaps)), float(np.mean(taus)) if taus else np.nan
+
+
 def count_missing(rankings: Rankings, judgements: Judgements) -> tuple[int, int]:
     """Return the number of judged queries without ranking, and of rankings without judgements."""
     return len(judgements.keys() - rankings.keys()), len(rankings.keys() - judgements.keys())

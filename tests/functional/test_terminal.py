@@ -14,7 +14,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tests.conftest import Completed
 
 M3 = Callable[..., Completed]
 FLAGS = ("--dtype", "float32", "--outputs", "dense,sparse", "--max-length", "32")
+M3_PROGRAM = (sys.executable, "-m", "m3cli")
 ESCAPE = "\x1b[31m"
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -35,17 +36,17 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 class Terminal:
     """A command on a terminal of 80 columns."""
 
-    def __init__(self, folder: Path, *arguments: object) -> None:
+    def __init__(self, folder: Path, *arguments: object, program: Sequence[str] = M3_PROGRAM, **named: str) -> None:
         self.shown = ""
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
         self.process = subprocess.Popen(
-            ["setsid", "--ctty", sys.executable, "-m", "m3cli", *map(str, arguments)],  # for Ctrl-C
+            ["setsid", "--ctty", *program, *map(str, arguments)],  # for Ctrl-C
             cwd=folder,
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            env={**os.environ, "TERM": "xterm-256color"},
+            env={**os.environ, "TERM": "xterm-256color", **named},
         )
         os.close(slave)
 
@@ -82,8 +83,8 @@ class Terminal:
 
 
 @contextmanager
-def terminal(folder: Path, *arguments: object) -> Iterator[Terminal]:
-    opened = Terminal(folder, *arguments)
+def terminal(folder: Path, *arguments: object, program: Sequence[str] = M3_PROGRAM, **named: str) -> Iterator[Terminal]:
+    opened = Terminal(folder, *arguments, program=program, **named)
     try:
         yield opened
     finally:
@@ -383,9 +384,9 @@ def test_usage_errors_name_the_command_and_end_their_sentence(m3_here: M3) -> No
         ("encode c.jsonl --limit x", "--limit 'x': "),
         ("encode c.jsonl --limit=0", "--limit '0': "),
         ("search c.m3 -q x -k 1.5", "--top-k '1.5': "),
-        ("encode c.jsonl --limt 1", "No such option: --limt (Possible options: --limit, --split). See "),
+        ("encode c.jsonl --limt 1", "No such option: --limt (Possible options: --limit, --quiet, --split). See "),
         ("score p.tsv --weights 1e308,1e308,1", "--weights '1e308,1e308,1': expected three numbers from 0 to "),
-        ("score p.tsv --dtype fp16", "--dtype 'fp16': expected auto, float32, bfloat16, float16, int8\n"),
+        ("score p.tsv --dtype fp8", "--dtype 'fp8': expected auto, float32, bfloat16, float16, int8\n"),
     ):
         done = m3_here(*typed.split())
         assert done.returncode == 2
