@@ -386,7 +386,7 @@ def test_usage_errors_name_the_command_and_end_their_sentence(m3_here: M3) -> No
         ("search c.m3 -q x -k 1.5", "--top-k '1.5': "),
         ("encode c.jsonl --limt 1", "No such option: --limt (Possible options: --limit, --quiet, --split). See "),
         ("score p.tsv --weights 1e308,1e308,1", "--weights '1e308,1e308,1': expected three numbers from 0 to "),
-        ("score p.tsv --dtype fp8", "--dtype 'fp8': expected auto, float32, bfloat16, float16, int8\n"),
+        ("score p.tsv --dtype fp8", "--dtype 'fp8': expected auto, float32, bfloat16, float16, int8, nf4\n"),
     ):
         done = m3_here(*typed.split())
         assert done.returncode == 2

@@ -246,14 +246,14 @@ def encode_windows(shard: TokenisedShard, pipeline: Pipeline) -> Iterator[tuple[
 
     The batches of all windows are one sequence, so that the device goes on from one window to the next.
     """
-    planned = deque[PlannedWindow]()
-    max_window_tokens = window_tokens(pipeline.config.outputs, pipeline.encoder.model)
+    planned, encoder, budget = deque[PlannedWindow](), pipeline.encoder, pipeline.run.runtime.max_batch_tokens
+    max_window_tokens = window_tokens(pipeline.config.outputs, encoder.model)
 
     def plan_batches() -> Iterator[Batch]:
         for start, stop in plan_windows(shard.chunks.num_tokens, max_window_tokens=max_window_tokens):
             window = plan_window(shard, pipeline, start=start, stop=stop)
             planned.append(window)
-            yield from pack_window(shard, pipeline, window)
+            yield from pack_batches(shard.chunks, np.unique(window.originals), encoder, max_batch_tokens=budget)
 
     def open_window() -> Iterator[tuple[PlannedWindow, Embeddings | FailedRow]]:
         window = planned.popleft()
@@ -262,7 +262,7 @@ def encode_windows(shard: TokenisedShard, pipeline: Pipeline) -> Iterator[tuple[
             yield from ((window, made) for made in timed(reused, pipeline.watch, "encoding"))
 
     stop = 0
-    for result in timed(pipeline.encoder.encode_all(plan_batches()), pipeline.watch, "encoding"):
+    for result in timed(encoder.encode_all(plan_batches()), pipeline.watch, "encoding"):
         row = result.row if isinstance(result, FailedRow) else int(result.rows[0])
         while row >= stop:
             window, stop = planned[0], planned[0].stop
@@ -280,12 +280,6 @@ def plan_window(shard: TokenisedShard, pipeline: Pipeline, *, start: int, stop: 
         rows = np.setdiff1d(rows, shard.origins.rows, assume_unique=True)
     originals = find_originals(shard, rows) if pipeline.config.dedupe else rows
     return PlannedWindow(start=start, stop=stop, rows=rows, originals=originals)
-
-
-def pack_window(shard: TokenisedShard, pipeline: Pipeline, window: PlannedWindow) -> Iterator[Batch]:
-    """Yield the batches of a window, longest rows first."""
-    max_batch_tokens = pipeline.run.runtime.max_batch_tokens
-    return pack_batches(shard.chunks, np.unique(window.originals), pipeline.encoder, max_batch_tokens=max_batch_tokens)
 
 
 def pack_batches(
