@@ -39,6 +39,12 @@ def is_utf8(name: str) -> bool:
     return True
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error message, or the error's type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def escape_unprintable(text: str) -> str:
     """Return text that is safe in one line of a terminal or a log: line breaks and control characters are escaped."""
     if text.isprintable():

@@ -21,7 +21,7 @@ from m3cli.config import ENCODE_FLAGS, FieldFlags
 from m3cli.corpus.remote import RemoteFile, is_remote
 from m3cli.corpus.rows import INVALID_UTF8, TOO_LONG, Fault, RawRow
 from m3cli.corpus.streams import corpus_errors
-from m3cli.errors import CorpusError
+from m3cli.errors import CorpusError, first_line
 from m3cli.records import Fields, Source
 
 BATCH_BYTES = 4 << 20
@@ -38,13 +38,9 @@ def parquet_errors(source: Source) -> Iterator[None]:
             yield
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise CorpusError(
-            f"{source.name} is corrupt, or not Parquet that pyarrow reads ({_first_line(error)}): "
+            f"{source.name} is corrupt, or not Parquet that pyarrow reads ({first_line(error)[:300]}): "
             "copy or download it again and run the same command again"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:300]
 
 
 def open_parquet(source: Source) -> Any:

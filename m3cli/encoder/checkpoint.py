@@ -21,7 +21,7 @@ import orjson
 import xxhash
 
 from m3cli.config import MAX_LENGTH_CEILING
-from m3cli.errors import ModelError, check_reachable
+from m3cli.errors import ModelError, check_reachable, first_line
 from m3cli.records import Output
 
 Pooling = Literal["cls", "mean", "lasttoken"]
@@ -190,12 +190,6 @@ def _explain(error: Exception, *, revision: str | None) -> str:
 def _log_download(model: str) -> str:
     folder = model.rpartition("/")[2]
     return f"where the hub can be reached: hf download {model} --local-dir {folder}, then --model {folder}"
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of a library's error message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def check_content(path: Path) -> None:

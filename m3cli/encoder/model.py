@@ -28,11 +28,10 @@ from m3cli.encoder.checkpoint import (
     POSITION_OFFSET,
     Checkpoint,
     check_content,
-    first_line,
 )
 from m3cli.encoder.device import is_emulated, lacks_memory, resolve_dtype, retry_dtypes, send, state_dtype
 from m3cli.encoder.linear import Int8Linear, Linear, Nf4Linear, make_int8_linear, make_linear, make_nf4_linear
-from m3cli.errors import ModelError, ModelTooLarge
+from m3cli.errors import ModelError, ModelTooLarge, first_line
 from m3cli.records import Batch, concat_ranges
 
 _log = logging.getLogger(__name__)

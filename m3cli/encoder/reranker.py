@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from m3cli.config import Dtype
-from m3cli.encoder.checkpoint import DOWNLOAD_AGAIN, Checkpoint, first_line
+from m3cli.encoder.checkpoint import DOWNLOAD_AGAIN, Checkpoint
 from m3cli.encoder.device import AHEAD, Fetched, fetch, lacks_memory, open_stream
 from m3cli.encoder.encode import split_batch
 from m3cli.encoder.model import Model, load_model, read_pickled, run_model
-from m3cli.errors import ModelError
+from m3cli.errors import ModelError, first_line
 from m3cli.records import Batch
 
 PAIR_SPECIALS = 4

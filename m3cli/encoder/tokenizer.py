@@ -20,8 +20,8 @@ import xxhash
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as Backend
 
-from m3cli.encoder.checkpoint import DOWNLOAD_AGAIN, TOKENIZER_FILES, Checkpoint, first_line
-from m3cli.errors import ModelError
+from m3cli.encoder.checkpoint import DOWNLOAD_AGAIN, TOKENIZER_FILES, Checkpoint
+from m3cli.errors import ModelError, first_line
 
 SLICE_TEXTS = 1024
 "tokenised together: all other threads wait while the encodings of a slice are freed"

@@ -23,7 +23,7 @@ from typing import Any
 from m3cli.config import EncodeRequest
 from m3cli.corpus.remote import is_remote
 from m3cli.corpus.streams import PeekableStream, check_unchanged
-from m3cli.errors import FolderLocked, M3Error, Stopped, UsageError
+from m3cli.errors import FolderLocked, M3Error, Stopped, UsageError, first_line
 from m3cli.jobs.encode.command import Work, add_id_counts, encode_corpus, prepare_run, summarise
 from m3cli.jobs.encode.increment import PreviousFolder
 from m3cli.jobs.encode.lifecycle import Stop
@@ -127,7 +127,7 @@ def _encode_with_workers(
         try:
             driver.run()
         except ray.exceptions.RayError as error:
-            raise M3Error(f"Ray failed: {_first_line(error)}; run the same command again to resume") from error
+            raise M3Error(f"Ray failed: {first_line(error)[:300]}; run the same command again to resume") from error
         finally:
             work.progress.stop()
     _report(opened, request, work, driver, previous=previous, unread=unread)
@@ -217,10 +217,6 @@ def _note(stop: Stop, reason: str) -> None:
     stop.reason = stop.reason or reason
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0][:300]
-
-
 Key = tuple[int, int]
 "number of a worker, and how often it was lost before"
 
@@ -276,7 +272,7 @@ class _Driver:
             result = self._ray.get(task)
         except self._ray.exceptions.RayTaskError as error:
             cause = error.cause or error
-            raise M3Error(f"worker {key[0]}: {type(cause).__name__}: {_first_line(cause)}") from error
+            raise M3Error(f"worker {key[0]}: {type(cause).__name__}: {first_line(cause)[:300]}") from error
         except self._ray.exceptions.RayError as error:
             self._ray.kill(actor)
             self._replace(key, error)
@@ -299,7 +295,7 @@ class _Driver:
         if self._losses[number] == MAX_LOSSES:
             raise M3Error(
                 f"worker {number} was lost {MAX_LOSSES} times in a row without finishing a shard "
-                f"({_first_line(error)}); give it more memory and run the same command again"
+                f"({first_line(error)[:300]}); give it more memory and run the same command again"
             ) from error
         if self._work.stop.reason is None:
             self._work.progress.say(f"worker {number} was lost, another one takes its place")
