@@ -87,7 +87,7 @@ _HINTS = (
     (("--batch-size", "--batch_size"), "--max-batch-tokens", "--max-batch-tokens N limits the tokens of a batch"),
     (("--gpu", "--cuda", "--use-gpu"), "--device", "--device cuda does it; a GPU is used by default if there is one"),
     (("--fp16", "--use-fp16"), "--dtype", "--dtype float16 does it"),
-    (("--num-workers", "--workers"), "--worker", "--worker I/N encodes the part I of N"),
+    (("--workers",), "--worker", "--worker I/N encodes the part I of N"),
     (("--append",), "--since-run", "--out NEW --since-run OLD encodes only what OLD does not hold"),
 )
 "names of other programs, the option of a command that they are about, and what does the same"
