@@ -13,7 +13,7 @@ from m3cli.corpus.plan import Plan
 from m3cli.corpus.sources import find_sources
 from m3cli.errors import ForeignFolder, UsageError
 from m3cli.jobs.encode.resolve import plan_run
-from m3cli.jobs.reread import find_input, read_texts
+from m3cli.jobs.reread import find_input, plan_one_shard, read_texts
 from m3cli.records import Source
 from m3cli.store.layout import TEXT_COLUMN
 from m3cli.store.lookup import RowLookup
@@ -132,15 +132,8 @@ def _find_source(run: RunConfig, folder: OutputFolder, shard: int, source: str |
     # One file of several is enough, unless it is compressed: its rows are counted from the start of the input.
     if len(found) == 1 and not wanted.sequential and _identify(found[0], name=False) == _identify(wanted, name=False):
         sources = [found[0] if each is wanted else each for each in run.sources]
-        plan = Plan(
-            shards=(entry.shard,),
-            num_sources=len(sources),
-            complete=True,
-            shard_size=run.config.shard_size,
-            limit=None,
-            rows_left=None,
-        )
-        return replace(run, sources=tuple(sources)), plan
+        run = replace(run, sources=tuple(sources))
+        return run, plan_one_shard(run, entry.shard)
     remedies = []
     if len(run.sources) == 1 or not wanted.sequential:
         remedies.append("name that file")

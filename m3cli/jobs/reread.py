@@ -35,6 +35,18 @@ def find_input(run: RunConfig, root: Path, *, otherwise: str) -> RunConfig:
     return resume_run(run, EncodeRequest(inputs=()), sources=tuple(now), out=root.name)
 
 
+def plan_one_shard(run: RunConfig, shard: Shard) -> Plan:
+    """Return a plan with one shard of a source that can be read from any row."""
+    return Plan(
+        shards=(shard,),
+        num_sources=len(run.sources),
+        complete=True,
+        shard_size=run.config.shard_size,
+        limit=None,
+        rows_left=None,
+    )
+
+
 def read_texts(run: RunConfig, shards: Container[int], *, plan: Plan | None = None) -> Iterator[ShardText]:
     """Read the documents of some shards again; `plan` has them, None: the plan of the run."""
 

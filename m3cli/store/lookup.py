@@ -172,7 +172,7 @@ def _to_arrow(rows: Rows) -> Any:
     return pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows, np.int64))])
 
 
-def shard_of(positions: Rows) -> list[int]:
+def shards_of(positions: Rows) -> list[int]:
     """Return the shard of each position."""
     shards: list[int] = (positions >> _ROW_BITS).tolist()
     return shards

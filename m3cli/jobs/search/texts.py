@@ -10,9 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from m3cli.corpus.fields import kept_schema
-from m3cli.corpus.plan import Plan
-from m3cli.corpus.reader import read_shards
 from m3cli.errors import CorpusError
 from m3cli.store.reader import OutputFolder
 
@@ -61,7 +58,9 @@ class InputTexts:
 
 def _read_documents(folder: OutputFolder, index: int) -> dict[str, str]:
     """Return the texts of a shard by id; none if its source is missing or has changed, or is not plain or Parquet."""
-    config, entry = folder.run.config, folder.entries[index]
+    from m3cli.jobs.reread import plan_one_shard, read_texts  # noqa: PLC0415  only where texts are shown
+
+    entry = folder.entries[index]
     source = folder.run.sources[entry.shard.source]
     try:
         status = Path(source.path).stat()
@@ -69,19 +68,9 @@ def _read_documents(folder: OutputFolder, index: int) -> dict[str, str]:
         return {}
     if source.sequential or status.st_size != source.size:
         return {}
-    shard = replace(entry.shard, source=0)
+    run = replace(folder.run, sources=(replace(source, mtime_ns=status.st_mtime_ns),))
     try:
-        (text,) = read_shards(
-            (replace(source, mtime_ns=status.st_mtime_ns),),
-            plan=Plan(
-                shards=(shard,), num_sources=1, complete=True, shard_size=config.shard_size, limit=None, rows_left=None
-            ),
-            fields=config.fields,
-            schema=kept_schema((source,), config.fields) if config.fields.kept else None,
-            title_sep=config.title_sep,
-            max_row_bytes=config.max_row_bytes,
-            ask=lambda _: "read",
-        )
+        (text,) = read_texts(run, {index}, plan=plan_one_shard(run, replace(entry.shard, source=0)))
     except CorpusError:
         _log.warning("%s is not what %s was made from: hits are shown without text", source.name, folder.path.name)
         return {}

@@ -23,7 +23,7 @@ from m3cli.requests import HITS_SHOWN, Fusion
 from m3cli.retrieval.scan import cut_slices, open_scan, scan_part
 from m3cli.retrieval.scores import Rows, Weights, average_scores, expand_rows, fuse_ranks, score_rows
 from m3cli.retrieval.top import Ranked, Scores, TopRows, number_runs, rank_rows
-from m3cli.store.lookup import find_rows, iter_blocks, read_metadata, shard_of
+from m3cli.store.lookup import find_rows, iter_blocks, read_metadata, shards_of
 from m3cli.store.reader import OutputFolder
 from m3cli.store.results import SNIPPET_LENGTH
 
@@ -198,7 +198,7 @@ def describe_hits(found: Found, folder: OutputFolder, queries: Queries, *, chunk
         if rows.texts is not None:
             snippets = [rows.texts[row] for row in own]
         elif view.input_texts is not None and starts is not None and ends is not None:
-            best = zip(shard_of(ranked.row[first:last]), names, starts.tolist(), ends.tolist(), strict=True)
+            best = zip(shards_of(ranked.row[first:last]), names, starts.tolist(), ends.tolist(), strict=True)
             passages = [
                 Passage(shard=shard, id=name, start=start, stop=stop)
                 for shard, name, start, stop in islice(best, HITS_SHOWN)
