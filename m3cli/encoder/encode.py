@@ -95,14 +95,7 @@ def batch_rows(num_tokens: NDArray[np.int64], *, max_batch_tokens: int, threads:
 
 def pack_rows(chunks: Chunks, rows: NDArray[np.int64]) -> Batch:
     """Return some rows of a shard as one batch."""
-    lengths = chunks.num_tokens[rows]
-    cu_seqlens, tokens = concat_ranges(chunks.cu_seqlens[rows], lengths)
-    return Batch(
-        rows=rows,
-        input_ids=chunks.input_ids[tokens].astype(np.int64),
-        cu_seqlens=cu_seqlens.astype(np.int32),
-        max_seqlen=int(lengths.max()),
-    )
+    return _gather(chunks, rows, rows=rows)
 
 
 def split_batch(batch: Batch) -> tuple[Batch, Batch]:
@@ -125,11 +118,16 @@ def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
 
 def take_batch(batch: Batch, indices: NDArray[np.int64]) -> Batch:
     """Return some rows of a batch."""
-    lengths = np.diff(batch.cu_seqlens)[indices]
-    cu_seqlens, tokens = concat_ranges(batch.cu_seqlens[indices], lengths)
+    return _gather(batch, indices, rows=batch.rows[indices])
+
+
+def _gather(packed: Chunks | Batch, indices: NDArray[np.int64], *, rows: NDArray[np.int64]) -> Batch:
+    """Return the sequences at `indices` as a batch with the numbers `rows`."""
+    lengths = np.diff(packed.cu_seqlens)[indices]
+    cu_seqlens, tokens = concat_ranges(packed.cu_seqlens[indices], lengths)
     return Batch(
-        rows=batch.rows[indices],
-        input_ids=batch.input_ids[tokens],
+        rows=rows,
+        input_ids=packed.input_ids[tokens].astype(np.int64, copy=False),
         cu_seqlens=cu_seqlens.astype(np.int32),
         max_seqlen=int(lengths.max()),
     )
