@@ -44,6 +44,7 @@ class Folder:
 
     def __init__(self, folder: reader.OutputFolder) -> None:
         self._folder = folder
+        self._shards = tuple(folder.entries)
         self._ends = list(accumulate(entry.counts.chunks for entry in folder.entries.values()))
         self._part: ShardArrays | None = None
         self._encoder: tuple[str | None, TextEncoder] | None = None
@@ -154,8 +155,8 @@ class Folder:
             queries: texts.
             mode: dense, sparse, colbert, hybrid or bm25; None: hybrid, or the only output there is.
             top_k: hits of a query.
-            model: the checkpoint of the folder, best loaded; None: $M3_MODEL, or the folder's hub id. What is loaded
-                here stays in memory for the next search.
+            model: the checkpoint of the folder, best loaded; None: $M3_MODEL, the path that the folder remembers, or
+                its hub id. What is loaded here stays in memory for the next search.
             weights: of dense, sparse and colbert in a hybrid score.
             level: a hit is a document, or a chunk.
 
@@ -219,14 +220,19 @@ class Folder:
         if output is not None and output not in self.config.outputs:
             raise UsageError(f"{self.path.name} has no {output}, only {', '.join(self.config.outputs)}")
         number = int(np.searchsorted(self._ends, row % len(self), side="right"))
-        shard = list(self._folder.entries)[number]
+        shard = self._shards[number]
         index = row % len(self) - (self._ends[number - 1] if number else 0)
         part = self._part
-        if part is None or part.shard != shard or not part.embeddings.rows[0] <= index <= part.embeddings.rows[-1]:
-            wanted = {shard: np.array([index], np.int64)}
+        if (
+            part is None
+            or part.shard != shard
+            or not part.embeddings.rows[0] <= index <= part.embeddings.rows[-1]
+            or (output is not None and part.embeddings.colbert_vecs is None)
+        ):
+            wanted, outputs = {shard: np.array([index], np.int64)}, () if output is None else (output,)
             self._part = part = next(
                 part
-                for part in reader.iter_parts(self._folder, outputs=("colbert",), wanted=wanted)
+                for part in reader.iter_parts(self._folder, outputs=outputs, wanted=wanted)
                 if index <= part.embeddings.rows[-1]
             )
         return part, index - int(part.embeddings.rows[0])
