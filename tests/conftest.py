@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,10 @@ CACHE = ROOT / ".cache"
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("M3_MODEL", None)
+
+# A shell ignores Ctrl-C in what it starts in the background, and commands that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # For a long search by hand: pytest --hypothesis-profile=search. Whole runs of scripts/test take hypothesis' own "ci".
 hypothesis.settings.register_profile("search", max_examples=2000, deadline=None)
