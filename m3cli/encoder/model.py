@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,16 @@ from m3cli.encoder.checkpoint import (
     check_content,
 )
 from m3cli.encoder.device import is_emulated, lacks_memory, resolve_dtype, retry_dtypes, send, state_dtype
-from m3cli.encoder.linear import Int8Linear, Linear, Nf4Linear, make_int8_linear, make_linear, make_nf4_linear
+from m3cli.encoder.linear import (
+    FusedLinear,
+    Int8Linear,
+    Linear,
+    Nf4Linear,
+    can_fuse,
+    make_int8_linear,
+    make_linear,
+    make_nf4_linear,
+)
 from m3cli.errors import ModelError, ModelTooLarge, first_line
 from m3cli.records import Batch, concat_ranges
 
@@ -56,7 +65,7 @@ _FOREIGN_CODE = re.compile("unsupported global|unsupported class|can only (build
 "in torch's error for a pickle that calls foreign code"
 
 Norm = tuple[torch.Tensor, torch.Tensor]
-AnyLinear = Linear | Int8Linear | Nf4Linear
+AnyLinear = Linear | FusedLinear | Int8Linear | Nf4Linear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +145,11 @@ def _load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
         bias = torch.cat([tensors.take(f"{name}.bias", shape[0]) for name in names])
         if dtype == "int8":
             return make_int8_linear(weight, bias, dtype=kind, after_gelu=after_gelu)
-        return (make_nf4_linear if dtype == "nf4" else make_linear)(put(weight), put(bias))
+        if dtype == "nf4":
+            return make_nf4_linear(put(weight), put(bias))
+        if can_fuse(target, kind):
+            return FusedLinear(weight=put(weight), bias=put(bias))
+        return make_linear(put(weight), put(bias))
 
     def norm(name: str) -> Norm:
         return put(tensors.take(f"{name}.weight", width)), put(tensors.take(f"{name}.bias", width))
@@ -156,7 +169,7 @@ def _load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
         )
     positions = tensors.take("embeddings.position_embeddings.weight", checkpoint.num_positions, width)
     token_type = tensors.take("embeddings.token_type_embeddings.weight", None, width)[0]
-    return Model(
+    model = Model(
         checkpoint=checkpoint,
         device=target,
         dtype=kind,
@@ -167,6 +180,43 @@ def _load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
         sparse_linear=_read_head(checkpoint, "sparse", put, rows=1),
         colbert_linear=_read_head(checkpoint, "colbert", put, rows=width),
     )
+    return move_output_biases(model) if isinstance(model.layers[0].output, FusedLinear) else model
+
+
+def move_output_biases(model: Model) -> Model:
+    """Return the same model without the biases of `attention_out` and `output`: the norms before them add them.
+
+    The norm's result is what the output is added to. The next linear map, which reads the norm too, takes the bias
+    away from its own: W (x + b) + (c - W b) = W x + c. All is exact but for rounding.
+    """
+    layers = []
+    for layer, following in zip(model.layers, (*model.layers[1:], None), strict=True):
+        output_norm = layer.output_norm if following is None else _raise(layer.output_norm, following.attention_out)
+        layers.append(
+            replace(
+                layer,
+                qkv=_lower(layer.qkv, layer.attention_out),
+                attention_out=FusedLinear(weight=layer.attention_out.weight, bias=None),
+                attention_norm=_raise(layer.attention_norm, layer.output),
+                intermediate=_lower(layer.intermediate, layer.output),
+                output=FusedLinear(weight=layer.output.weight, bias=None),
+                output_norm=output_norm,
+            )
+        )
+    embedding_norm = _raise(model.embedding_norm, model.layers[0].attention_out)
+    return replace(model, embedding_norm=embedding_norm, layers=tuple(layers))
+
+
+def _raise(norm: Norm, output: AnyLinear) -> Norm:
+    assert output.bias is not None
+    return norm[0], (norm[1].float() + output.bias.float()).to(norm[1].dtype)
+
+
+def _lower(reader: AnyLinear, output: AnyLinear) -> FusedLinear:
+    assert reader.bias is not None
+    assert output.bias is not None
+    lowered = reader.bias.float() - reader.weight.float() @ output.bias.float()
+    return FusedLinear(weight=reader.weight, bias=lowered.to(reader.bias.dtype))
 
 
 class _Tensors:

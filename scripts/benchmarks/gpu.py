@@ -1,13 +1,15 @@
 """Check and measure m3 on a GPU machine without network: right or wrong, kernels, speed, ColBERT. Writes JSON.
 
-    scripts/bench gpu --tokenizer CHECKPOINT --corpus FILE.jsonl --json OUT.json [--parts correct,probe,speed,colbert]
+    scripts/bench gpu --tokenizer CHECKPOINT --corpus FILE.jsonl --json OUT.json [--parts correct,probe,...]
 
 It takes about 20 minutes on one GPU. CHECKPOINT gives its tokenizer only: the model is random, of BGE-M3's size, and
-the corpus is mixed of FILE's sentences. Packages that the machine lacks are unpacked from the wheels in $M3_WHEELS.
+the corpus is mixed of FILE's sentences, 250 tokens a row. Packages that the machine lacks are unpacked from the wheels
+in $M3_WHEELS. PYTEST_ADDOPTS="-n 6" runs the tests in six processes.
 
 correct: tests/gpu; all dtypes against transformers in float32; the same bytes twice and after a kill; m3 check.
 probe:   benchmarks.kernels.
-speed:   m3 encode end to end at two shard sizes; benchmarks.speed with FlagEmbedding, if it is installed.
+speed:   m3 encode end to end at two shard sizes.
+peers:   benchmarks.speed, with FlagEmbedding if it is installed, on a twentieth of the corpus.
 colbert: m3 encode with all outputs, float16 and int8; dense and ColBERT search on the device and on the CPU.
 
 A part that fails is in the JSON with its error, and the exit code is 1.
@@ -43,6 +45,8 @@ from m3cli.encoder.texts import TokenisedTexts, pack_texts
 LENGTHS = (8192, 8191, 4097, 1025, 513, 512, 511, 129, 128, 127, 65, 64, 3, 3)
 "tokens: borders of the kernels' tiles"
 SHARD_SIZES = ("32M", "8M")
+SENTENCES = 25
+"of a row, at most: 250 tokens in the mean"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +60,7 @@ class Site:
     "checkpoints and sample for tests/gpu"
     sentences: list[str]
     documents: int
-    "of the corpus for speed; a tenth of them for the other parts"
+    "of the corpus for speed; the other parts take less of them"
     tokens: int
     "of a full batch"
     seconds: float
@@ -70,7 +74,7 @@ class Site:
     def make_corpus(self, count: int) -> Path:
         """Return a corpus of so many rows, made once."""
         path = self.work / f"corpus-{count}.jsonl"
-        return path if path.exists() else write_rows(path, self.sentences, count=count)
+        return path if path.exists() else write_rows(path, self.sentences, count=count, most=SENTENCES)
 
     def flags(self, *more: str) -> tuple[str, ...]:
         """Return the options of every encode."""
@@ -115,7 +119,7 @@ def run(*command: object, **environment: str) -> str:
         env={**os.environ, **environment},
     )
     if done.returncode:
-        raise RuntimeError(f"exit code {done.returncode}: {(done.stderr or done.stdout).strip()[-500:]}")
+        raise RuntimeError(f"exit code {done.returncode}: {(done.stdout + done.stderr).strip()[-3000:]}")
     return done.stdout
 
 
@@ -123,7 +127,8 @@ def check_all(site: Site) -> dict[str, Any]:
     """Run the GPU tests and compare numbers and bytes."""
     found: dict[str, Any] = {}
     try:
-        out = run("pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", M3_TEST_FILES=str(site.tests))
+        plugins = ("-p", "no:cacheprovider", "-p", "no:benchmark")
+        out = run("pytest", "-q", "--tb=short", *plugins, "tests/gpu", M3_TEST_FILES=str(site.tests))
         found["tests"] = out.strip().splitlines()[-1]
     except RuntimeError as error:
         found["tests"] = found["error"] = str(error)
@@ -208,19 +213,20 @@ def probe_kernels(site: Site) -> dict[str, Any]:
 
 
 def measure_speed(site: Site) -> dict[str, Any]:
-    """Measure m3 encode end to end, and the model apart from it."""
+    """Measure m3 encode end to end."""
     corpus = site.make_corpus(site.documents)
-    found: dict[str, Any] = {}
-    for size in SHARD_SIZES:
-        found[f"m3 encode, dense + sparse, shards of {size}"] = measure_encode(
-            site, corpus, "--outputs", "dense,sparse", "--shard-size", size
-        )
+    flags = ("--outputs", "dense,sparse", "--shard-size")
+    return {f"dense + sparse, shards of {size}": measure_encode(site, corpus, *flags, size) for size in SHARD_SIZES}
+
+
+def compare_peers(site: Site) -> dict[str, Any]:
+    """Measure the model apart from m3 encode, and FlagEmbedding."""
     path = site.work / "speed.json"
-    words = ("--model", site.model, "--corpus", corpus, "--device", site.device, "--json", path)
+    words = ("--model", site.model, "--corpus", site.make_corpus(site.documents), "--device", site.device)
     # On a CPU, where this command is only tried out, the peer would take a minute.
     names = f"m3 {site.dtype}" + ("" if site.device == "cpu" else ",FlagEmbedding")
-    run("benchmarks.speed", *words, "--only", names, "--documents", max(4, site.documents // 5))
-    found["bench"] = json.loads(path.read_text(encoding="utf-8"))
+    run("benchmarks.speed", *words, "--only", names, "--documents", max(4, site.documents // 20), "--json", path)
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -237,9 +243,9 @@ def measure_encode(site: Site, corpus: Path, *flags: str) -> dict[str, Any]:
 def measure_colbert(site: Site) -> dict[str, Any]:
     """Measure all three outputs, and compare searches on the device with those on the CPU."""
     found: dict[str, Any] = {}
-    corpus, few = site.make_corpus(site.documents // 10), site.make_corpus(site.documents // 100)
+    corpus, few = site.make_corpus(site.documents // 4), site.make_corpus(site.documents // 100)
     for form in ("float16", "int8"):
-        found[f"m3 encode, all three, {form}"] = measure_encode(site, corpus, "--colbert-dtype", form)
+        found[f"all three, {form}"] = measure_encode(site, corpus, "--colbert-dtype", form)
     queries, folder = site.make_corpus(10), site.work / "searched.m3"
     shutil.rmtree(folder, ignore_errors=True)
     encode(few, folder, *site.flags())
@@ -260,6 +266,7 @@ PARTS: dict[str, Callable[[Site], dict[str, Any]]] = {
     "correct": check_all,
     "probe": probe_kernels,
     "speed": measure_speed,
+    "peers": compare_peers,
     "colbert": measure_colbert,
 }
 

@@ -1,10 +1,10 @@
-"""What a device gives: matmul ceilings, each kernel of a layer as it is and fused, the forward pass, a launch.
+"""What a device gives: matmul ceilings, each kernel of a layer, fused and not, the forward pass, a launch.
 
     PYTHONPATH=scripts:. python -m benchmarks.kernels MODEL [--device cuda] [--tokens 65536] [--seconds 1.0]
 
-Each number is the median of rounds over so many seconds, after a warm-up. The forward pass also runs folded: output
-biases in the norm before them, residuals added by the matmul, gelu in its epilogue. A kernel that does not run here is
-named with its error. One line of JSON is printed last.
+Each number is the median of rounds over so many seconds, after a warm-up. On CUDA the forward pass also runs with gelu
+and addition in kernels of their own. A kernel that does not run here is named with its error. One line of JSON is
+printed last.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,16 +21,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
 
-from m3cli.encoder import linear
 from m3cli.encoder import model as models
-from m3cli.encoder.attention import SequenceLayout, attend
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.encode import BatchEncoder
 from m3cli.encoder.heads import OutputOptions
-from m3cli.encoder.model import Model, Norm, load_model, run_model
+from m3cli.encoder.model import Model, load_model, run_model
 from m3cli.records import Batch
 
-MEANS = (30, 128, 256, 1024)
+MEANS = (30, 128, 256, 1024, 8192)
 "tokens of a row, in the mean"
 ROUND_SECONDS = 0.05
 
@@ -110,8 +107,8 @@ def fused_gelu(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -
 
 
 def probe_layer(probe: Probe, model: Model, *, tokens: int) -> None:
-    """Measure each kernel of a layer, as it is and fused."""
-    width, inner = model.checkpoint.hidden_size, model.layers[0].intermediate.bias.shape[0]
+    """Measure each kernel of a layer, fused and not."""
+    width, inner = model.checkpoint.hidden_size, model.layers[0].intermediate.weight.shape[0]
     narrow, wide, residual = probe.random(tokens, width), probe.random(tokens, inner), probe.random(tokens, width)
 
     def add(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -169,68 +166,29 @@ def pack_random(mean: int, *, tokens: int, longest: int) -> Batch:
     return Batch(rows=np.arange(len(lengths)), input_ids=ids, cu_seqlens=borders, max_seqlen=lengths[0])
 
 
-def fold(model: Model) -> Model:
-    """Move output biases into the norm before them, and out of what reads that norm; exact but for rounding."""
-
-    def lower(reads: Any, bias: torch.Tensor) -> Any:
-        moved = reads.bias.float() - reads.weight.float() @ bias.float()
-        return replace(reads, bias=moved.to(reads.bias.dtype))
-
-    def raised(norm: Norm, bias: torch.Tensor) -> Norm:
-        return norm[0], (norm[1].float() + bias.float()).to(norm[1].dtype)
-
-    layers = []
-    for layer, following in zip(model.layers, (*model.layers[1:], None), strict=True):
-        norm = layer.output_norm
-        layers.append(
-            replace(
-                layer,
-                qkv=lower(layer.qkv, layer.attention_out.bias),
-                attention_norm=raised(layer.attention_norm, layer.output.bias),
-                intermediate=lower(layer.intermediate, layer.output.bias),
-                output_norm=norm if following is None else raised(norm, following.attention_out.bias),
-            )
-        )
-    first = raised(model.embedding_norm, model.layers[0].attention_out.bias)
-    return replace(model, embedding_norm=first, layers=tuple(layers))
-
-
-def run_folded(hidden: torch.Tensor, layer: Any, layout: SequenceLayout, *, num_heads: int, eps: float) -> torch.Tensor:
-    """Run a layer of a folded model: `_run_layer` with four kernels less."""
-    out, up, down = layer.attention_out, layer.intermediate, layer.output
-    tokens, width = hidden.shape
-    qkv = layer.qkv.apply(hidden).view(tokens, 3, num_heads, width // num_heads)
-    hidden = models._normalise(hidden.addmm_(attend(qkv, layout), out.weight.t()), layer.attention_norm, eps)
-    inner = fused_gelu(hidden, up.weight, up.bias)
-    return models._normalise(hidden.addmm_(inner, down.weight.t()), layer.output_norm, eps)
-
-
 def count_flops(model: Model, batch: Batch) -> float:
     """Count the FLOP of a forward pass, attention included."""
     shape, lengths = model.checkpoint, np.diff(batch.cu_seqlens).astype(float)
-    inner = model.layers[0].intermediate.bias.shape[0]
+    inner = model.layers[0].intermediate.weight.shape[0]
     per_token = 8 * shape.hidden_size**2 + 4 * shape.hidden_size * inner
     squares = float((lengths**2).sum())
     return shape.num_layers * (per_token * len(batch.input_ids) + 4 * shape.hidden_size * squares)
 
 
-def probe_forward(probe: Probe, model: Model, *, tokens: int) -> None:
-    """Measure the forward pass as it is and folded, their cosine, and what a launch costs the host."""
-    folded = fold(model)
+def probe_forward(probe: Probe, variants: dict[str, Model], *, tokens: int) -> None:
+    """Measure the forward pass of each variant, their cosine, and what a launch of the first costs the host."""
     for mean in MEANS:
-        batch = pack_random(mean, tokens=tokens, longest=model.checkpoint.max_length)
-        flops, real = count_flops(model, batch), len(batch.input_ids)
-        states: list[torch.Tensor] = []
-        for name, weights in (("as it is", model), ("folded", folded)):
-            layer = run_folded if weights is folded else models._run_layer
-            with patch.object(models, "_run_layer", layer):
-                probe.note(f"forward {mean}: {name}", run_model, weights, batch, flops=flops)
-                states.append(run_model(weights, batch)[0][:real].float())
-            if isinstance(spent := probe.found[f"forward {mean}: {name}"].get("ms"), float):
-                probe.found[f"forward {mean}: {name}"]["tokens_per_second"] = 1e3 * real / spent
-        cosine = F.cosine_similarity(states[0], states[1], dim=-1).min().item()
-        probe.found[f"forward {mean}: folded"]["least_cosine"] = cosine
-        probe_launch(probe, model, batch, name=f"launch {mean}")
+        first, states = next(iter(variants.values())), list[torch.Tensor]()
+        batch = pack_random(mean, tokens=tokens, longest=first.checkpoint.max_length)
+        flops, real = count_flops(first, batch), len(batch.input_ids)
+        for name, model in variants.items():
+            probe.note(f"forward {mean}{name}", run_model, model, batch, flops=flops)
+            found = probe.found[f"forward {mean}{name}"]
+            if isinstance(spent := found.get("ms"), float):
+                found["tokens_per_second"] = 1e3 * real / spent
+            states.append(run_model(model, batch)[0][:real].float())
+            found["least_cosine"] = F.cosine_similarity(states[0], states[-1], dim=-1).min().item()
+        probe_launch(probe, first, batch, name=f"launch {mean}")
 
 
 def probe_launch(probe: Probe, model: Model, batch: Batch, *, name: str) -> None:
@@ -259,14 +217,15 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     probe = Probe(options.device, seconds=options.seconds)
     dtype: Any = "float16" if probe.device.type == "cuda" else "float32"
-    # Weights that are packed for oneDNN, on a CPU, cannot be folded.
-    with patch.object(linear, "_can_pack", lambda _: False):
-        model = load_model(read_checkpoint(options.model), device=options.device, dtype=dtype)
+    model = load_model(read_checkpoint(options.model), device=options.device, dtype=dtype)
     probe_ceilings(probe, side=options.side)
     probe_layer(probe, model, tokens=options.tokens)
+    variants = {"": model}
     if probe.device.type == "cuda":
         probe_attention(probe, model, tokens=options.tokens)
-    probe_forward(probe, model, tokens=options.tokens)
+        with patch.object(models, "can_fuse", lambda *_: False):
+            variants[": not fused"] = load_model(model.checkpoint, device=options.device, dtype=dtype)
+    probe_forward(probe, variants, tokens=options.tokens)
     print(json.dumps(probe.found))
 
 

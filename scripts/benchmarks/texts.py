@@ -57,16 +57,16 @@ def split_sentences(texts: list[str]) -> list[str]:
     return [f"{sentence}." for text in texts for sentence in text.rstrip(".").split(". ") if sentence.strip()]
 
 
-def mix_rows(sentences: list[str], *, count: int, seed: int = 0) -> Iterator[bytes]:
-    """Yield `count` JSON lines, each of one to seven sentences drawn at random: the same ones for the same seed."""
+def mix_rows(sentences: list[str], *, count: int, most: int = 7, seed: int = 0) -> Iterator[bytes]:
+    """Yield `count` JSON lines, each of one to `most` sentences drawn at random: the same ones for the same seed."""
     draw = random.Random(seed)
     for number in range(count):
-        text = " ".join(draw.choices(sentences, k=draw.randint(1, 7)))
+        text = " ".join(draw.choices(sentences, k=draw.randint(1, most)))
         yield orjson.dumps({"id": str(number), "text": text}) + b"\n"
 
 
-def write_rows(path: Path, sentences: list[str], *, count: int) -> Path:
+def write_rows(path: Path, sentences: list[str], *, count: int, most: int = 7) -> Path:
     """Write mixed rows to a file, row by row."""
     with path.open("wb") as file:
-        file.writelines(mix_rows(sentences, count=count))
+        file.writelines(mix_rows(sentences, count=count, most=most))
     return path

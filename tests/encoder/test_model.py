@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from transformers import XLMRobertaModel
 
 from m3cli.config import Dtype
+from m3cli.encoder import model as models
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.device import INT8, cpu_has
 from m3cli.encoder.heads import pool_rows
+from m3cli.encoder.linear import FusedLinear
 from m3cli.encoder.model import OCTAVE_STEPS, TOKEN_STEP, load_model, padded_num_tokens, run_model
 from m3cli.errors import ModelError
 from m3cli.records import Batch
@@ -56,6 +58,20 @@ def test_packed_rows_equal_transformers_one_by_one(tiny_m3: Path) -> None:
             expected = reference(torch.tensor([row])).last_hidden_state[0]
         part = hidden[batch.cu_seqlens[index] : batch.cu_seqlens[index + 1]]
         assert torch.allclose(part, expected, atol=1e-5)
+
+
+def test_fused_linears_give_the_same_states(tiny_m3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA in 16 bits, here in float32: output biases are moved, residuals overwritten; gelu stays exact."""
+    tensors = load_file(tiny_m3 / "model.safetensors")
+    steep = {name: tensor * (50 if name.endswith("bias") else 1) for name, tensor in tensors.items()}
+    monkeypatch.setattr(models, "_read_weights", lambda _: steep)
+    batch = pack(*([0, *range(100, 100 + length), 2] for length in (70, 31, 5, 1)))
+    usual = load_model(read_checkpoint(tiny_m3), device="cpu", dtype="float32")
+    monkeypatch.setattr(models, "can_fuse", lambda *_: True)
+    fused = load_model(read_checkpoint(tiny_m3), device="cpu", dtype="float32")
+    assert {type(layer.qkv) for layer in fused.layers} == {FusedLinear}
+    assert max(float(layer.attention_out.bias.abs().max()) for layer in usual.layers) > 1  # type: ignore[union-attr]
+    torch.testing.assert_close(run_model(fused, batch)[0], run_model(usual, batch)[0], atol=1e-4, rtol=0)
 
 
 def test_heads_equal_a_naive_loop(tiny_m3: Path) -> None:

@@ -185,6 +185,9 @@ def test_a_batch_is_launched_without_a_copy_or_a_wait(
     }
     # Attention by blocks has matmuls of its own; variable-length attention is one call.
     assert ("aten.baddbmm.default" in operators) == (dtype == "float32")
+    # In 16 bits gelu and the addition are part of the matmul.
+    assert ("aten.gelu.default" in operators) == (dtype == "float32")
+    assert operators.count("aten.addmm_.default") == (0 if dtype == "float32" else 2 * checkpoint.num_layers)
 
 
 @pytest.mark.parametrize(("kind", "dtype", "width"), [("int8", torch.int8, 64), ("binary", torch.uint8, 8)])
