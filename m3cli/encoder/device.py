@@ -299,8 +299,8 @@ _LONGEST_ROUND = 3.0
 _GPU_CALLS = 10
 "matmuls of a round on a GPU: one of a millisecond is as long as waiting for it"
 _PACKED_SHARE = {"cpu": 0.85, "cuda": 0.6}
-"""of the matmul rate, which packed encoding reaches: measured in bfloat16 on a CPU (scripts/bench_results/README.md),
-counted from the bytes and FLOPs of a layer for a GPU"""
+"""of the matmul rate, which packed encoding reaches: measured in bfloat16 on a CPU and in float16 on an H100
+(scripts/bench_results/README.md)"""
 _HEAD_WIDTH = 64
 "of BGE-M3 and all XLM-RoBERTa"
 
