@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import linkage
-from scipy.spatial.distance import squareform
 
 from m3cli.config import ColbertForm
 from m3cli.encoder.embeddings import take_vectors
@@ -94,6 +92,9 @@ def _number_clusters(vectors: NDArray[np.float32], *, factor: int, protected: ND
 
 def _cluster(vectors: NDArray[np.float32], *, num_clusters: int) -> NDArray[np.int64]:
     """Return for each vector the index of the first one of its cluster."""
+    from scipy.cluster.hierarchy import linkage  # noqa: PLC0415  0.3 s, only where vectors are pooled
+    from scipy.spatial.distance import squareform  # noqa: PLC0415
+
     count = len(vectors)
     distances = 2.0 - 2.0 * (vectors @ vectors.T).astype(np.float64)
     np.sqrt(np.maximum(distances, 0.0, out=distances), out=distances)
