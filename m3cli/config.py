@@ -428,6 +428,16 @@ def list_non_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     return {each.name: config[each.name] for each in members if config[each.name] != each.default}
 
 
+def list_field_options(found: Fields) -> dict[str, Any]:
+    """Return the options for fields that differ from what is found without them."""
+    return {
+        "text_field": found.text if found.text not in ("", *TEXT_NAMES) else None,
+        "id_field": found.id if found.id not in ID_NAMES else None,
+        "title_field": found.title if found.title not in TITLE_NAMES else None,
+        "keep_fields": found.kept or None,
+    }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FieldFlags:
     """The names of a command's options for fields, for messages; by default those of `m3 encode`."""

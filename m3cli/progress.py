@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, TypeVar
 
 from m3cli.config import ProgressMode
 from m3cli.errors import OutputError, count_noun, escape_unprintable
@@ -26,6 +26,9 @@ from m3cli.records import RunPlan, RunSummary
 Stage = Literal["loading", "reading", "encoding", "writing"]
 
 _LOG_SECONDS = 30.0
+
+
+T = TypeVar("T")
 
 
 class Stopwatch:
@@ -43,6 +46,16 @@ class Stopwatch:
             yield
         finally:
             self.seconds[stage] += time.perf_counter() - began
+
+    def count_each(self, stage: Stage, items: Iterator[T]) -> Iterator[T]:
+        """Yield items, adding the time it takes to make each to a stage."""
+        while True:
+            with self.count(stage):
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
 
     def total(self) -> float:
         """Seconds since the stopwatch was made."""

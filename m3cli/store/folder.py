@@ -7,6 +7,7 @@ next one.
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,11 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pyarrow.parquet as pq
 
 from m3cli.config import RunConfig
 from m3cli.errors import DamageFound, ForeignFolder, OutputError
 from m3cli.records import Chunks, DoneEntry, Manifest, ShardText
-from m3cli.store.commit import commit_shard, make_folder, output_errors, publish_bytes, publish_json
+from m3cli.store.commit import (
+    commit_shard,
+    make_folder,
+    output_errors,
+    publish_bytes,
+    publish_json,
+    remove,
+    staged_path,
+)
 from m3cli.store.documents import (
     find_links,
     hash_file,
@@ -40,10 +50,15 @@ from m3cli.store.layout import (
     TMP_FOLDER,
     RowForm,
     done_name,
+    row_schema,
+    rows_name,
     worker_name,
 )
 from m3cli.store.lock import RunLock, hold_lock
 from m3cli.store.shard import ShardWriter
+
+NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
+"across file systems, of another user's file, too many of one file, on a file system without links"
 
 
 class RunFolder:
@@ -81,6 +96,28 @@ class RunFolder:
     def open_shard(self, *, form: RowForm, text: ShardText, chunks: Chunks, source: str) -> ShardWriter:
         """Open a shard for writing."""
         return ShardWriter(self._staging, form=form, text=text, chunks=chunks, source=source)
+
+    def link_files(self, entry: DoneEntry, root: Path, *, form: RowForm) -> bool:
+        """Stage the files of a shard of another folder as hard links, for `commit`.
+
+        Returns:
+            False if the file system has no link for them, or their columns have other types.
+        """
+        if not pq.read_schema(root / rows_name(entry.shard.index)).equals(row_schema(form)):
+            return False
+        staged = [staged_path(self._staging, record.name) for record in entry.files]
+        with output_errors(self._staging):
+            try:
+                for record, link in zip(entry.files, staged, strict=True):
+                    remove(link)  # of an attempt that was not committed
+                    link.hardlink_to(root / record.name)
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                for link in staged:
+                    remove(link)
+                return False
+        return True
 
     def commit(self, entry: DoneEntry) -> None:
         """Publish a finished shard: its data files, then its done entry."""

@@ -182,7 +182,7 @@ def test_touched_input_goes_on_and_changed_input_is_refused(
     assert encode(corpus, begun, "--model", tiny_m3) == 10
     error = capsys.readouterr().err
     assert "corpus.jsonl has changed since shard 0 of out was made from it" in error
-    assert "use another --out" in error
+    assert "--out NEW.m3 --since-run" in error
 
 
 def test_verify_input_hashes_finished_shards_whatever_their_date(

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from m3cli.encoder import encode as encoding
@@ -141,7 +148,7 @@ def test_an_older_folder_of_other_vectors_is_refused(m3_here: M3, tmp_path: Path
     for flags, said in (
         (("--max-length", "25"), "--max-length 24, this run has 25"),
         (("--max-length", "24", "--prefix", "query: "), "--prefix"),
-        (("--max-length", "24"), "no sparse output"),
+        (("--outputs", "dense,sparse"), "no sparse output"),
     ):
         done = m3_here("encode", "a.jsonl", *model, *flags, "--out", "b.m3", "--since-run", "a.m3")
         assert done.returncode == 10
@@ -165,7 +172,8 @@ def test_how_an_output_was_stored_that_is_not_wanted_does_not_matter(
         done = m3_here("encode", "a.jsonl", *model, *words)
         assert done.returncode == 0, done.stderr
     assert encoded == []
-    refused = m3_here("encode", "a.jsonl", *model, "--outputs", "dense", "--since-run", "a.m3", "--out", "x.m3")
+    other = ("--outputs", "dense", "--dense-dtype", "float16")
+    refused = m3_here("encode", "a.jsonl", *model, *other, "--since-run", "a.m3", "--out", "x.m3")
     assert refused.returncode == 10
     assert "--dense-dtype float32" in refused.stderr
 
@@ -218,6 +226,132 @@ def test_equal_texts_are_encoded_once(
     assert_equal(tmp_path / "c.m3", tmp_path / "all.m3")
     assert m3_here("encode", "c.jsonl", "--dedupe").returncode == 0
     assert m3_here("encode", "c.jsonl", "--dedupe", "--out", "all.m3").returncode == 10
+
+
+def list_inodes(path: Path) -> dict[str, int]:
+    """The inode of each data file of a folder, by name."""
+    names = ("rows", "dense_vecs", "lexical_weights", "colbert_vecs", "_m3/hashes", "_m3/skipped")
+    files = [file for name in names for file in (path / name).glob("*")]
+    return {str(file.relative_to(path)): file.stat().st_ino for file in files}
+
+
+@pytest.mark.parametrize("form", ["parquet", "npy"])
+def test_shards_that_did_not_change_are_linked_and_the_older_folder_may_go(
+    m3_here: M3, tmp_path: Path, tiny_m3: Path, encoded: list[int], form: str
+) -> None:
+    rows: list[Any] = [*make_rows(1000), {"id": "bad", "text": None}]
+    random.Random(0).shuffle(rows)
+    write(tmp_path / "a.jsonl", rows)
+    flags = ("--model", tiny_m3, *FLAGS, "--format", form, "--keep-fields", "n", "--dense-dtype", "float32")
+    assert m3_here("encode", "a.jsonl", *flags, "--out", "old.m3").returncode == 3
+    write(tmp_path / "a.jsonl", [*rows, *({**row, "id": f"new {row['id']}"} for row in make_rows(10))])
+    encoded.clear()
+    done = m3_here("encode", "a.jsonl", "--since-run", "old.m3", "--out", "new.m3")
+    assert done.returncode == 3, done.stderr
+    assert encoded == []
+    old, new = list_inodes(tmp_path / "old.m3"), list_inodes(tmp_path / "new.m3")
+    linked = [name for name in new if new[name] == old.get(name)]
+    assert len(linked) > 0.9 * len(old)
+    metrics = json.loads((tmp_path / "new.m3/_m3/metrics.json").read_bytes())
+    whole = sum(file.stat().st_size for file in (tmp_path / "new.m3").rglob("*") if file.is_file())
+    assert metrics["bytes_written"] < 0.03 * whole
+    assert "1,010 documents" in done.stderr.split("taken over")[1].splitlines()[0]
+    shutil.rmtree(tmp_path / "old.m3")
+    assert m3_here("check", "new.m3").returncode == 3
+    assert m3_here("encode", "a.jsonl", *flags, "--out", "whole.m3").returncode == 3
+    for name in linked:
+        assert (tmp_path / "new.m3" / name).read_bytes() == (tmp_path / "whole.m3" / name).read_bytes()
+    assert_equal(tmp_path / "new.m3", tmp_path / "whole.m3")
+
+
+def test_shards_are_copied_row_by_row_where_they_cannot_be_linked(
+    m3_here: M3, tmp_path: Path, tiny_m3: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.jsonl", make_rows(60))
+    table = pa.Table.from_pylist(make_rows(60))
+    wide = table.set_column(2, "n", table["n"].cast(pa.string()).cast(pa.large_string()))
+    pq.write_table(wide, tmp_path / "wide.parquet")
+    common = ("encode", "a.jsonl", "--model", tiny_m3, *FLAGS)
+    assert m3_here(*common, "--keep-fields", "n", "--out", "old.m3").returncode == 0
+    assert m3_here(*common, "--keep-fields", "n", "--out", "kept.m3").returncode == 0
+    encoded.clear()
+    assert m3_here(*common, "--keep-text", "--since-run", "old.m3", "--out", "other columns.m3").returncode == 0
+
+    def refuse(link: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "hardlink_to", refuse)
+        assert m3_here("encode", "a.jsonl", "--since-run", "old.m3", "--out", "other disk.m3").returncode == 0
+    assert encoded == []
+    assert_equal(tmp_path / "other disk.m3", tmp_path / "kept.m3")
+    # A second source makes the kept field a string of another type.
+    kept = ("--model", tiny_m3, *FLAGS, "--keep-fields", "n")
+    assert m3_here("encode", "wide.parquet", *kept, "--out", "wide.m3").returncode == 0
+    grown = ("wide.parquet", "a.jsonl", "--since-run", "wide.m3", "--out", "other types.m3")
+    assert m3_here("encode", *grown).returncode == 0
+    for old, new in (("old", "other columns"), ("old", "other disk"), ("wide", "other types")):
+        assert m3_here("check", f"{new}.m3").returncode == 0
+        inodes = [set(list_inodes(tmp_path / f"{name}.m3").values()) for name in (old, new)]
+        assert not inodes[0] & inodes[1]
+
+
+def test_the_message_about_changed_input_is_a_command_that_takes_over_the_rest(
+    m3_here: M3, tmp_path: Path, tiny_m3: Path, encoded: list[int]
+) -> None:
+    rows = make_rows(50)
+    write(tmp_path / "a.jsonl", [{"words": row["text"], "text": "not this", "id": row["id"]} for row in rows])
+    flags = ("--text-field", "words", "--keep-text", "--outputs", "dense", "--prefix", "passage: ")
+    assert m3_here("encode", "a.jsonl", "--model", tiny_m3, *FLAGS, *flags).returncode == 0
+    write(tmp_path / "a.jsonl", [{"words": row["text"], "text": "not this", "id": row["id"]} for row in make_rows(51)])
+    refused = m3_here("encode", "a.jsonl", "--model", tiny_m3)
+    assert refused.returncode == 10
+    command = refused.stderr.split("take over the rest: ")[1].split()
+    assert command == ["m3", "encode", "a.jsonl", "--out", "NEW.m3", "--since-run", "a.m3"]
+    encoded.clear()
+    for _ in range(2):  # the folder remembers the checkpoint, too
+        done = m3_here(*command[1:])
+        assert done.returncode == 0, done.stderr
+        (tmp_path / "NEW.m3/_m3/manifest.json").unlink()
+        for entry in (tmp_path / "NEW.m3/_m3/done").iterdir():
+            entry.unlink()
+    assert sum(encoded) == 2
+    config = json.loads((tmp_path / "NEW.m3/_m3/run.json").read_bytes())["config"]
+    assert (config["fields"]["text"], config["outputs"], config["prefix"]) == ("words", ["dense"], "passage: ")
+    assert config["keep_text"]
+    assert (config["max_length"], config["shard_size"]) == (24, 4096)
+
+
+@pytest.mark.slow
+def test_an_increment_that_is_killed_leaves_the_older_folder_as_it_was(tmp_path: Path, tiny_m3: Path) -> None:
+    rows = make_rows(2000)
+    write(tmp_path / "a.jsonl", rows)
+    words = [sys.executable, "-m", "m3cli", "encode", "a.jsonl", "--progress", "none"]
+    flags = ["--model", str(tiny_m3), "--dtype", "float32", "--shard-size", "2K", "--outputs", "dense,sparse"]
+    subprocess.run([*words, *flags, "--out", "old.m3"], cwd=tmp_path, check=True)
+    write(tmp_path / "a.jsonl", [*rows, *({**row, "id": f"new {row['id']}"} for row in make_rows(20))])
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "old.m3").rglob("*")) if path.is_file()}
+    command, draw = [*words, "--since-run", "old.m3", "--out", "new.m3"], random.Random(0)
+    kills = 0
+    for _ in range(10):
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=draw.uniform(1.5, 3.5))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+        if process.wait() == 0:
+            shutil.rmtree(tmp_path / "new.m3")
+    assert kills > 2
+    subprocess.run(command, cwd=tmp_path, check=True)
+    after = {path: path.read_bytes() for path in sorted((tmp_path / "old.m3").rglob("*")) if path.is_file()}
+    assert after == before
+    subprocess.run([*words[:4], *flags, "--progress", "none", "--out", "whole.m3", "a.jsonl"], cwd=tmp_path, check=True)
+    assert subprocess.run([*words[:3], "check", "new.m3"], cwd=tmp_path, check=False).returncode == 0
+    names = [path.name for path in (tmp_path / "whole.m3/rows").iterdir()]
+    assert sorted(names) == sorted(path.name for path in (tmp_path / "new.m3/rows").iterdir())
+    for name in sorted(names)[:-2]:
+        assert (tmp_path / "new.m3/rows" / name).read_bytes() == (tmp_path / "whole.m3/rows" / name).read_bytes()
 
 
 @pytest.mark.parametrize("form", ["parquet", "npy"])

@@ -29,7 +29,7 @@ from m3cli.jobs.encode.resolve import (
     check_same_checkpoint,
     check_same_tokenizer,
     describe_rest,
-    open_checkpoint,
+    open_checkpoint_of,
     open_run,
     resolve_new_run,
 )
@@ -68,8 +68,9 @@ class Tally:
         self.reasons.update(skipped.reason for skipped in shard.text.skipped)
         self.num_shards += 1
         self.num_reused += shard.num_reused
-        self.num_files += len(entry.files)
-        self.num_bytes += sum(file.length for file in entry.files)
+        if shard.linked is None:
+            self.num_files += len(entry.files)
+            self.num_bytes += sum(file.length for file in entry.files)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +171,7 @@ def prepare_resumed_run(opened: OpenRun, request: EncodeRequest, progress: Progr
     run = opened.run
     checkpoint = opened.checkpoint
     if checkpoint is None:
-        checkpoint = open_checkpoint(request.model, request.revision)
+        checkpoint = open_checkpoint_of(request, run)
         check_same_checkpoint(run, checkpoint, out=opened.name)
     tokenizer = load_tokenizer(checkpoint)
     check_same_tokenizer(run, tokenizer.serialisation_hash, out=opened.name)

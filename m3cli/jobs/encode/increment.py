@@ -2,6 +2,9 @@
 
 The previous folder may be unfinished, in the other format, and from other sources, fields and shards. Options that
 change a text's vectors must be equal. A hash of what it held is part of the new folder's config.
+
+A shard that would be the same in every byte is not written again: its files are linked. Of other shards rows are
+copied.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ import orjson
 import xxhash
 from numpy.typing import NDArray
 
-from m3cli.config import REQUIRED_OUTPUT, RunConfig
+from m3cli.config import REQUIRED_OUTPUT, EncodeRequest, RunConfig, list_field_options, list_non_defaults
 from m3cli.encoder.embeddings import join_chunks, select_chunks, select_rows
 from m3cli.errors import ForeignFolder
-from m3cli.records import Chunks, Document, Embeddings, Origins
+from m3cli.records import Chunks, Document, DoneEntry, Embeddings, Origins, ShardText, Source
 from m3cli.store.commit import publish_outside
-from m3cli.store.lookup import TextIndex
+from m3cli.store.folder import RunFolder
+from m3cli.store.layout import RowForm
+from m3cli.store.lookup import TextIndex, check_hashes
 from m3cli.store.reader import OutputFolder, iter_ids, open_folder
 
 MAY_DIFFER = frozenset(
@@ -35,14 +40,31 @@ MAX_SLICES = 64
 "of contiguous rows, read without a copy; more rows apart are gathered"
 
 
-def resolve_increment(run: RunConfig, path: str) -> RunConfig:
+def inherit_options(request: EncodeRequest, run: RunConfig, sources: Sequence[Source]) -> EncodeRequest:
+    """Return a request with the options of a previous folder that are not typed; `limit` is not inherited.
+
+    Names of fields are inherited where a source has the name of one of that folder's.
+    """
+    outputs = request.outputs or run.config.outputs
+    options = {name: getattr(run.config, name) for name in ("max_length", "dtype", "shard_size", "format")}
+    options |= {**list_non_defaults(run.config.to_json()), "outputs": outputs, "limit": None}
+    if {source.name for source in run.sources} & {source.name for source in sources}:
+        options |= list_field_options(run.config.fields)
+    inherited = {
+        name: value
+        for name, value in options.items()
+        if getattr(request, name) is None and REQUIRED_OUTPUT.get(name, outputs[0]) in outputs
+    }
+    return replace(request, **inherited)
+
+
+def resolve_increment(run: RunConfig, old: OutputFolder) -> RunConfig:
     """Make a previous folder part of a new run's config.
 
     Raises:
         ForeignFolder: its vectors differ from those that this run would make.
     """
-    old = open_folder(Path(path))
-    then = old.run
+    then, path = old.run, old.path.name
     options = then.config.to_json()
     unused = {name for name, output in REQUIRED_OUTPUT.items() if output not in run.config.outputs}
     unused.discard("mcls")  # changes the vectors of all outputs
@@ -103,6 +125,30 @@ class PreviousFolder:
     def __init__(self, folder: OutputFolder, run: RunConfig) -> None:
         self._folder = folder
         self._texts = TextIndex(folder, outputs=run.config.outputs)
+        then, now = (replace(each.config, since=None, limit=None) for each in (folder.run, run))
+        self._same_options = then == now
+
+    def link(self, text: ShardText, *, source: str, form: RowForm, into: RunFolder) -> DoneEntry | None:
+        """Stage the files of a shard as hard links, if this run would write the same; None: it would not, or cannot.
+
+        Args:
+            text: the shard.
+            source: name of its source.
+            form: of the new folder's rows.
+            into: the new folder.
+
+        Raises:
+            DamageFound: a file is damaged.
+        """
+        entry = self._folder.entries.get(text.shard.index)
+        if not self._same_options or entry is None:
+            return None
+        if (entry.shard, entry.source, entry.input_hash) != (text.shard, source, text.input_hash):
+            return None
+        if entry.counts.skipped != len(text.skipped):  # a row that failed in the model may not fail again
+            return None
+        check_hashes(self._folder, entry)
+        return entry if into.link_files(entry, self._folder.path, form=form) else None
 
     def cut(self, documents: Sequence[Document], cut: Callable[[Sequence[Document]], Chunks]) -> tuple[Chunks, Origins]:
         """Return the rows of documents: as the previous folder has them where it has the text, else cut by `cut`."""

@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,12 +43,10 @@ from m3cli.encoder.model import Model
 from m3cli.encoder.tokenizer import Tokenizer
 from m3cli.errors import CorpusError, ModelError
 from m3cli.jobs.encode.increment import PreviousFolder
-from m3cli.progress import Progress, Stage, Stopwatch
+from m3cli.progress import Progress, Stopwatch
 from m3cli.records import Batch, Chunks, DoneEntry, Embeddings, Origins, Output, ShardCounts, ShardText, SkippedRow
 from m3cli.store.folder import RunFolder
 from m3cli.store.layout import MAX_MATRIX_BYTES, RowForm
-
-T = TypeVar("T")
 
 BATCHES_AHEAD = {"with colbert": 4, "without": 64}
 "finished batches that may wait for the next stage; without ColBERT one of 65,536 tokens is about a MiB"
@@ -72,10 +69,14 @@ class TokenisedShard:
     chunks: Chunks
     origins: Origins
     "of rows whose vectors are reused from a previous folder; the others go through the model"
+    linked: DoneEntry | None = None
+    "of a previous folder, whose files are linked; the shard has no chunks then"
 
     @property
     def num_reused(self) -> int:
         """Documents whose vectors are reused."""
+        if self.linked is not None:
+            return self.linked.counts.documents
         return len(np.unique(self.chunks.document[self.origins.rows]))
 
 
@@ -146,7 +147,7 @@ def run_pipeline(
     texts: Iterator[ShardText], pipeline: Pipeline
 ) -> Generator[tuple[TokenisedShard, DoneEntry], None, None]:
     """Encode shards and commit them; yield each with its entry once it is on disk."""
-    tokenised = timed(tokenise_shards(texts, pipeline), pipeline.watch, "reading")
+    tokenised = pipeline.watch.count_each("reading", tokenise_shards(texts, pipeline))
     shards = prefetch(tokenised, depth=1, name="reading")
     depth = BATCHES_AHEAD["with colbert" if "colbert" in pipeline.config.outputs else "without"]
     items = prefetch(encode_shards(shards, pipeline), depth=depth, name="encoding")
@@ -164,11 +165,17 @@ def tokenise_shards(texts: Iterator[ShardText], pipeline: Pipeline) -> Iterator[
     """Cut the documents of each shard into rows of tokens, and find those that a previous folder has."""
     cut = partial(chunk_documents, tokenizer=pipeline.tokenizer, cutting=cutting_of(pipeline.config))
     none = np.empty(0, np.int64)
+    nothing = Origins(rows=none, shard=none, row=none)
+    previous = pipeline.previous
     for text in texts:
-        if pipeline.previous is None:
-            chunks, origins = cut(text.documents), Origins(rows=none, shard=none, row=none)
-        else:
-            chunks, origins = pipeline.previous.cut(text.documents, cut)
+        if previous is None:
+            yield TokenisedShard(text=text, chunks=cut(text.documents), origins=nothing)
+            continue
+        linked = previous.link(text, source=pipeline.source_of(text), form=pipeline.form, into=pipeline.folder)
+        if linked is not None:
+            yield TokenisedShard(text=text, chunks=cut(()), origins=nothing, linked=linked)
+            continue
+        chunks, origins = previous.cut(text.documents, cut)
         yield TokenisedShard(text=text, chunks=chunks, origins=origins)
 
 
@@ -259,10 +266,10 @@ def encode_windows(shard: TokenisedShard, pipeline: Pipeline) -> Iterator[tuple[
         window = planned.popleft()
         if pipeline.previous is not None:
             reused = pipeline.previous.read(shard.origins, start=window.start, stop=window.stop)
-            yield from ((window, made) for made in timed(reused, pipeline.watch, "encoding"))
+            yield from ((window, made) for made in pipeline.watch.count_each("encoding", reused))
 
     stop = 0
-    for result in timed(encoder.encode_all(plan_batches()), pipeline.watch, "encoding"):
+    for result in pipeline.watch.count_each("encoding", encoder.encode_all(plan_batches())):
         row = result.row if isinstance(result, FailedRow) else int(result.rows[0])
         while row >= stop:
             window, stop = planned[0], planned[0].stop
@@ -324,6 +331,9 @@ def _poll(items: Iterator[ShardItem], pipeline: Pipeline) -> Iterator[ShardItem]
 def write_shard(shard: TokenisedShard, items: Iterator[OrderedItem], pipeline: Pipeline) -> DoneEntry | None:
     """Write a shard's windows and commit it; None if it was aborted, and nothing of it is kept."""
     config, folder = pipeline.config, pipeline.folder
+    if shard.linked is not None:
+        folder.commit(shard.linked)
+        return shard.linked
     rows = plan_rows(shard.chunks, long_docs=config.long_docs, taken=shard.origins.rows)
     source = pipeline.source_of(shard.text)
     with folder.open_shard(form=pipeline.form, text=shard.text, chunks=rows, source=source) as writer:
@@ -400,17 +410,6 @@ def merge_window(parts: Iterable[Embeddings], merger: Merger, shard: TokenisedSh
         rows = np.sort(np.concatenate([part.rows for part in fresh]))
         renumbered = (replace(part, rows=np.searchsorted(rows, part.rows)) for part in fresh)
         yield from merger.feed(replace(restore_order(renumbered, start=0, stop=len(rows)), rows=rows))
-
-
-def timed(items: Iterator[T], watch: Stopwatch, stage: Stage) -> Iterator[T]:
-    """Yield items, counting the time it takes to make each."""
-    while True:
-        with watch.count(stage):
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-        yield item
 
 
 def make_encoder(

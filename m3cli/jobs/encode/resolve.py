@@ -19,16 +19,14 @@ from m3cli.config import (
     AUTO_SHARD_SIZE,
     COMPARED_OPTIONS,
     DEFAULT_MODEL,
-    ID_NAMES,
     MAX_LENGTH_CEILING,
     REQUIRED_OUTPUT,
-    TEXT_NAMES,
-    TITLE_NAMES,
     CheckpointConfig,
     EncodeConfig,
     EncodeRequest,
     RunConfig,
     Runtime,
+    list_field_options,
     list_non_defaults,
 )
 from m3cli.corpus.fields import kept_schema, resolve_fields
@@ -38,10 +36,11 @@ from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder.checkpoint import HEAD_FILES, Checkpoint, find_checkpoint, hash_checkpoint, read_checkpoint
 from m3cli.encoder.chunker import NUM_SPECIALS, fit_length
 from m3cli.errors import ForeignFolder, ModelError, UsageError
-from m3cli.jobs.encode.increment import resolve_increment
+from m3cli.jobs.encode.increment import inherit_options, resolve_increment
 from m3cli.records import DoneEntry, Fields, Output, Shard, ShardCounts, ShardText, Source
 from m3cli.store.folder import RunFolder
 from m3cli.store.layout import RESERVED_COLUMNS, RowForm
+from m3cli.store.reader import open_folder
 
 if TYPE_CHECKING:
     from m3cli.encoder.tokenizer import Tokenizer
@@ -61,6 +60,14 @@ def open_checkpoint(
     model = model or os.environ.get("M3_MODEL") or DEFAULT_MODEL
     folder = find_checkpoint(model, revision=revision, download=download, heads=heads)
     return read_checkpoint(folder, name=None if folder == Path(model).expanduser() else model)
+
+
+def open_checkpoint_of(request: EncodeRequest, run: RunConfig | None) -> Checkpoint:
+    """Open the checkpoint that is named, or else that of `run` where it is there, or the default one."""
+    made = None if run is None or name_model(request) is not None else run.checkpoint
+    if made is not None and Path(made.path).is_dir():
+        return replace(open_checkpoint(made.path), name=made.name)
+    return open_checkpoint(request.model, request.revision)
 
 
 def name_model(request: EncodeRequest) -> str | None:
@@ -234,23 +241,19 @@ def describe_rest(run: RunConfig, request: EncodeRequest, *, out: str, rows: int
 def format_command(run: RunConfig, request: EncodeRequest, *, since: str | None) -> str:
     """Return the command that encodes the same input with the same options but without the limit.
 
-    With `since` the outputs are those of that folder and its vectors are reused; without, all outputs are encoded.
+    With `since` that folder's vectors are reused, and its options are inherited; without, all outputs are encoded.
     """
-    config, fields = run.config, run.config.fields
+    config = run.config
     words = ["m3", "encode", *request.inputs, "--out", "NEW.m3"]
     if since is not None:
-        words += ["--since-run", since]
+        return shlex.join([*words, "--since-run", since])
     if (model := name_model(request)) is not None or run.checkpoint.name != DEFAULT_MODEL:
         words += ["--model", model or run.checkpoint.path]
     options: dict[str, Any] = {
-        "outputs": config.outputs if since is not None and config.outputs != ALL_OUTPUTS else None,
         "max_length": config.max_length if config.max_length != MAX_LENGTH_CEILING else None,
         "dtype": config.dtype if config.dtype in ("float32", "int8", "nf4") else None,
         "format": config.format if config.format != "parquet" else None,
-        "text_field": fields.text if fields.text not in ("", *TEXT_NAMES) else None,
-        "id_field": fields.id if fields.id not in ID_NAMES else None,
-        "title_field": fields.title if fields.title not in TITLE_NAMES else None,
-        "keep_fields": fields.kept or None,
+        **list_field_options(config.fields),
         **list_non_defaults(config.to_json()),
         "limit": None,
     }
@@ -258,6 +261,14 @@ def format_command(run: RunConfig, request: EncodeRequest, *, since: str | None)
         if value is not None:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [_join(value)])]
     return shlex.join(words)
+
+
+def describe_increment(request: EncodeRequest, out: str) -> str:
+    """Describe how input that has changed is encoded."""
+    if not request.inputs:  # the input is read again for its text
+        return "use another --out to encode what it is now"
+    words = ("m3", "encode", *request.inputs, "--out", "NEW.m3", "--since-run", request.out or out)
+    return f"to encode what is new and take over the rest: {shlex.join(words)}"
 
 
 def _join(value: object) -> str:
@@ -282,7 +293,7 @@ def resume_run(run: RunConfig, request: EncodeRequest, *, sources: tuple[Source,
         typed = getattr(request, flag)
         _check_same_option(flag, typed, getattr(run.config.fields, member) or "", out)
     _check_same_option("keep_fields", request.keep_fields, run.config.fields.kept, out)
-    _check_same_sources(run.sources, sources, out)
+    _check_same_sources(run.sources, sources, out, describe_increment(request, out))
     runtime = replace(run.runtime, max_batch_tokens=request.max_batch_tokens or run.runtime.max_batch_tokens)
     return replace(run, sources=sources, runtime=runtime)
 
@@ -308,15 +319,13 @@ def _format(value: object) -> str:
     return repr(value) if isinstance(value, str) and (not value or not value.isprintable()) else str(value)
 
 
-def _check_same_sources(before: Sequence[Source], now: Sequence[Source], out: str) -> None:
+def _check_same_sources(before: Sequence[Source], now: Sequence[Source], out: str, remedy: str) -> None:
     names = [source.name for source in before], [source.name for source in now]
     if names[0] != names[1]:
         lost = next((name for name in names[0] if name not in names[1]), None)
         new = next((name for name in names[1] if name not in names[0]), None)
         change = "; ".join([*([f"no {lost} now"] if lost else []), *([f"{new} is new"] if new else [])])
-        raise ForeignFolder(
-            f"{out} was made from other input ({change or 'another order'}); use another --out for this input"
-        )
+        raise ForeignFolder(f"{out} was made from other input ({change or 'another order'}); {remedy}")
     for old, new_source in zip(before, now, strict=True):
         if (old.format, old.compression) != (new_source.format, new_source.compression):
             raise ForeignFolder(
@@ -324,8 +333,7 @@ def _check_same_sources(before: Sequence[Source], now: Sequence[Source], out: st
             )
         if old.size != new_source.size:
             raise ForeignFolder(
-                f"{old.name} has {new_source.size:,} bytes, it had {old.size:,} when {out} was made from it; "
-                "use another --out to encode what it is now"
+                f"{old.name} has {new_source.size:,} bytes, it had {old.size:,} when {out} was made from it; {remedy}"
             )
 
 
@@ -427,15 +435,18 @@ def resolve_new_run(request: EncodeRequest, sources: tuple[Source, ...], stdin: 
     from m3cli.encoder.chunker import check_chunk_space, cutting_of  # noqa: PLC0415
     from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415
 
-    checkpoint = open_checkpoint(request.model, request.revision)
+    previous = None if request.since_run is None else open_folder(Path(request.since_run))
+    if previous is not None:
+        request = inherit_options(request, previous.run, sources)
+    checkpoint = open_checkpoint_of(request, None if previous is None else previous.run)
     tokenizer = load_tokenizer(checkpoint)
     run = resolve_config(
         request, sources=sources, checkpoint=checkpoint, tokenizer_hash=tokenizer.serialisation_hash, stdin=stdin
     )
     check_chunk_space(tokenizer, cutting_of(run.config))
     form = make_form(run)
-    if request.since_run is not None:
-        run = resolve_increment(run, request.since_run)
+    if previous is not None:
+        run = resolve_increment(run, previous)
     return NewRun(run=run, form=form, checkpoint=checkpoint, tokenizer=tokenizer)
 
 
@@ -493,7 +504,9 @@ def open_run(
         form=make_form(run),
         plan=plan_run(run),
         done=done,
-        selector=ShardSelector(done, share=share, changed=changed, out=name, wants=wants),
+        selector=ShardSelector(
+            done, share=share, changed=changed, out=name, remedy=describe_increment(request, name), wants=wants
+        ),
         resumed=before is not None,
         checkpoint=checkpoint,
     )
@@ -525,6 +538,7 @@ class ShardSelector:
         share: tuple[int, int],
         changed: frozenset[int] = frozenset(),
         out: str,
+        remedy: str,
         wants: Callable[[int], bool] | None = None,
     ) -> None:
         self.num_shards = 0
@@ -534,7 +548,7 @@ class ShardSelector:
         self._wants = wants or self._is_in_stripe
         self._wanted: set[int] = set()
         self._changed = changed
-        self._out = out
+        self._out, self._remedy = out, remedy
 
     def count_todo(self, num_shards: int) -> int:
         """Count the shards of this worker that are not done, of all there are."""
@@ -560,7 +574,7 @@ class ShardSelector:
         if entry is not None and entry.input_hash != text.input_hash:
             raise ForeignFolder(
                 f"{entry.source} has changed since shard {entry.shard.index} of {self._out} was made from it; "
-                "use another --out to encode what it is now"
+                f"{self._remedy}"
             )
         return text.shard.index in self._wanted
 
