@@ -36,7 +36,7 @@ class Scheduler:
         self.folder, self.calls = folder, folder / "calls"
         settings = " ".join(map(str, ("--model", model, *SETTINGS, "--outputs", "dense")))
         scripts = {
-            "m3": f'exec {sys.executable} -m m3cli "$@" {settings}',
+            "m3": f'[ $1 != load ] || exec echo "$@" >>{self.calls}\nexec {sys.executable} -m m3cli "$@" {settings}',
             "scontrol": f'echo "$@" >>{self.calls}',
             "aws": AWS,
         }
@@ -82,6 +82,35 @@ def test_slurm_queues_a_task_again_that_has_work_left(scheduler: Scheduler, tmp_
     assert scheduler.calls.read_text() == "requeue 17_0\n"
     (tmp_path / "corpus.jsonl").unlink()
     assert task(0) == 4
+
+
+@pytest.mark.slow
+def test_every_night_encodes_and_loads_what_is_new(scheduler: Scheduler, tmp_path: Path) -> None:
+    corpus, current = tmp_path / "corpus.jsonl", tmp_path / "current.m3"
+    line = corpus.read_text(encoding="utf-8").splitlines()[0].replace('"id": "', '"id": "new ') + "\n"
+
+    def night() -> int:
+        return scheduler.run(EXAMPLES / "nightly.sh", "corpus.jsonl", "qdrant:http://localhost")
+
+    assert night() == 0
+    first = {path.name: path.stat().st_ino for path in (current / "rows").iterdir()}
+    with corpus.open("a", encoding="utf-8") as file:
+        file.write(line)
+    # A night that did not end: its folder is of a corpus that has changed since then.
+    words = ("m3", "encode", "corpus.jsonl", "--out", "next.m3", "--since-run", "current.m3", "--max-runtime", "0.01s")
+    assert scheduler.run(*words) == 75
+    with corpus.open("a", encoding="utf-8") as file:
+        file.write(line.replace("new", "newer"))
+    assert night() == night() == 0
+    assert sorted(path.name for path in tmp_path.glob("*.m3")) == ["current.m3"]
+    second = {path.name: path.stat().st_ino for path in (current / "rows").iterdir()}
+    assert set(first.values()) & set(second.values())
+    assert scheduler.run("m3", "encode", "corpus.jsonl", "--out", "current.m3") == 3  # complete; rows are bad
+    load = "load next.m3 --to qdrant:http://localhost"
+    assert scheduler.calls.read_text().splitlines() == [load, *[f"{load} --since current.m3"] * 2]
+    corpus.unlink()
+    assert night() == 4
+    assert current.exists()
 
 
 @pytest.mark.slow
