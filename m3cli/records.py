@@ -338,6 +338,8 @@ class RunPlan:
     settings: dict[str, Any]
     "members of EncodeConfig that are not the default"
     fingerprint: str
+    fields: dict[str, str | None]
+    "names of the input's fields of id, title and text"
     documents: int | None
     "estimated from a sample, exact for Parquet; None for piped input"
     tokens: int | None
@@ -352,6 +354,10 @@ class RunPlan:
     "of the folder's disk"
     colbert_choices: dict[str, int] | None
     "estimated bytes of the ColBERT vectors by the flags of their storage; None: unknown, or no ColBERT"
+    tokens_per_second: float | None
+    "at which a sample of the corpus was encoded here; None: not measured"
+    seconds: float | None
+    "expected for the shards that are not done, with loading; None: not measured"
     resumed: bool
     unread: dict[str, int]
     "files of folders and globs that are not read, by ending"

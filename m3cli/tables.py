@@ -44,6 +44,18 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} {_UNITS[-1]}"
 
 
+def format_duration(seconds: float) -> str:
+    """Return a duration as '12 s', '3 min', '2 h 5 min', '4 days 7 h'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s" if whole < 600 else f"{whole // 60} min"
+    if whole < 86_400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{count_noun(whole // 86_400, 'day')} {whole % 86_400 // 3600} h"
+
+
 def _about(count: int | None, suffix: str = "") -> str:
     return "unknown before it is read" if count is None else f"about {count:,}{suffix}"
 
@@ -69,6 +81,7 @@ def plan_panel(plan: RunPlan, *, title: str | None = None) -> Panel:
     rows.add_row("output", _plain(f"{plan.out} ({plan.format}): {', '.join(plan.outputs)}"))
     if plan.settings:
         rows.add_row("settings", _plain(_format_options(plan.settings)))
+    rows.add_row("fields", _plain(_format_fields(plan.fields)))
     size = "" if plan.input_bytes is None else f" in {format_bytes(plan.input_bytes)}"
     rows.add_row("documents", f"{_about(plan.documents)}{size}")
     if plan.unread:
@@ -84,14 +97,13 @@ def plan_panel(plan: RunPlan, *, title: str | None = None) -> Panel:
         parts = ", ".join(f"{output} {format_bytes(size)}" for output, size in plan.bytes_on_disk.items())
         rows.add_row("disk", f"about {format_bytes(sum(plan.bytes_on_disk.values()))}: {parts}")
     rows.add_row("free", _format_free(plan))
-    choices = plan.colbert_choices or {}
-    if title is None and choices:
-        rows.add_row("colbert as", ", ".join(f"{name} {format_bytes(size)}" for name, size in _short_names(choices)))
-    elif choices:
-        for index, (flags, needed) in enumerate(choices.items()):
+    if plan.tokens_per_second is not None and plan.seconds is not None:
+        rows.add_row("time", f"about {format_duration(plan.seconds)} at {plan.tokens_per_second:,.0f} tokens/s")
+    if title is not None:  # m3 plan; before a run, what is still to be chosen is of no use
+        for index, (flags, needed) in enumerate((plan.colbert_choices or {}).items()):
             rows.add_row("" if index else "colbert as", f"{format_bytes(needed):>10}  {flags}")
     title = title or ("m3 encode, going on" if plan.resumed else "m3 encode")
-    return Panel(rows, title=title, subtitle=f"fingerprint {plan.fingerprint[:7]}", box=box.ROUNDED, expand=False)
+    return Panel(rows, title=title, box=box.ROUNDED, expand=False)
 
 
 def _format_unread(unread: Mapping[str, int]) -> str:
@@ -105,11 +117,6 @@ def _format_free(plan: RunPlan) -> str:
     if needed is None or needed <= plan.free_bytes:
         return free
     return f"{free}: too little, about {format_bytes(needed)} are still to be written"
-
-
-def _short_names(choices: Mapping[str, int]) -> list[tuple[str, int]]:
-    """Shorten the options of ColBERT storage: 'int8', 'pool 2 int8'."""
-    return [(flags.replace("--colbert-dtype ", "").replace("--colbert-", ""), size) for flags, size in choices.items()]
 
 
 def summary_panel(summary: RunSummary) -> Panel:
@@ -179,11 +186,16 @@ def info_panel(folder: str, found: dict[str, Any]) -> Panel:
 
 
 def _format_settings(config: dict[str, Any]) -> str:
-    fields = config["fields"]
-    named = [f"{part} from '{fields[part]}'" for part in ("id", "title", "text") if fields[part]]
-    words = f"{config['format']}, up to {config['max_length']:,} tokens a row, {', '.join(named)}"
+    fields = _format_fields(config["fields"])
+    words = f"{config['format']}, up to {config['max_length']:,} tokens a row, {fields}"
     chosen = _format_options(list_non_defaults(config))
     return f"{words}; {chosen}" if chosen else words
+
+
+def _format_fields(fields: Mapping[str, str | None]) -> str:
+    """Format which field of the input is what."""
+    named = [f"{part} from '{fields[part]}'" for part in ("id", "title", "text") if fields[part]]
+    return ", ".join(named) if fields["id"] else ", ".join(["id from file name and position", *named])
 
 
 def _format_options(settings: Mapping[str, Any]) -> str:

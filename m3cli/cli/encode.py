@@ -47,9 +47,9 @@ def encode(request: EncodeRequest) -> None:
 
 @takes(EncodeRequest, without=_NOT_IN_PLAN)
 def plan(request: EncodeRequest, *, as_json: AsJson = False) -> None:
-    """Show what an encode would do: shards, documents, tokens, bytes on disk, and what is done already.
+    """Show what an encode would do: shards, documents, tokens, bytes on disk, time, and what is done already.
 
-    Nothing is written. Documents and tokens are estimated from a sample of the input.
+    Nothing is written. Documents and tokens are estimated from a sample of the input, the time by encoding some of it.
     """
     from m3cli.jobs.plan import plan_corpus  # noqa: PLC0415  pyarrow and torch, not for --help
     from m3cli.tables import plan_panel, print_panel  # noqa: PLC0415

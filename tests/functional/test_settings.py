@@ -80,6 +80,21 @@ def test_flags_that_would_do_nothing_are_refused(
     assert not Path("a.m3").exists()
 
 
+def test_a_plan_expects_a_time_at_a_measured_rate(m3_here: M3, tiny_m3: Path, tmp_path: Path) -> None:
+    rows = [{"name": f"n{number}", "body": "Some words of a text. " * (1 + number % 90)} for number in range(400)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ("a.jsonl", "--model", tiny_m3, "--shard-size", "16K", "--id-field", "")
+    planned = json.loads(m3_here("plan", *words, "--json").stdout)
+    assert planned["tokens_per_second"] > 1000
+    assert planned["seconds"] > planned["tokens"] / planned["tokens_per_second"]
+    assert planned["fields"] == {"id": None, "title": None, "text": "body"}
+    shown = m3_here("plan", *words).stdout
+    assert re.search(r"time +about \d+ s at [\d,]+ tokens/s", shown)
+    assert "id from file name and position, text from 'body'" in shown
+    assert m3_here("encode", *words).returncode == 0
+    assert "time " not in m3_here("plan", *words).stdout, "nothing is left to do"
+
+
 @pytest.mark.parametrize(
     "flags",
     [("--title-sep", " "), ("--max-row-bytes", "1M"), ("--dedupe",), ("--since-run", "old.m3")],

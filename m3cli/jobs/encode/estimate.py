@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,11 @@ from m3cli.corpus.sample import sample_shards
 from m3cli.corpus.streams import measure_ratio
 from m3cli.encoder.chunker import chunk_documents, cutting_of
 from m3cli.encoder.colbert import bound_vectors
+from m3cli.encoder.embeddings import join_chunks
 from m3cli.encoder.merge import DOCUMENT_ROW, plan_rows
 from m3cli.encoder.tokenizer import Tokenizer
 from m3cli.errors import CorpusError, OutputError
-from m3cli.records import DoneEntry, Shard, ShardText, Source
+from m3cli.records import Chunks, DoneEntry, Shard, ShardText, Source
 from m3cli.store.layout import WEIGHTS_PER_TOKEN, RowForm, estimate_bytes
 
 SAMPLE_SHARD_BYTES = 64 << 10
@@ -56,6 +58,8 @@ class Estimate:
     "per output"
     colbert_choices: dict[str, int] | None
     "bytes of the ColBERT vectors by the options that choose their form; None: there are no vectors"
+    sample: Chunks
+    "rows of the corpus, from several places"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +79,8 @@ class _Sample:
     "of the rows' texts"
     kept_bytes: float
     "of the rows' kept fields"
+    chunks: Chunks
+    "what goes through the model for these documents"
 
 
 def estimate_corpus(run: RunConfig, form: RowForm, tokenizer: Tokenizer) -> Estimate | None:
@@ -109,6 +115,7 @@ def estimate_corpus(run: RunConfig, form: RowForm, tokenizer: Tokenizer) -> Esti
         ),
         bytes_on_disk=sizes,
         colbert_choices=choices,
+        sample=reduce(join_chunks, (sample.chunks for sample in samples)),
     )
 
 
@@ -220,6 +227,7 @@ class _Sampler:
             own=own,
             text_bytes=float(chars @ bytes_a_char[rows.document]) if rows.num_rows else 0.0,
             kept_bytes=kept * float(weights.sum()) / max(1, len(documents)),
+            chunks=chunks,
         )
 
 
