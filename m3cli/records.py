@@ -338,6 +338,8 @@ class RunPlan:
     settings: dict[str, Any]
     "members of EncodeConfig that are not the default"
     fingerprint: str
+    threads: int
+    "of the matmuls on a CPU, for all workers"
     fields: dict[str, str | None]
     "names of the input's fields of id, title and text"
     documents: int | None

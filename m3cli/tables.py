@@ -75,9 +75,9 @@ def print_panel(panel: Panel, stream: TextIO) -> None:
 def plan_panel(plan: RunPlan, *, title: str | None = None) -> Panel:
     """Draw the panel that is shown before a run."""
     rows = _rows()
-    rows.add_row(
-        "model", _plain(f"{plan.model}, {plan.dtype} on {plan.device}, up to {plan.max_length:,} tokens a chunk")
-    )
+    threads = f" ({count_noun(plan.threads, 'thread')})" if plan.device.startswith("cpu") else ""
+    words = f"{plan.model}, {plan.dtype} on {plan.device}{threads}, up to {plan.max_length:,} tokens a chunk"
+    rows.add_row("model", _plain(words))
     rows.add_row("output", _plain(f"{plan.out} ({plan.format}): {', '.join(plan.outputs)}"))
     if plan.settings:
         rows.add_row("settings", _plain(_format_options(plan.settings)))
@@ -174,6 +174,9 @@ def info_panel(folder: str, found: dict[str, Any]) -> Panel:
     )
     rows.add_row("skipped", f"{counts['skipped']:,}, truncated {counts['truncated']:,}")
     rows.add_row("shards", f"{found['num_shards']:,} done: {'complete' if found['complete'] else 'work is left'}")
+    if (metrics := found["metrics"]) is not None:
+        spent = f"{count_noun(metrics['runs'], 'run')}, {format_duration(metrics['seconds']['total'])}"
+        rows.add_row("speed", f"{metrics['tokens_per_second']:,.0f} tokens/s in {spent}")
     sizes = found["bytes"]
     parts = ", ".join(f"{output} {format_bytes(size)}" for output, size in sizes.items())
     rows.add_row("disk", f"{format_bytes(sum(sizes.values()))}: {parts}")

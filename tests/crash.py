@@ -30,7 +30,7 @@ from unittest import mock
 
 from m3cli.store import commit
 
-LOCKS_AND_RUN_OF_THE_DAY = ("_m3/lock", "_m3/tmp", "_m3/metrics.json")
+LOCKS_AND_RUN_OF_THE_DAY = ("_m3/lock", "_m3/tmp", "_m3/metrics")
 
 
 class Crash(BaseException):

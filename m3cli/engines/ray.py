@@ -165,6 +165,7 @@ def _report(
     for source in opened.run.sources:
         check_unchanged(source)
     opened.folder.write_manifest(num_shards)
+    opened.folder.add_up_metrics()
     total = summarise(opened, work, seconds=time.monotonic() - driver.began, device_bytes=0, unread=unread)
     peaks = [summary.peak_memory_bytes for summary in driver.summaries]
     total = replace(total, num_shards=num_shards, peak_memory_bytes=max(peaks, default=0))
@@ -289,7 +290,7 @@ class _Driver:
 
     def _replace(self, key: Key, error: Exception) -> None:
         number, losses = key
-        done = set(self._opened.folder.done())
+        done = self._opened.folder.list_done()
         progressed = self._ray.get(self._counter.release.remote(key, done))
         self._losses[number] = 1 if progressed else self._losses[number] + 1
         if self._losses[number] == MAX_LOSSES:

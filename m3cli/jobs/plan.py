@@ -126,6 +126,7 @@ def describe_run(
         format=config.format,
         settings=list_non_defaults(config.to_json()),
         fingerprint=run.fingerprint,
+        threads=run.runtime.threads,
         fields={name: getattr(config.fields, name) for name in ("id", "title", "text")},
         documents=estimate.documents if estimate else None,
         tokens=estimate.tokens if estimate else None,

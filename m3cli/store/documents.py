@@ -13,6 +13,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -356,6 +357,47 @@ def read_entries(root: Path) -> tuple[dict[int, DoneEntry], list[str]]:
         else:
             faults.append(f"{path} is the entry of shard {entry.shard.index}")
     return entries, faults
+
+
+def list_done(root: Path) -> set[int]:
+    """Return the shards that have an entry, by its name."""
+    shards = (shard_of(f"{DONE_FOLDER}/{name}") for name in _list_names(root / DONE_FOLDER))
+    return {shard for shard in shards if shard is not None}
+
+
+def read_metrics(root: Path) -> dict[str, Any] | None:
+    """Add up the metrics of all workers, and of a run without workers; None: there are none.
+
+    Rates and seconds are added too; of peaks the highest is taken. `runs` is their number.
+    """
+    total: dict[str, Any] = {"runs": 0}
+    for path in sorted((root / META).glob("metrics.*json")):
+        try:
+            each = orjson.loads(path.read_bytes())
+        except (OSError, orjson.JSONDecodeError):
+            continue  # only for people; it is replaced by the next run
+        # The sum that the last worker wrote has `runs`; damage may have left anything.
+        if not isinstance(each, dict) or "runs" in each or not _has_rate(each):
+            continue
+        total["runs"] += 1
+        for name, value in each.items():
+            before = total.get(name)
+            if isinstance(value, dict) and isinstance(before, (dict, type(None))):
+                sums = Counter(before or {})
+                sums.update({key: number for key, number in value.items() if isinstance(number, (int, float))})
+                total[name] = dict(sums)
+            elif isinstance(value, (int, float)) and isinstance(before, (int, float, type(None))):
+                total[name] = max(before or 0, value) if name.startswith("peak") else (before or 0) + value
+            elif isinstance(value, str):
+                total[name] = value
+    return total if total["runs"] else None
+
+
+def _has_rate(metrics: dict[str, Any]) -> bool:
+    """Whether the numbers that are shown are numbers."""
+    seconds = metrics.get("seconds")
+    total = seconds.get("total") if isinstance(seconds, dict) else None
+    return all(isinstance(each, (int, float)) for each in (metrics.get("tokens_per_second"), total))
 
 
 def find_misplaced(entries: Mapping[int, DoneEntry], run: RunConfig) -> list[int]:

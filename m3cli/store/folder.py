@@ -33,12 +33,14 @@ from m3cli.store.documents import (
     find_links,
     hash_file,
     is_ours,
+    list_done,
     list_wrong_lengths,
     manifest_document,
     name_check,
     name_repair,
     read_entries,
     read_manifest,
+    read_metrics,
     read_run,
     run_document,
 )
@@ -48,13 +50,14 @@ from m3cli.store.layout import (
     METRICS_NAME,
     RUN_NAME,
     TMP_FOLDER,
+    WORKER_METRICS,
     RowForm,
     done_name,
     row_schema,
     rows_name,
     worker_name,
 )
-from m3cli.store.lock import RunLock, hold_lock
+from m3cli.store.lock import RunLock, hold_if_idle, hold_lock
 from m3cli.store.shard import ShardWriter
 
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -81,6 +84,10 @@ class RunFolder:
     def done(self) -> dict[int, DoneEntry]:
         """Read all done entries, by shard number."""
         return read_done_to_resume(self.path)
+
+    def list_done(self) -> set[int]:
+        """Return the numbers of the shards that are done, by the names of their entries."""
+        return list_done(self.path)
 
     def check_lengths(self, entries: Iterable[DoneEntry]) -> None:
         """Raise OutputError if a file of finished shards is missing or has another length."""
@@ -134,14 +141,15 @@ class RunFolder:
         Raises:
             ForeignFolder: the input has fewer shards than are done.
         """
-        entries = self.done()
-        if (last := max(entries, default=-1)) >= num_shards:
+        done = self.list_done()
+        if (last := max(done, default=-1)) >= num_shards:
             raise ForeignFolder(
                 f"{self.path.name} has {last + 1:,} shards, the input now has {num_shards:,}: it is shorter than it "
                 "was; give the same input again, or use another --out"
             )
-        if any(index not in entries for index in range(num_shards)):
-            return False
+        if len(done) < num_shards:
+            return False  # of many workers, the last one reads the entries
+        entries = self.done()
         self.check_lengths(entries.values())
         hashes = [hash_file(self.path / done_name(index))[1] for index in range(num_shards)]
         document = manifest_document(
@@ -153,9 +161,18 @@ class RunFolder:
         return True
 
     def write_metrics(self, document: dict[str, Any]) -> None:
-        """Replace `_m3/metrics.json`, the speed of this run; it has no checksum."""
+        """Replace the metrics of this run or worker, which have no checksum: its speed."""
+        worker = self._staging.name
+        self._write_metrics(METRICS_NAME if self.lock.exclusive else WORKER_METRICS.format(worker=worker), document)
+
+    def add_up_metrics(self) -> None:
+        """Write the sum of the workers' metrics, if there are workers."""
+        if not self.lock.exclusive and (total := read_metrics(self.path)) is not None:
+            self._write_metrics(METRICS_NAME, total)
+
+    def _write_metrics(self, name: str, document: dict[str, Any]) -> None:
         content = orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-        publish_bytes(content, self.path / METRICS_NAME, staging=self._staging)
+        publish_bytes(content, self.path / name, staging=self._staging)
 
 
 @contextmanager
@@ -171,6 +188,10 @@ def open_run_folder(path: Path, *, worker: int = 0, num_workers: int = 1) -> Ite
         staging = tmp / worker_name(worker, num_workers)
         with output_errors(tmp):
             _clear(tmp if lock.exclusive else staging)
+            for other in () if lock.exclusive else tmp.glob("*-of-*"):
+                with hold_if_idle(root, other.name) as idle:
+                    if idle:  # it died; it may not come again under this name
+                        _clear(other)
             staging.mkdir(parents=True, exist_ok=True)
         try:
             yield RunFolder(root, lock=lock, staging=staging)

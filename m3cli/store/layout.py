@@ -5,7 +5,7 @@
     lexical_weights/shard-0000000.npz     npy format
     colbert_vecs/shard-0000000.npy        npy format, with shard-0000000.indptr.npy, and for int8 vectors
                                           shard-0000000.scales.npy
-    _m3/run.json _m3/done/ _m3/skipped/ _m3/hashes/ _m3/manifest.json _m3/lock* _m3/metrics.json _m3/tmp/<worker>/
+    _m3/run.json _m3/done/ _m3/skipped/ _m3/hashes/ _m3/manifest.json _m3/lock* _m3/metrics*.json _m3/tmp/<worker>/
 
 A name is a path below the folder with '/', as in done entries. `text` is reserved even if no text is kept, so that a
 column of that name is the chunk's text in every folder.
@@ -29,6 +29,7 @@ META = "_m3"
 RUN_NAME = "_m3/run.json"
 MANIFEST_NAME = "_m3/manifest.json"
 METRICS_NAME = "_m3/metrics.json"
+WORKER_METRICS = "_m3/metrics.{worker}.json"
 LOCK_NAME = "_m3/lock"
 DONE_FOLDER = "_m3/done"
 TMP_FOLDER = "_m3/tmp"
@@ -150,7 +151,7 @@ def hashes_name(index: int) -> str:
 
 
 def worker_name(worker: int, num_workers: int) -> str:
-    """Return the name of a worker in its lock and its tmp folder."""
+    """Return the name of a worker in its lock, its tmp folder and its metrics."""
     return f"{worker}-of-{num_workers}"
 
 
@@ -174,7 +175,7 @@ def shard_of(name: str) -> int | None:
 
 def is_meta_name(name: str) -> bool:
     """Whether m3 writes a file of this name into `_m3` itself."""
-    return name in (RUN_NAME, MANIFEST_NAME, METRICS_NAME, LOCK_NAME) or name.startswith(f"{LOCK_NAME}.")
+    return name in (RUN_NAME, MANIFEST_NAME, LOCK_NAME) or name.startswith((f"{LOCK_NAME}.", "_m3/metrics."))
 
 
 def row_schema(form: RowForm) -> pa.Schema:

@@ -27,6 +27,8 @@ from m3cli.store.layout import LOCK_NAME, worker_name
 
 INIT_PATIENCE = 30.0
 "seconds; the lock is held while run.json is compared or written, which is quick"
+CLEARING_PATIENCE = 2.0
+"seconds; another worker holds the lock of one that has died while it deletes its temporary files"
 INIT_PAUSE = 0.05
 
 
@@ -69,10 +71,21 @@ def hold_lock(root: Path, *, worker: int, num_workers: int) -> Iterator[RunLock]
             os.ftruncate(shared, 0)  # no run holds it exclusively: its content is of a run that has ended
             own_path = root / f"{LOCK_NAME}.{worker_name(worker, num_workers)}"
             own = stack.enter_context(_open_lock(own_path))
-            if not _take(own, fcntl.LOCK_EX, path=own_path):
-                raise _lock_error(root, own_path)
+            deadline = time.monotonic() + CLEARING_PATIENCE
+            while not _take(own, fcntl.LOCK_EX, path=own_path):
+                if time.monotonic() > deadline:
+                    raise _lock_error(root, own_path)
+                time.sleep(INIT_PAUSE)
             stack.enter_context(_write_holder(own, path=own_path))
         yield RunLock(root=root, exclusive=exclusive)
+
+
+@contextmanager
+def hold_if_idle(root: Path, name: str) -> Iterator[bool]:
+    """Hold the lock of another worker, if it has ended; yield whether it is held. A worker that starts waits for it."""
+    path = root / f"{LOCK_NAME}.{name}"
+    with _open_lock(path) as descriptor:
+        yield _take(descriptor, fcntl.LOCK_EX, path=path)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from m3cli.store.documents import (
     name_repair,
     read_entries,
     read_manifest,
+    read_metrics,
     read_run,
     reading,
 )
@@ -336,6 +337,8 @@ class FolderDescription:
     'of "rows", of existing outputs ("dense", "sparse", "colbert"), and of "_m3": hashes and skipped rows'
     token_histogram: dict[int, int]
     "number of rows with k/2 < num_tokens <= k, by ascending powers of two k"
+    metrics: dict[str, Any] | None
+    "of all runs and workers that have ended, added up; None: none has"
 
 
 def describe(folder: OutputFolder) -> FolderDescription:
@@ -354,6 +357,7 @@ def describe(folder: OutputFolder) -> FolderDescription:
         counts=folder.counts,
         bytes={name: sizes[name] for name in ("rows", *VECTOR_COLUMNS, "_m3") if name in sizes},
         token_histogram=dict(sorted(lengths.items())),
+        metrics=read_metrics(folder.path),
     )
 
 

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 
 from m3cli.errors import FolderLocked
 from m3cli.store.folder import open_run_folder
+from m3cli.store.lock import hold_if_idle
 from tests.store import samples
 
 HOLD = """
@@ -87,15 +90,40 @@ def test_error_does_not_name_a_killed_worker(tmp_path: Path) -> None:
             enter(tmp_path / "out")
 
 
-def test_worker_clears_its_own_tmp_only_and_a_plain_run_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("worker", "num_workers"), [(0, 2), (1, 3), (0, 1)])
+def test_who_opens_a_folder_clears_what_dead_workers_left(tmp_path: Path, worker: int, num_workers: int) -> None:
+    tmp = tmp_path / "out/_m3/tmp"
     enter(tmp_path / "out")
-    for name in ("0-of-2", "1-of-2"):
-        (tmp_path / "out/_m3/tmp" / name).mkdir()
-        (tmp_path / "out/_m3/tmp" / name / "leftover").write_bytes(b"")
+    for name in ("0-of-2", "1-of-2", "2-of-3"):
+        (tmp / name).mkdir()
+        (tmp / name / "leftover").write_bytes(b"")
+    enter(tmp_path / "out", worker, num_workers)
+    assert list(tmp.iterdir()) == []
+
+
+def test_the_files_of_a_living_worker_stay(tmp_path: Path) -> None:
+    with another_process(tmp_path / "out", 2, 3):
+        file = tmp_path / "out/_m3/tmp/2-of-3/file"
+        file.write_bytes(b"")
+        enter(tmp_path / "out", 0, 2)
+        assert file.exists()
+
+
+def test_a_worker_waits_for_who_clears_what_it_left(tmp_path: Path) -> None:
     enter(tmp_path / "out", 0, 2)
-    assert [path.name for path in (tmp_path / "out/_m3/tmp").iterdir()] == ["1-of-2"]
-    enter(tmp_path / "out")
-    assert list((tmp_path / "out/_m3/tmp").iterdir()) == []
+    held = threading.Event()
+
+    def clear() -> None:
+        with hold_if_idle(tmp_path / "out", "0-of-2") as idle:
+            assert idle
+            held.set()
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=clear)
+    thread.start()
+    assert held.wait(10)
+    enter(tmp_path / "out", 0, 2)
+    thread.join()
 
 
 def test_only_one_worker_initialises_and_the_other_reads_the_result(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def report_kept_shards(opened: OpenRun) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        kept, planned = len(opened.folder.done()), opened.num_shards
+        kept, planned = len(opened.folder.list_done()), opened.num_shards
         shards = count_noun(kept, "shard is", "shards are")
         if planned is not None:
             shards = f"{kept:,} of {count_noun(planned, 'shard is', 'shards are')}"
@@ -273,6 +273,9 @@ def encode(
     device = machine.resolve_device(request.device)
     ready, previous, unread = prepare_run(opened, request, fresh=fresh, device=device, work=work)
     checkpoint, tokenizer = ready.checkpoint, ready.tokenizer
+    if device == "cpu" and (own := machine.auto_threads()) < run.runtime.threads:
+        threads = count_noun(run.runtime.threads, "thread")
+        progress.say(f"{opened.name} was begun with {threads}, which decide its bytes; this machine has {own}: slower")
     with watch.count("loading"):
         machine.set_threads(run.runtime.threads)
         model = load_model(checkpoint, device=device, dtype=config.dtype)
@@ -326,6 +329,8 @@ def encode(
         summary = add_id_counts(summary, opened, request, previous)
     names = {"device": device, "device_name": machine.name_device(device), "torch": machine.TORCH_VERSION}
     opened.folder.write_metrics({**metrics_document(summary), **names})
+    if complete:
+        opened.folder.add_up_metrics()
     progress.show_summary(summary)
 
 
@@ -371,7 +376,7 @@ def add_id_counts(
     summary: RunSummary, opened: OpenRun, request: EncodeRequest, previous: PreviousFolder | None
 ) -> RunSummary:
     """Add the number of duplicate ids of a complete folder, and of ids of a previous folder that it lacks."""
-    root, shards = opened.folder.path, list(opened.folder.done())
+    root, shards = opened.folder.path, sorted(opened.folder.list_done())
     with damage_stops(root):
         hashes = read_id_hashes(root, shards)
         duplicates = find_duplicate_ids(root, hashes).count
@@ -400,7 +405,7 @@ def summarise(opened: OpenRun, work: Work, *, seconds: float, device_bytes: int,
         tokens_per_second=round(counts.tokens / seconds, 1) if seconds else 0.0,
         peak_memory_bytes=peak_memory(),
         peak_device_bytes=device_bytes,
-        shards_done=len(opened.folder.done()),
+        shards_done=len(opened.folder.list_done()),
         num_shards=opened.selector.num_shards,
         skipped_reasons=dict(tally.reasons.most_common()),
         taken=tally.num_reused,
