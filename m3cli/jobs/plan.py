@@ -31,10 +31,10 @@ from m3cli.records import Chunks, DoneEntry, RunPlan
 from m3cli.store.folder import read_done_to_resume, read_run_to_resume
 
 FIRST_TOKENS = 256
-"of the sample, encoded first; each time twice as many, until a time is long enough"
+"of the sample, encoded first; then as many as take twice as long as needed at that rate, until a time is long enough"
 MOST_TOKENS = 4 << 20
 "in all, of the sample again and again"
-LEAST_SECONDS = 0.5
+LEAST_SECONDS = 1.0
 "for which rows are encoded to know the rate"
 
 
@@ -96,7 +96,7 @@ def measure_rate(
             pass
         seconds = time.perf_counter() - began
         rate = float(sample.num_tokens[order[start:stop]].sum()) / seconds
-        start, tokens = stop, 2 * tokens
+        start, tokens = stop, max(2 * tokens, int(2 * LEAST_SECONDS * rate))
     machine.set_threads(runtime.threads)
     return rate, loading
 
