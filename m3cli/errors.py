@@ -57,6 +57,16 @@ def escape_controls(text: str) -> str:
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def format_duration(seconds: float | None) -> str:
+    """Format a time: '42 s', '5 min', '3 h 20 min', 'unknown time'."""
+    if seconds is None:
+        return "unknown time"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def count_noun(count: int, one: str, many: str | None = None) -> str:
     """Return '1 shard', '2 shards', '1,000 queries'; `many` is `one` with an s unless it is given."""
     return f"{count:,} {one if count == 1 else many or f'{one}s'}"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO, TypeVar
 
 from m3cli.config import ProgressMode
-from m3cli.errors import OutputError, count_noun, escape_unprintable
+from m3cli.errors import OutputError, count_noun, escape_unprintable, format_duration
 from m3cli.paths import is_stream, open_to_append
 from m3cli.records import RunPlan, RunSummary
 
@@ -131,7 +131,7 @@ class Progress:
         self._emit("progress", pulse.to_json())
         text = (
             f"{count_noun(pulse.documents, 'document')}, {count_noun(pulse.tokens, 'token')}, {pulse.rates()}, "
-            f"{format_eta(pulse.seconds_left())} left"
+            f"{format_duration(pulse.seconds_left())} left"
         )
         self._log(text)
         if self.mode == "log":
@@ -339,13 +339,3 @@ class FileMeter:
         if self._tqdm is not None:
             self._tqdm.close()
             self._tqdm = None
-
-
-def format_eta(seconds: float | None) -> str:
-    """Format a time: '42 s', '5 min', '3 h 20 min', 'unknown time'."""
-    if seconds is None:
-        return "unknown time"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from m3cli.config import list_non_defaults
-from m3cli.errors import count_noun, escape_controls, escape_unprintable
+from m3cli.errors import count_noun, escape_controls, escape_unprintable, format_duration
 from m3cli.records import QueryHits, RunPlan, RunSummary
 from m3cli.requests import HITS_SHOWN
 
@@ -42,18 +42,6 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} {_UNITS[-1]}"
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration as '12 s', '3 min', '2 h 5 min', '4 days 7 h'."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s" if whole < 600 else f"{whole // 60} min"
-    if whole < 86_400:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{count_noun(whole // 86_400, 'day')} {whole % 86_400 // 3600} h"
 
 
 def _about(count: int | None, suffix: str = "") -> str:

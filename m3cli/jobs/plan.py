@@ -14,10 +14,9 @@ from m3cli.corpus.sources import count_unread, find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder import device as machine
 from m3cli.encoder.checkpoint import Checkpoint
-from m3cli.encoder.model import load_model
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
 from m3cli.jobs.encode.estimate import Estimate, count_needed, estimate_corpus, find_free_bytes
-from m3cli.jobs.encode.pipeline import make_encoder, pack_batches
+from m3cli.jobs.encode.pipeline import load_encoder, pack_batches
 from m3cli.jobs.encode.resolve import (
     check_same_checkpoint,
     make_form,
@@ -76,13 +75,8 @@ def measure_rate(
     run: RunConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, sample: Chunks, *, device: str
 ) -> tuple[float, float]:
     """Encode rows of the corpus; return tokens per second, and the seconds of loading the model."""
-    config, runtime, began = run.config, run.runtime, time.perf_counter()
-    machine.set_threads(runtime.threads)
-    model = load_model(checkpoint, device=device, dtype=config.dtype)
-    num_threads = machine.plan_threads(runtime.threads, device=device)
-    machine.set_threads(runtime.threads // num_threads)
-    encoder = make_encoder(model, tokenizer, config=config, retries=(), num_threads=num_threads)
-    encoder.warm_up(runtime.max_batch_tokens)
+    runtime, began = run.runtime, time.perf_counter()
+    encoder = load_encoder(run, checkpoint, tokenizer, device=device)
     loading = time.perf_counter() - began
     # In the same random order for each plan: neighbours are alike.
     order = np.tile(np.random.default_rng(0).permutation(sample.num_rows), -(-MOST_TOKENS // len(sample.input_ids)))

@@ -336,11 +336,15 @@ class TextIndex:
         known = np.flatnonzero((self._hashes[position] == wanted).all(axis=1))
         return known, self._shard[position[known]].astype(np.int64), self._document[position[known]].astype(np.int64)
 
+    def check_hashes(self, shard: int) -> None:
+        """Raise DamageFound if a file of a shard is not what it was when it was written; each shard is read once."""
+        if shard not in self._checked:
+            _check_hashes(self._folder, self._folder.entries[shard])
+            self._checked.add(shard)
+
     def _read_shard(self, shard: int) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
         """Return where the documents of a shard start, and the end; and the columns `_SPAN_COLUMNS`."""
-        if shard not in self._checked:
-            check_hashes(self._folder, self._folder.entries[shard])
-            self._checked.add(shard)
+        self.check_hashes(shard)
         table = read_shard(self._folder, shard, outputs=(), columns=_SPAN_COLUMNS).rows
         columns = [table.column(name).to_numpy(zero_copy_only=False).astype(np.int64) for name in _SPAN_COLUMNS]
         index = columns[0]
@@ -363,8 +367,7 @@ class TextIndex:
                     yield part, wanted[in_part] - first, rows[in_part]
 
 
-def check_hashes(folder: OutputFolder, entry: DoneEntry) -> None:
-    """Raise DamageFound if a file of a shard is not what it was when it was written."""
+def _check_hashes(folder: OutputFolder, entry: DoneEntry) -> None:
     for fault in check_files(folder.path, entry):
         raise DamageFound(f"{folder.path / fault.file} {fault.what}; {name_repair(folder.path)}")
 
@@ -372,7 +375,7 @@ def check_hashes(folder: OutputFolder, entry: DoneEntry) -> None:
 def _read_hashes(folder: OutputFolder, index: int) -> NDArray[np.uint64]:
     entry = folder.entries[index]
     documents = entry.counts.documents
-    check_hashes(folder, replace(entry, files=tuple(each for each in entry.files if each.name == hashes_name(index))))
+    _check_hashes(folder, replace(entry, files=tuple(each for each in entry.files if each.name == hashes_name(index))))
     with reading(folder.path, index):
         hashes: NDArray[np.uint64] = np.load(folder.path / hashes_name(index), allow_pickle=False)
         if hashes.shape != (documents, 2) or hashes.dtype != np.uint64:

@@ -25,6 +25,7 @@ from m3cli.encoder import model as models
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.encode import BatchEncoder
 from m3cli.encoder.heads import OutputOptions
+from m3cli.encoder.linear import FusedLinear, Linear
 from m3cli.encoder.model import Model, load_model, run_model
 from m3cli.records import Batch
 
@@ -96,23 +97,10 @@ def probe_ceilings(probe: Probe, *, side: int) -> None:
     probe.note(f"copy {side} x {side}", first.copy_, second, num_bytes=2 * first.nbytes)
 
 
-def linear_gelu(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Apply a linear map and gelu, two kernels."""
-    return F.gelu(F.linear(states, weight, bias))
-
-
-def fused_gelu(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Apply a linear map with gelu in the epilogue of the matmul, by its approximation with tanh."""
-    return torch._addmm_activation(bias, states, weight.t(), use_gelu=True)
-
-
 def probe_layer(probe: Probe, model: Model, *, tokens: int) -> None:
     """Measure each kernel of a layer, fused and not."""
     width, inner = model.checkpoint.hidden_size, model.layers[0].intermediate.weight.shape[0]
     narrow, wide, residual = probe.random(tokens, width), probe.random(tokens, inner), probe.random(tokens, width)
-
-    def add(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return F.linear(states, weight, bias).add_(residual)
 
     def add_in_place(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return residual.addmm_(states, weight.t(), beta=0.5, alpha=0.5)
@@ -125,13 +113,14 @@ def probe_layer(probe: Probe, model: Model, *, tokens: int) -> None:
     ):
         source = narrow if rows == width else wide
         weight, bias = probe.random(columns, rows) * rows**-0.5, probe.random(columns)
+        plain, fused = Linear(weight=weight, bias=bias, packed=False), FusedLinear(weight=weight, bias=bias)
         flops = 2.0 * tokens * rows * columns
-        probe.note(f"{name}: linear", F.linear, source, weight, bias, flops=flops)
+        probe.note(f"{name}: linear", plain.apply, source, flops=flops)
         if columns == inner:
-            probe.note(f"{name}: linear, gelu", linear_gelu, source, weight, bias, flops=flops)
-            probe.note(f"{name}: gelu in the epilogue", fused_gelu, source, weight, bias, flops=flops)
+            probe.note(f"{name}: linear, gelu", plain.apply_gelu, source, flops=flops)
+            probe.note(f"{name}: gelu in the epilogue", fused.apply_gelu, source, flops=flops)
         if columns == width:
-            probe.note(f"{name}: linear, add", add, source, weight, bias, flops=flops)
+            probe.note(f"{name}: linear, add", plain.apply_add, source, residual, flops=flops)
             probe.note(f"{name}: added in place by addmm_", add_in_place, source, weight, flops=flops)
     scale, shift = probe.random(width), probe.random(width)
     probe.note("layer_norm", F.layer_norm, narrow, (width,), scale, shift, 1e-5, num_bytes=2 * narrow.nbytes)

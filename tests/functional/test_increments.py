@@ -150,9 +150,10 @@ def test_an_older_folder_of_other_vectors_is_refused(m3_here: M3, tmp_path: Path
         (("--max-length", "24", "--prefix", "query: "), "--prefix"),
         (("--outputs", "dense,sparse"), "no sparse output"),
     ):
-        done = m3_here("encode", "a.jsonl", *model, *flags, "--out", "b.m3", "--since-run", "a.m3")
+        done = m3_here("encode", "a.jsonl", *model, *flags, "--out", "b.m3", "--since-run", "./a.m3")
         assert done.returncode == 10
         assert said in done.stderr
+        assert "--since-run ./a.m3 " in done.stderr, "as it was typed"
         assert done.stderr.count("\n") == 1
         assert not (tmp_path / "b.m3").exists()
     assert m3_here("encode", "a.jsonl", *model, "--out", "b.m3", "--since-run", "none.m3").returncode == 2

@@ -9,7 +9,8 @@ import pytest
 
 from m3cli.config import ColbertForm
 from m3cli.encoder.encode import FailedRow
-from m3cli.jobs.encode.pipeline import TOO_LARGE, MatrixLimit, find_oversized
+from m3cli.jobs.encode.lifecycle import TOO_LARGE
+from m3cli.jobs.encode.pipeline import MatrixLimit, find_oversized
 from m3cli.records import Chunks
 
 

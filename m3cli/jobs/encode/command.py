@@ -22,7 +22,7 @@ from m3cli.corpus.streams import PeekableStream, check_unchanged
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, Interrupted, UsageError, count_noun
 from m3cli.jobs.encode.estimate import check_disk_space
 from m3cli.jobs.encode.increment import PreviousFolder, open_previous
-from m3cli.jobs.encode.lifecycle import MetricsFile, Stop, check_max_skipped, keep_metrics
+from m3cli.jobs.encode.lifecycle import FirstRows, MetricsFile, Stop, check_max_skipped, keep_metrics
 from m3cli.jobs.encode.resolve import (
     NewRun,
     OpenRun,
@@ -266,10 +266,9 @@ def encode(
     """Encode the remaining shards and report; `fresh` is None unless this run has begun the folder."""
     # torch, and what imports it: only where there is work
     from m3cli.encoder import device as machine  # noqa: PLC0415
-    from m3cli.encoder.model import load_model, load_retries  # noqa: PLC0415
-    from m3cli.jobs.encode.pipeline import FirstRows, Pipeline, make_encoder, run_pipeline  # noqa: PLC0415
+    from m3cli.jobs.encode.pipeline import Pipeline, load_encoder, run_pipeline  # noqa: PLC0415
 
-    run, config, progress, watch = opened.run, opened.run.config, work.progress, work.watch
+    run, progress, watch = opened.run, work.progress, work.watch
     device = machine.resolve_device(request.device)
     ready, previous, unread = prepare_run(opened, request, fresh=fresh, device=device, work=work)
     checkpoint, tokenizer = ready.checkpoint, ready.tokenizer
@@ -277,19 +276,7 @@ def encode(
         threads = count_noun(run.runtime.threads, "thread")
         progress.say(f"{opened.name} was begun with {threads}, which decide its bytes; this machine has {own}: slower")
     with watch.count("loading"):
-        machine.set_threads(run.runtime.threads)
-        model = load_model(checkpoint, device=device, dtype=config.dtype)
-        num_threads = machine.plan_threads(run.runtime.threads, device=device)
-        machine.set_threads(run.runtime.threads // num_threads)
-    encoder = make_encoder(
-        model,
-        tokenizer,
-        config=config,
-        retries=load_retries(checkpoint, device=device, dtype=config.dtype),
-        num_threads=num_threads,
-    )
-    with watch.count("loading"):
-        encoder.warm_up(run.runtime.max_batch_tokens)
+        encoder = load_encoder(run, checkpoint, tokenizer, device=device)
     work.stop.check()
     progress.start(shards_todo=todo)
     before, began = opened.counts, time.perf_counter()

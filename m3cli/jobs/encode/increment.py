@@ -26,7 +26,7 @@ from m3cli.records import Chunks, Document, DoneEntry, Embeddings, Origins, Shar
 from m3cli.store.commit import publish_outside
 from m3cli.store.folder import RunFolder
 from m3cli.store.layout import RowForm
-from m3cli.store.lookup import TextIndex, check_hashes
+from m3cli.store.lookup import TextIndex
 from m3cli.store.reader import OutputFolder, iter_ids, open_folder
 
 MAY_DIFFER = frozenset(
@@ -58,13 +58,13 @@ def inherit_options(request: EncodeRequest, run: RunConfig, sources: Sequence[So
     return replace(request, **inherited)
 
 
-def resolve_increment(run: RunConfig, old: OutputFolder) -> RunConfig:
-    """Make a previous folder part of a new run's config.
+def resolve_increment(run: RunConfig, old: OutputFolder, *, typed: str | None) -> RunConfig:
+    """Make a previous folder, typed as --since-run, part of a new run's config.
 
     Raises:
         ForeignFolder: its vectors differ from those that this run would make.
     """
-    then, path = old.run, old.path.name
+    then, path = old.run, typed
     options = then.config.to_json()
     unused = {name for name, output in REQUIRED_OUTPUT.items() if output not in run.config.outputs}
     unused.discard("mcls")  # changes the vectors of all outputs
@@ -147,7 +147,7 @@ class PreviousFolder:
             return None
         if entry.counts.skipped != len(text.skipped):  # a row that failed in the model may not fail again
             return None
-        check_hashes(self._folder, entry)
+        self._texts.check_hashes(text.shard.index)
         return entry if into.link_files(entry, self._folder.path, form=form) else None
 
     def cut(self, documents: Sequence[Document], cut: Callable[[Sequence[Document]], Chunks]) -> tuple[Chunks, Origins]:

@@ -1,20 +1,32 @@
-"""What ends a run early (a signal, its time, too many skipped rows), and the metrics file of a run."""
+"""What ends a run early (a signal, its time, too many skipped rows, first rows that all fail), and its metrics file."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from m3cli.errors import EXIT_INTERRUPTED, CorpusError, FolderLocked, M3Error, OutputError, Stopped, count_noun
-from m3cli.records import ShardCounts
+from m3cli.errors import (
+    EXIT_INTERRUPTED,
+    CorpusError,
+    FolderLocked,
+    M3Error,
+    ModelError,
+    OutputError,
+    Stopped,
+    count_noun,
+)
+from m3cli.records import ShardCounts, SkippedRow
 
 _log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN = 30.0
+TOO_LARGE = "merged ColBERT matrix too large"
+FIRST_ROWS = 100
+"that fail for one reason before any document is encoded, and the run is aborted"
 
 _HELP = {
     "running": "1 while the run goes on, 0 after it.",
@@ -70,6 +82,61 @@ def check_max_skipped(
         raise CorpusError(
             f"{counts.skipped:,} of {count_noun(rows, 'row was', 'rows were')} skipped, more than --max-skipped {shown}"
             f"{f' ({why})' if why else ''}; see {out}/_m3/skipped, then fix the input or raise --max-skipped"
+        )
+
+
+class FirstRows:
+    """The rows before the first document that is encoded: if all fail for one reason, the run is aborted.
+
+    One bad row is data; FIRST_ROWS of them, or all rows there are, mean that the corpus is not what it was taken for.
+    """
+
+    def __init__(self, before: ShardCounts, *, worker: int = 0, num_workers: int = 1) -> None:
+        self.decided = before.documents > 0 or worker > 0
+        "whether the run goes on, whatever comes"
+        self._alone = num_workers == 1
+        self._count = before.skipped
+        self._first: SkippedRow | None = None
+
+    def add(self, skipped: Sequence[SkippedRow]) -> None:
+        """Count the rows of a shard without documents.
+
+        Raises:
+            CorpusError: they are enough, and all fail for one reason; ModelError where that is the device's memory.
+        """
+        self._count += len(skipped)
+        self._first = self._first or next(iter(skipped), None)
+        if self._first is not None and any(row.reason != self._first.reason for row in skipped):
+            self.decided = True
+        elif self._count >= FIRST_ROWS:
+            self._abort()
+        # Of several workers none sees the rows that come next.
+        self.decided = self.decided or not self._alone
+
+    def end(self) -> None:
+        """Note that there are no more rows.
+
+        Raises:
+            CorpusError: as `add`.
+        """
+        if not self.decided and self._first is not None:
+            self._abort()
+
+    def _abort(self) -> None:
+        if self._first is None:
+            return
+        from m3cli.encoder.encode import NOT_A_NUMBER, OUT_OF_MEMORY  # noqa: PLC0415  torch
+
+        reason, detail = self._first.reason, self._first.detail
+        remedies = {
+            OUT_OF_MEMORY: "free memory on the device",
+            NOT_A_NUMBER: "use another checkpoint, or --dtype float32",
+            TOO_LARGE: "",  # it is in the detail
+        }
+        remedy = remedies.get(reason, "check the format and the fields (--text-field, --input-format)")
+        raise (ModelError if reason == OUT_OF_MEMORY else CorpusError)(
+            f"all of the first {self._count:,} rows, from {self._first.source} on, would be skipped: "
+            f"{reason}{f' ({detail})' if detail else ''}{'; ' if remedy else ''}{remedy}"
         )
 
 

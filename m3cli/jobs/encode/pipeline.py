@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from m3cli.concurrency import parallel_map, prefetch
 from m3cli.config import ColbertForm, EncodeConfig, RunConfig
 from m3cli.corpus.rows import ROW_HEAD_BYTES
+from m3cli.encoder import device as machine
+from m3cli.encoder import model as models
+from m3cli.encoder.checkpoint import Checkpoint
 from m3cli.encoder.chunker import chunk_documents, cutting_of, lengths_with_mcls
 from m3cli.encoder.colbert import bound_vectors, compress_rows
 from m3cli.encoder.embeddings import Buffers, restore_order, select_chunks, select_rows
 from m3cli.encoder.encode import (
-    NOT_A_NUMBER,
-    OUT_OF_MEMORY,
     WINDOW_BYTES,
     BatchEncoder,
     FailedRow,
@@ -41,10 +42,10 @@ from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.merge import Merger, merge_chunks, plan_rows
 from m3cli.encoder.model import Model
 from m3cli.encoder.tokenizer import Tokenizer
-from m3cli.errors import CorpusError, ModelError
 from m3cli.jobs.encode.increment import PreviousFolder
+from m3cli.jobs.encode.lifecycle import TOO_LARGE, FirstRows
 from m3cli.progress import Progress, Stopwatch
-from m3cli.records import Batch, Chunks, DoneEntry, Embeddings, Origins, Output, ShardCounts, ShardText, SkippedRow
+from m3cli.records import Batch, Chunks, DoneEntry, Embeddings, Origins, Output, ShardText, SkippedRow
 from m3cli.store.folder import RunFolder
 from m3cli.store.layout import MAX_MATRIX_BYTES, RowForm
 
@@ -56,9 +57,6 @@ QUANTISES = {"cpu": False, "cuda": True}
 "whether ColBERT vectors are rounded before they are copied to the host; else `compress_rows` does it"
 COLBERT_ITEM_BYTES = 2
 "float16: the unit of a window's size, whatever is stored"
-TOO_LARGE = "merged ColBERT matrix too large"
-FIRST_ROWS = 100
-"that fail for one reason before any document is encoded, and the run is aborted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -441,64 +439,24 @@ def make_encoder(
     )
 
 
+def load_encoder(run: RunConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, *, device: str) -> BatchEncoder:
+    """Load the model of a run and warm it up; torch's threads are then those of one batch."""
+    dtype, runtime = run.config.dtype, run.runtime
+    machine.set_threads(runtime.threads)
+    model = models.load_model(checkpoint, device=device, dtype=dtype)
+    num_threads = machine.plan_threads(runtime.threads, device=device)
+    machine.set_threads(runtime.threads // num_threads)
+    retries = models.load_retries(checkpoint, device=device, dtype=dtype)
+    encoder = make_encoder(model, tokenizer, config=run.config, retries=retries, num_threads=num_threads)
+    encoder.warm_up(runtime.max_batch_tokens)
+    return encoder
+
+
 def window_tokens(outputs: Collection[Output], model: Model) -> int | None:
     """Return the most tokens of a window, by the bytes of their ColBERT vectors; None: a window is a shard."""
     if "colbert" not in outputs:
         return None
     return WINDOW_BYTES[model.device.type] // (model.checkpoint.hidden_size * COLBERT_ITEM_BYTES)
-
-
-class FirstRows:
-    """The rows before the first document that is encoded: if all fail for one reason, the run is aborted.
-
-    One bad row is data; FIRST_ROWS of them, or all rows there are, mean that the corpus is not what it was taken for.
-    """
-
-    def __init__(self, before: ShardCounts, *, worker: int = 0, num_workers: int = 1) -> None:
-        self.decided = before.documents > 0 or worker > 0
-        "whether the run goes on, whatever comes"
-        self._alone = num_workers == 1
-        self._count = before.skipped
-        self._first: SkippedRow | None = None
-
-    def add(self, skipped: Sequence[SkippedRow]) -> None:
-        """Count the rows of a shard without documents.
-
-        Raises:
-            CorpusError: they are enough, and all fail for one reason; ModelError where that is the device's memory.
-        """
-        self._count += len(skipped)
-        self._first = self._first or next(iter(skipped), None)
-        if self._first is not None and any(row.reason != self._first.reason for row in skipped):
-            self.decided = True
-        elif self._count >= FIRST_ROWS:
-            self._abort()
-        # Of several workers none sees the rows that come next.
-        self.decided = self.decided or not self._alone
-
-    def end(self) -> None:
-        """Note that there are no more rows.
-
-        Raises:
-            CorpusError: as `add`.
-        """
-        if not self.decided and self._first is not None:
-            self._abort()
-
-    def _abort(self) -> None:
-        if self._first is None:
-            return
-        reason, detail = self._first.reason, self._first.detail
-        remedies = {
-            OUT_OF_MEMORY: "free memory on the device",
-            NOT_A_NUMBER: "use another checkpoint, or --dtype float32",
-            TOO_LARGE: "",  # it is in the detail
-        }
-        remedy = remedies.get(reason, "check the format and the fields (--text-field, --input-format)")
-        raise (ModelError if reason == OUT_OF_MEMORY else CorpusError)(
-            f"all of the first {self._count:,} rows, from {self._first.source} on, would be skipped: "
-            f"{reason}{f' ({detail})' if detail else ''}{'; ' if remedy else ''}{remedy}"
-        )
 
 
 def drop_documents(shard: TokenisedShard, failed: Sequence[FailedRow], *, source: str) -> TokenisedShard:

@@ -24,6 +24,7 @@ from m3cli.config import (
     CheckpointConfig,
     EncodeConfig,
     EncodeRequest,
+    ModelChoice,
     RunConfig,
     Runtime,
     list_field_options,
@@ -62,12 +63,28 @@ def open_checkpoint(
     return read_checkpoint(folder, name=None if folder == Path(model).expanduser() else model)
 
 
-def open_checkpoint_of(request: EncodeRequest, run: RunConfig | None) -> Checkpoint:
-    """Open the checkpoint that is named, or else that of `run` where it is there, or the default one."""
-    made = None if run is None or name_model(request) is not None else run.checkpoint
-    if made is not None and Path(made.path).is_dir():
-        return replace(open_checkpoint(made.path), name=made.name)
-    return open_checkpoint(request.model, request.revision)
+def open_checkpoint_of(request: ModelChoice, run: RunConfig) -> Checkpoint:
+    """Open the checkpoint that is named, or else the one that made a folder, or the default one."""
+    model, revision = next(iter(list_models(run.checkpoint, request)), (None, request.revision))
+    checkpoint = open_checkpoint(model, revision)
+    return replace(checkpoint, name=run.checkpoint.name) if model == run.checkpoint.path else checkpoint
+
+
+def list_models(made: CheckpointConfig, request: ModelChoice) -> list[tuple[str, str | None]]:
+    """Return what may be the checkpoint of a folder, in order, each with its revision.
+
+    It is --model, or else M3_MODEL, the path that the folder remembers, and its hub id.
+    """
+    if request.model is not None:
+        return [(request.model, request.revision)]
+    models = []
+    if named := os.environ.get("M3_MODEL"):
+        models.append((named, request.revision))
+    if Path(made.path).is_dir():
+        models.append((made.path, None))
+    if made.name.count("/") == 1:
+        models.append((made.name, request.revision or made.revision))
+    return models
 
 
 def name_model(request: EncodeRequest) -> str | None:
@@ -234,19 +251,14 @@ def describe_rest(run: RunConfig, request: EncodeRequest, *, out: str, rows: int
         left.append(f"--outputs {','.join(config.outputs)}")
     if not left:
         return None
-    command = format_command(run, request, since=out if limited and len(left) == 1 else None)
+    command = format_increment(request, out) if limited and len(left) == 1 else format_command(run, request)
     return f"{out} was begun with {' and '.join(left)} and has no more than that; for the rest: {command}"
 
 
-def format_command(run: RunConfig, request: EncodeRequest, *, since: str | None) -> str:
-    """Return the command that encodes the same input with the same options but without the limit.
-
-    With `since` that folder's vectors are reused, and its options are inherited; without, all outputs are encoded.
-    """
+def format_command(run: RunConfig, request: EncodeRequest) -> str:
+    """Return the command that encodes all outputs of the same input, with the same options but without the limit."""
     config = run.config
     words = ["m3", "encode", *request.inputs, "--out", "NEW.m3"]
-    if since is not None:
-        return shlex.join([*words, "--since-run", since])
     if (model := name_model(request)) is not None or run.checkpoint.name != DEFAULT_MODEL:
         words += ["--model", model or run.checkpoint.path]
     options: dict[str, Any] = {
@@ -263,12 +275,16 @@ def format_command(run: RunConfig, request: EncodeRequest, *, since: str | None)
     return shlex.join(words)
 
 
+def format_increment(request: EncodeRequest, old: str) -> str:
+    """Return the command that encodes the same input and takes over the vectors and options of a folder."""
+    return shlex.join(["m3", "encode", *request.inputs, "--out", "NEW.m3", "--since-run", old])
+
+
 def describe_increment(request: EncodeRequest, out: str) -> str:
     """Describe how input that has changed is encoded."""
     if not request.inputs:  # the input is read again for its text
         return "use another --out to encode what it is now"
-    words = ("m3", "encode", *request.inputs, "--out", "NEW.m3", "--since-run", request.out or out)
-    return f"to encode what is new and take over the rest: {shlex.join(words)}"
+    return f"to encode what is new and take over the rest: {format_increment(request, request.out or out)}"
 
 
 def _join(value: object) -> str:
@@ -285,7 +301,7 @@ def resume_run(run: RunConfig, request: EncodeRequest, *, sources: tuple[Source,
     if request.limit is not None and run.config.limit not in (None, request.limit):
         raise ForeignFolder(
             f"{out} was made with --limit {run.config.limit}, this run asks for {request.limit}; for more rows: "
-            f"{format_command(run, request, since=request.out or out)} --limit {request.limit}"
+            f"{format_increment(request, request.out or out)} --limit {request.limit}"
         )
     for flag in COMPARED_OPTIONS:
         _check_same_option(flag, getattr(request, flag), getattr(run.config, flag), out)
@@ -436,9 +452,11 @@ def resolve_new_run(request: EncodeRequest, sources: tuple[Source, ...], stdin: 
     from m3cli.encoder.tokenizer import load_tokenizer  # noqa: PLC0415
 
     previous = None if request.since_run is None else open_folder(Path(request.since_run))
-    if previous is not None:
+    if previous is None:
+        checkpoint = open_checkpoint(request.model, request.revision)
+    else:
         request = inherit_options(request, previous.run, sources)
-    checkpoint = open_checkpoint_of(request, None if previous is None else previous.run)
+        checkpoint = open_checkpoint_of(request, previous.run)
     tokenizer = load_tokenizer(checkpoint)
     run = resolve_config(
         request, sources=sources, checkpoint=checkpoint, tokenizer_hash=tokenizer.serialisation_hash, stdin=stdin
@@ -446,7 +464,7 @@ def resolve_new_run(request: EncodeRequest, sources: tuple[Source, ...], stdin: 
     check_chunk_space(tokenizer, cutting_of(run.config))
     form = make_form(run)
     if previous is not None:
-        run = resolve_increment(run, previous)
+        run = resolve_increment(run, previous, typed=request.since_run)
     return NewRun(run=run, form=form, checkpoint=checkpoint, tokenizer=tokenizer)
 
 

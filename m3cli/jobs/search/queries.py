@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -262,10 +261,10 @@ def open_corpus_checkpoint(corpus: OutputFolder, request: SearchRequest) -> Chec
         ForeignFolder: the checkpoint differs from the corpus'.
         UsageError: none is named, and that of the corpus is not where it was.
     """
-    from m3cli.jobs.encode.resolve import find_other_file, open_checkpoint  # noqa: PLC0415
+    from m3cli.jobs.encode.resolve import find_other_file, list_models, open_checkpoint  # noqa: PLC0415
 
     made, differing = corpus.run.checkpoint, []
-    for model, revision in _list_models(corpus, request):
+    for model, revision in list_models(made, request):
         checkpoint = open_checkpoint(model, revision)
         if (other := find_other_file(made, checkpoint)) is None:
             return replace(checkpoint, name=made.name) if model == made.path else checkpoint
@@ -295,21 +294,6 @@ def _other_checkpoint(corpus: OutputFolder, name: str, other: str) -> ForeignFol
         f"{corpus.path.name} was encoded with {corpus.run.checkpoint.name}, the queries would be with {name}, and "
         f"their {other} differ: scores between them mean nothing; give --model the corpus' checkpoint"
     )
-
-
-def _list_models(corpus: OutputFolder, request: SearchRequest) -> list[tuple[str, str | None]]:
-    """Return the models to try in order, each with its revision."""
-    made = corpus.run.checkpoint
-    if request.model is not None:
-        return [(request.model, request.revision)]
-    models = []
-    if named := os.environ.get("M3_MODEL"):
-        models.append((named, request.revision))
-    if Path(made.path).is_dir():
-        models.append((made.path, None))
-    if made.name.count("/") == 1:
-        models.append((made.name, request.revision or made.revision))
-    return models
 
 
 def _log_prefix(prefix: str, request: SearchRequest, progress: Progress) -> None:
