@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Output = Literal["dense", "sparse", "colbert"]
-SourceFormat = Literal["jsonl", "tsv", "text", "parquet"]
+SourceFormat = Literal["jsonl", "csv", "tsv", "text", "parquet"]
 Compression = Literal["none", "gzip", "zstd"]
 
 
@@ -53,7 +53,7 @@ class Source:
     @property
     def sequential(self) -> bool:
         """Whether a row can only be reached by reading everything before it."""
-        return self.compression != "none" or self.path == "-"
+        return self.compression != "none" or self.path == "-" or self.format == "csv"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,13 +46,13 @@ class SearchRequest(RunOptions):
         argument=True,
     )
     queries: str | None = option(
-        "JSONL, TSV, Parquet or text lines of queries ('-': standard input), the words of one query, or an encoded "
-        "folder whose documents are the queries.",
+        "JSONL, CSV, TSV, Parquet or text lines of queries ('-': standard input), the words of one query, or an "
+        "encoded folder whose documents are the queries.",
         "Queries",
         names=("--queries", "-q"),
         metavar="FILE|TEXT|DIR",
     )
-    input_format: str = option("Of the queries.", "Queries", value="auto", metavar="auto|jsonl|tsv|text|parquet")
+    input_format: str = option("Of the queries.", "Queries", value="auto", metavar="auto|jsonl|csv|tsv|text|parquet")
     query_field: str | None = option("Field of the query's text.", "Queries", default="text, query", metavar="NAME")
     query_id_field: str | None = option(
         "Field of the query's id.", "Queries", default="_id, id, query_id", metavar="NAME"

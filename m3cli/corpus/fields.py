@@ -17,8 +17,9 @@ from typing import Any
 import pyarrow as pa
 
 from m3cli.config import ENCODE_FLAGS, ID_NAMES, MAX_ROW_BYTES, TEXT_NAMES, TITLE_NAMES, FieldFlags
-from m3cli.corpus.parquet import can_be_kept, check_columns, is_text, read_parquet_schema, without_views
-from m3cli.corpus.rows import Fault, parse_json_line, split_cells
+from m3cli.corpus.csv_rows import CsvStream
+from m3cli.corpus.parquet import can_be_kept, check_columns, is_text, list_columns, read_parquet_schema, without_views
+from m3cli.corpus.rows import Fault, list_fields, parse_json_line, split_cells
 from m3cli.corpus.sources import split_endings
 from m3cli.corpus.streams import BOM, ByteStream, LineStream, PeekableStream, Readable, read_head, split_rows
 from m3cli.errors import CorpusError, UsageError
@@ -54,8 +55,10 @@ class TsvLayout:
 
 def peek_source(source: Source, layout: TsvLayout, *, stdin: PeekableStream | None = None) -> Peek | None:
     """Return the fields of the first rows; None: there are no rows."""
-    if source.format == "parquet":
-        schema = read_parquet_schema(source)
+    if source.format in {"parquet", "csv"}:
+        schema = read_schema(source, stdin=stdin)
+        if schema is None:
+            return None
         texts = frozenset(field.name for field in schema if is_text(field.type))
         return Peek(source=source, names=tuple(schema.names), texts=texts, fault=None)
     if source.format == "jsonl":
@@ -64,6 +67,22 @@ def peek_source(source: Source, layout: TsvLayout, *, stdin: PeekableStream | No
         return None
     names = layout.columns if source.format == "tsv" else ("text",)
     return Peek(source=source, names=names, texts=frozenset(names), fault=None)
+
+
+def read_schema(source: Source, *, stdin: PeekableStream | None = None) -> Any:
+    """Return the Arrow schema of Parquet, and that of CSV, where every column is text; None: there are no rows."""
+    if source.format == "parquet":
+        return list_columns(read_parquet_schema(source))
+    stream = CsvStream(io.BytesIO(read_head(source, PEEK_BYTES, stdin=stdin)), max_row_bytes=PEEK_BYTES)
+    for block in stream.take(PEEK_BYTES):
+        if stream.columns and block.row is not None:
+            return pa.schema([(name, pa.string()) for name in stream.columns])
+        if isinstance(block.row, Fault):
+            raise CorpusError(
+                f"{source.name}: its first row, which should be the header, cannot be read as CSV: "
+                f"{_format_fault(block.row)}; correct it"
+            )
+    return None
 
 
 def find_tsv_layout(
@@ -149,7 +168,7 @@ def _peek_json(source: Source, stdin: PeekableStream | None) -> Peek | None:
         if isinstance(row, Fault):
             fault = fault or row
             continue
-        for name, value in row.items():
+        for name, value in list_fields(row):
             texts[name] = texts.get(name, False) or isinstance(value, str)
     if raw is None:
         return None
@@ -210,7 +229,7 @@ def kept_schema(sources: Sequence[Source], fields: Fields) -> Any:
     """Return the `pyarrow.Schema` of the kept fields: a Parquet column's own type, string from anything else."""
     columns: dict[str, tuple[Any, Source]] = {}
     for source in sources:
-        schema = read_parquet_schema(source) if source.format == "parquet" and fields.kept else None
+        schema = read_schema(source) if source.format == "parquet" and fields.kept else None
         for name in fields.kept:
             kind = _kept_type(source, schema, name)
             if kind is None:
@@ -352,10 +371,11 @@ def _guess(name: str, names: Sequence[str]) -> str:
 
 
 def _check_files(sources: Sequence[Source], fields: Fields, flags: FieldFlags, stdin: PeekableStream | None) -> None:
-    """Check the columns of each Parquet file and the header of each TSV."""
+    """Check the columns of each Parquet and CSV file, and the header of each TSV."""
     for source in sources:
-        if source.format == "parquet":
-            check_columns(source, read_parquet_schema(source), fields, flags)
+        if source.format in {"parquet", "csv"}:
+            if (schema := read_schema(source, stdin=stdin)) is not None:
+                check_columns(source, schema, fields, flags)
         elif source.format == "tsv" and fields.header and source.size:
             header = read_first_line(source, stdin=stdin)
             if header != fields.columns:

@@ -1,4 +1,4 @@
-"""Rows of a Parquet file: top-level columns, one row group at a time, a few MiB decoded at once.
+"""Rows of a Parquet file: columns and fields of structs, one row group at a time, a few MiB decoded at once.
 
 Text, title and id may have any of Arrow's string types (string, large_string, string_view, dictionaries of them); an id
 may be an integer. A null is an error of its row, another type one of the file. Kept columns remain Arrow values; views,
@@ -55,6 +55,30 @@ def read_parquet_schema(source: Source) -> Any:
     """Return the Arrow schema of the file."""
     with open_parquet(source) as file, parquet_errors(source):
         return file.schema_arrow
+
+
+def list_columns(schema: Any) -> Any:
+    """Return the schema of a file with the fields of its structs as further columns, 'a.b' for b in the struct a."""
+    fields = {field.name: field for field in schema}
+    waiting = [field for field in schema if "." not in field.name]
+    for field in waiting:
+        if pa.types.is_struct(field.type):
+            inside = [child.with_name(f"{field.name}.{child.name}") for child in field.type if "." not in child.name]
+            waiting += inside
+            fields = {each.name: each for each in inside} | fields
+    return pa.schema([*schema, *(field for name, field in fields.items() if name not in schema.names)])
+
+
+def take_columns(table: Any, names: Sequence[str]) -> Any:
+    """Return a table with the fields of structs that are named as columns of their own."""
+    nested = [name for name in names if name not in table.column_names]
+    if not nested:
+        return table
+    columns = {name: table.column(name) for name in table.column_names if name in names}
+    for name in nested:
+        root, *path = name.split(".")
+        columns[name] = pc.struct_field(table.column(root), path)
+    return pa.table(columns)
 
 
 def is_text(kind: Any) -> bool:
@@ -145,7 +169,8 @@ def check_columns(source: Source, schema: Any, fields: Fields, flags: FieldFlags
 def columns_to_read(schema: Any, fields: Fields) -> list[str]:
     """Return the columns of the file that are read."""
     wanted = (fields.id, fields.title, fields.text, *fields.kept)
-    return [name for name in dict.fromkeys(wanted) if name is not None and name in schema.names]
+    known = list_columns(schema).names
+    return [name for name in dict.fromkeys(wanted) if name is not None and name in known]
 
 
 def count_text_bytes(metadata: Any, group: int, fields: Fields) -> int:
@@ -165,10 +190,11 @@ class GroupCursor:
         self._source = source
         rows = file.metadata.row_group(group).num_rows
         text_bytes = count_text_bytes(file.metadata, group, fields)
+        self._columns = columns_to_read(file.schema_arrow, fields)
         with parquet_errors(source):
             self._batches = file.iter_batches(
                 row_groups=[group],
-                columns=columns_to_read(file.schema_arrow, fields),
+                columns=self._columns,
                 batch_size=min(MAX_BATCH_ROWS, max(1, rows * BATCH_BYTES // max(1, text_bytes))),
             )
         self._batch: Any = None
@@ -179,7 +205,7 @@ class GroupCursor:
         self._read_rows(start - self.at, [])
         self._read_rows(stop - self.at, pieces)
         with parquet_errors(self._source):
-            table = pa.Table.from_batches(pieces)
+            table = take_columns(pa.Table.from_batches(pieces), self._columns)
             schema = pa.schema([field.with_type(without_views(field.type)) for field in table.schema])
             return table.cast(schema).unify_dictionaries().combine_chunks()
 

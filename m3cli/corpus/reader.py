@@ -18,16 +18,27 @@ import pyarrow as pa
 import xxhash
 
 from m3cli.config import MAX_ROW_BYTES
+from m3cli.corpus.csv_rows import CsvStream
 from m3cli.corpus.parquet import (
     GroupCursor,
     check_columns,
     hash_table,
+    list_columns,
     open_parquet,
     parquet_errors,
     split_table,
 )
 from m3cli.corpus.plan import Plan, plan_source
-from m3cli.corpus.rows import Fault, ParsedRows, Row, build_documents, parse_json_line, parse_text_line, parse_tsv_line
+from m3cli.corpus.rows import (
+    Fault,
+    ParsedRows,
+    RawRow,
+    Row,
+    build_documents,
+    parse_json_line,
+    parse_text_line,
+    parse_tsv_line,
+)
 from m3cli.corpus.streams import Block, ByteStream, LineStream, PeekableStream, check_unchanged, find_inode, split_rows
 from m3cli.records import Fields, Shard, ShardText, Source
 
@@ -119,13 +130,17 @@ class _Stream:
         self.source = source
         self._options = options
         self._bytes = ByteStream(source, stdin=stdin)
-        self.lines = LineStream(
-            self._bytes,
-            offset=0,
-            max_row_bytes=options.max_row_bytes,
-            rows_left=rows_left,
-            header=_has_header(source, options.fields),
-        )
+        self.lines: LineStream | CsvStream
+        if source.format == "csv":
+            self.lines = CsvStream(self._bytes, max_row_bytes=options.max_row_bytes, rows_left=rows_left)
+        else:
+            self.lines = LineStream(
+                self._bytes,
+                offset=0,
+                max_row_bytes=options.max_row_bytes,
+                rows_left=rows_left,
+                header=_has_header(source, options.fields),
+            )
 
     def read(self, shard: Shard, *, parse: bool) -> ShardText:
         return _read_lines(self.lines, shard, self.source, options=self._options, parse=parse)
@@ -191,7 +206,7 @@ class _ParquetFile:
     def _cursor_for(self, shard: Shard) -> GroupCursor:
         if self._file is None:
             self._file = open_parquet(self._source)
-            check_columns(self._source, self._file.schema_arrow, self._options.fields)
+            check_columns(self._source, list_columns(self._file.schema_arrow), self._options.fields)
             metadata = self._file.metadata
             sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
             self._group_starts = list(accumulate(sizes, initial=0))
@@ -218,18 +233,24 @@ class _ParquetFile:
             self._file.close()
 
 
-def _read_lines(lines: LineStream, shard: Shard, source: Source, *, options: _Options, parse: bool) -> ShardText:
+def _read_lines(
+    lines: LineStream | CsvStream, shard: Shard, source: Source, *, options: _Options, parse: bool
+) -> ShardText:
     digest = xxhash.xxh3_128()
     fields = options.fields
     blocks = _hash_blocks(lines.take(shard.stop), digest)
     parsed = ParsedRows(kept=[[] for _ in fields.kept])
     if parse:
-        rows = split_rows(
-            blocks,
-            _choose_parser(source, fields),
-            max_row_bytes=options.max_row_bytes,
-            header=_has_header(source, fields),
-        )
+        rows: Iterator[RawRow]
+        if source.format == "csv":
+            rows = ((block.offset, block.raw, block.row) for block in blocks if block.row is not None)
+        else:
+            rows = split_rows(
+                blocks,
+                _choose_parser(source, fields),
+                max_row_bytes=options.max_row_bytes,
+                header=_has_header(source, fields),
+            )
         parsed = build_documents(rows, source=source, fields=fields, title_sep=options.title_sep, kept=fields.kept)
     for _ in blocks:
         pass

@@ -18,6 +18,7 @@ import xxhash
 from m3cli.records import Document, Fields, SkippedRow, Source
 
 INVALID_JSON = "invalid JSON"
+INVALID_CSV = "invalid CSV"
 INVALID_UTF8 = "invalid UTF-8"
 LONE_SURROGATE = "lone surrogate"
 NOT_AN_OBJECT = "not a JSON object"
@@ -84,12 +85,40 @@ def build_documents(
 
 def format_kept(row: Row, raw: bytes, kept: Collection[str]) -> list[str | None]:
     """Return kept fields as text: a string's value, anything else exactly as written in the row."""
-    values = {name: row.get(name) for name in kept}
+    values = {name: find_value(row, name) for name in kept}
     texts = {name: value if type(value) is str else _format_plain(value, raw) for name, value in values.items()}
-    missing = {name for name, value in values.items() if value is not None and texts[name] is None}
+    missing = [name for name, value in values.items() if value is not None and texts[name] is None]
     if missing:
-        texts |= {name: text for name, text in find_members(raw) if name in missing}
+        members = dict(find_members(raw))
+        texts |= {name: members.get(name) or _find_nested(members, name) for name in missing}
     return [texts[name] for name in kept]
+
+
+def find_value(row: Row, name: str) -> Any:
+    """Return the value of a field; of 'a.b', unless a field has that name, the value of b in the object a."""
+    if name in row or "." not in name:
+        return row.get(name)
+    value: Any = row
+    for part in name.split("."):
+        value = value.get(part) if type(value) is dict else None
+    return value
+
+
+def list_fields(row: Row, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the names and values of a row's fields, followed by those inside objects as 'a.b'."""
+    yield from ((prefix + name, value) for name, value in row.items() if not prefix or "." not in name)
+    for name, value in row.items():
+        if type(value) is dict and "." not in name:
+            yield from list_fields(value, f"{prefix}{name}.")
+
+
+def _find_nested(members: dict[str, str], name: str) -> str | None:
+    """Return the field 'a.b' as written, from the members of a row."""
+    text = None
+    for part in name.split("."):
+        text = members.get(part)
+        members = dict(find_members(text.encode())) if text and text.startswith("{") else {}
+    return text
 
 
 def _format_plain(value: Any, raw: bytes) -> str | None:
@@ -129,21 +158,21 @@ def _find_string_end(line: bytes, at: int) -> int:
 def _make_document(
     row: Row, raw: bytes, position: int, source: str, fields: Fields, title_sep: str
 ) -> Document | Fault:
-    text = row.get(fields.text)
+    text = find_value(row, fields.text)
     if type(text) is not str:
         return _fault_text(row, fields.text)
-    title = None if fields.title is None else row.get(fields.title)
+    title = None if fields.title is None else find_value(row, fields.title)
     if title is not None:
         if type(title) is not str:
             return Fault(reason=TITLE_NOT_A_STRING, detail=f"it is {name_type(title)}")
         text = _join(title, title_sep, text)
     if not text or text.isspace():
         return Fault(reason=EMPTY_TEXT)
-    own_id = None if fields.id is None else row.get(fields.id)
+    own_id = None if fields.id is None else find_value(row, fields.id)
     if own_id is not None and type(own_id) is not str:
         own_id = _id_text(own_id, raw, fields.id or "")
         if own_id is None:
-            return Fault(reason=BAD_ID, detail=f"it is {name_type(row.get(fields.id or ''))}")
+            return Fault(reason=BAD_ID, detail=f"it is {name_type(find_value(row, fields.id or ''))}")
     text_hash = xxhash.xxh3_128_intdigest(text.encode())
     return Document(
         id=own_id or f"{source}:{position}",
@@ -161,8 +190,9 @@ def _join(title: str, title_sep: str, text: str) -> str:
 
 
 def _fault_text(row: Row, name: str) -> Fault:
-    if name in row:
-        return Fault(reason=TEXT_NOT_A_STRING, detail=f"it is {name_type(row[name])}")
+    value = find_value(row, name)
+    if name in row or value is not None:
+        return Fault(reason=TEXT_NOT_A_STRING, detail=f"it is {name_type(value)}")
     return Fault(reason=NO_TEXT, detail=f"the row has {', '.join(list(row)[:20]) or 'no fields'}"[:1000])
 
 
@@ -175,7 +205,8 @@ def name_type(value: Any) -> str:
 def _id_text(value: Any, raw: bytes, name: str) -> str | None:
     """Return an integer in decimal, None for anything else; for orjson one of more than 64 bits is a float."""
     if type(value) is float and raw:
-        text = dict(find_members(raw)).get(name, "")
+        members = dict(find_members(raw))
+        text = members.get(name) or _find_nested(members, name) or ""
         return text if _INTEGER.fullmatch(text) else None
     return str(value) if type(value) is int else None
 
@@ -185,7 +216,7 @@ def _skip_row(
 ) -> SkippedRow:
     own_id = None
     if not isinstance(row, Fault):
-        value = row.get(fields.id or "")
+        value = find_value(row, fields.id or "")
         own_id = value if type(value) is str else _id_text(value, raw, fields.id or "")
         raw = raw or orjson.dumps(row)
     return SkippedRow(
@@ -212,7 +243,7 @@ def _explain(line: bytes, error: orjson.JSONDecodeError) -> Fault:
     try:
         text = line.decode()
     except UnicodeDecodeError as cause:
-        return Fault(reason=INVALID_UTF8, detail=f"{cause.reason} at byte {cause.start} of the row")
+        return fault_decoding(cause)
     # Python's parser accepts escapes of lone surrogates, which orjson does not and UTF-8 cannot represent.
     if "\\ud" in text.lower():
         try:
@@ -222,6 +253,11 @@ def _explain(line: bytes, error: orjson.JSONDecodeError) -> Fault:
         except (ValueError, RecursionError):
             pass
     return Fault(reason=INVALID_JSON, detail=error.msg)
+
+
+def fault_decoding(error: UnicodeDecodeError) -> Fault:
+    """Return the fault of a row that is not UTF-8."""
+    return Fault(reason=INVALID_UTF8, detail=f"{error.reason} at byte {error.start} of the row")
 
 
 def split_cells(line: str) -> tuple[str, ...]:
@@ -234,15 +270,15 @@ def parse_tsv_line(line: bytes, *, columns: Sequence[str]) -> Row | Fault:
     try:
         cells = split_cells(line.decode())
     except UnicodeDecodeError as cause:
-        return Fault(reason=INVALID_UTF8, detail=f"{cause.reason} at byte {cause.start} of the row")
+        return fault_decoding(cause)
     if len(cells) != len(columns):
         return Fault(reason=WRONG_COLUMNS, detail=f"it has {len(cells)} instead of {len(columns)}")
     return dict(zip(columns, cells, strict=True))
 
 
 def parse_text_line(line: bytes, *, text_field: str) -> Row | Fault:
-    """Parse one line of JSON."""
+    """Return a line of text as a row."""
     try:
         return {text_field: line.decode().removesuffix("\r")}
     except UnicodeDecodeError as cause:
-        return Fault(reason=INVALID_UTF8, detail=f"{cause.reason} at byte {cause.start} of the row")
+        return fault_decoding(cause)

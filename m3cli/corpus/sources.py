@@ -23,6 +23,7 @@ FORMATS: dict[str, SourceFormat] = {
     ".ndjson": "jsonl",
     ".json": "jsonl",
     ".tsv": "tsv",
+    ".csv": "csv",
     ".txt": "text",
     ".text": "text",
     ".parquet": "parquet",
@@ -30,8 +31,6 @@ FORMATS: dict[str, SourceFormat] = {
 }
 COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 REMEDIES = {
-    ".csv": "CSV is not read, for its quoting: convert it to JSONL or Parquet "
-    "(duckdb -c \"COPY (FROM 'in.csv') TO 'out.jsonl'\")",
     ".xz": "decompress it and pipe it in (xz -dc FILE | m3 encode - --out DIR)",
     ".bz2": "decompress it and pipe it in (bzip2 -dc FILE | m3 encode - --out DIR)",
     ".zip": "unpack it first",
@@ -91,8 +90,7 @@ def identify(
     ending, promised = split_endings(source.path)
     wanted = forced or FORMATS.get(ending)
     if forced is None and ending in REMEDIES:
-        forcing = f", or use {flag} tsv if it is tab-separated" if flag and ending == ".csv" else ""
-        raise CorpusError(f"{source.name}: {REMEDIES[ending]}{forcing}")
+        raise CorpusError(f"{source.name}: {REMEDIES[ending]}")
     if magic.startswith(_PARQUET_MAGIC) or wanted == "parquet":
         return _identify_parquet(source, magic, wanted)
     compression = _name_compression(magic)
@@ -175,12 +173,12 @@ def _sniff(source: Source, head: bytes, flag: str | None) -> SourceFormat:
         except UnicodeDecodeError as error:
             # The end of the head may cut a character.
             if error.end < len(head) or len(head) < HEAD_BYTES or error.start < len(head) - 3:
-                forcing = f", or name its format with {flag} jsonl|tsv|text|parquet" if flag else ""
+                forcing = f", or name its format with {flag} {'|'.join(get_args(SourceFormat))}" if flag else ""
                 raise CorpusError(f"{source.name} is neither JSONL nor text in UTF-8: convert it{forcing}") from error
     return "text"
 
 
-ENDINGS_HINT = "files ending in .jsonl .ndjson .json .tsv .txt .text (also + .gz .zst) .parquet .pq are read"
+ENDINGS_HINT = "files ending in .jsonl .ndjson .json .csv .tsv .txt .text (also + .gz .zst) .parquet .pq are read"
 _COPYING = {
     "hf": "hf download",
     "http": "curl -LO",

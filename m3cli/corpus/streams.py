@@ -264,6 +264,8 @@ class Block:
     raw: bytes
     part: Literal["lines", "head", "rest"]
     "'lines': complete lines; 'head': the start of a line that is too long; 'rest': more of that line"
+    row: Row | Fault | None = None
+    "of CSV, where a block is one record; None: it is blank, or the header"
 
 
 class LineStream:

@@ -27,7 +27,7 @@ _WRITTEN_BY_M3 = {
     "--gone": re.compile(rb'\{"id":"[^"]*"\}\n|\Z'),
 }
 "start of files of earlier runs, which may be in an input folder"
-_ENDINGS = {".gz", ".zst", ".jsonl", ".ndjson", ".json", ".tsv", ".txt", ".text", ".parquet", ".pq"}
+_ENDINGS = {".gz", ".zst", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".text", ".parquet", ".pq"}
 _OF_CHECKPOINTS = {".json", ".safetensors", ".bin", ".pt", ".model"}
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import CorpusError, UsageError
 from m3cli.records import Fields
+from tests.corpus.test_corpus_reader import list_texts, read_all
 
 
 def resolve(*paths: Path, **wanted: Any) -> Fields:
@@ -315,3 +317,42 @@ def test_kept_types_are_those_of_parquet_and_strings_elsewhere(tmp_path: Path) -
     ):
         kept(tmp_path, "n")
     assert kept(tmp_path) == pa.schema([])
+
+
+NESTED = [
+    {"doc": {"text": "one", "lang": {"code": "en", "score": 1.50}}, "meta": {"id": 12345678901234567890123}},
+    {"doc": {"text": "two"}, "meta": None},
+    {"doc": {"text": None}, "meta": {"id": "c"}},
+    {"doc": "no object"},
+    {"doc.text": "exact", "doc": {"text": "nested"}, "meta": {"id": 4}},
+]
+DOTTED: dict[str, Any] = {"text_field": "doc.text", "id_field": "meta.id", "keep_fields": ["doc.lang", "doc.lang.code"]}
+
+
+def test_a_dotted_name_is_a_field_inside_an_object_unless_a_field_has_that_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in NESTED), encoding="utf-8")
+    (shard,) = read_all([tmp_path / "a.jsonl"], **DOTTED)
+    found = [(d.id.partition(":")[0], d.text) for d in shard.documents]
+    assert found == [("12345678901234567890123", "one"), ("a.jsonl", "two"), ("4", "exact")]
+    assert shard.kept.to_pylist()[0] == {"doc.lang": '{"code": "en", "score": 1.5}', "doc.lang.code": "en"}
+    assert [(row.reason, row.id) for row in shard.skipped] == [("no text field", "c"), ("no text field", None)]
+    with pytest.raises(
+        CorpusError, match=r"first rows have doc, meta, doc\.text, doc\.lang, .*did you mean 'doc\.text'"
+    ):
+        resolve(tmp_path / "a.jsonl", text_field="doc.txt")
+
+
+def test_a_dotted_name_is_a_field_of_a_struct_of_parquet(tmp_path: Path) -> None:
+    rows = [
+        {"doc": {"text": "one", "n": 1}, "meta": {"id": 7}},
+        {"doc": None, "meta": {"id": 8}},
+        {"doc": {"text": "x"}},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=2)
+    found = read_all([tmp_path / "a.parquet"], text_field="doc.text", id_field="meta.id", keep_fields=["doc.n"])
+    assert [(d.id, d.text) for s in found for d in s.documents] == [("7", "one"), ("a.parquet:2", "x")]
+    assert [row.reason for shard in found for row in shard.skipped] == ["text is not a string"]
+    assert found[0].kept.to_pylist() == [{"doc.n": 1}]
+    table = pa.table({"doc.text": ["exact"], "doc": [{"text": "nested"}]})
+    pq.write_table(table, tmp_path / "b.parquet")
+    assert list_texts(read_all([tmp_path / "b.parquet"], text_field="doc.text")) == ["exact"]

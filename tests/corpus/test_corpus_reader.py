@@ -36,10 +36,11 @@ def read_all(
     max_row_bytes: int = 1 << 20,
     ask: Callable[[Shard], Action] = lambda shard: "read",
     stdin: bytes | None = None,
+    input_format: str = "auto",
     **wanted: Any,
 ) -> list[ShardText]:
     stream = None if stdin is None else PeekableStream(io.BytesIO(stdin))
-    sources = find_sources([str(path) for path in inputs], stdin=stream)
+    sources = find_sources([str(path) for path in inputs], stdin=stream, input_format=input_format)
     fields = resolve_fields(sources, stdin=stream, **wanted)
     plan = plan_shards(sources, fields=fields, shard_size=shard_size, limit=limit, max_row_bytes=max_row_bytes)
     schema = kept_schema(sources, fields)

@@ -110,15 +110,14 @@ def test_input_format_overrides_ending_and_sniffing(tmp_path: Path) -> None:
     assert find_sources([str(tmp_path / "a.csv")], input_format="tsv")[0].format == "tsv"
     stdin = PeekableStream(io.BytesIO(b"{}\n"))
     assert find_sources(["-"], input_format="text", stdin=stdin)[0].format == "text"
-    with pytest.raises(UsageError, match="--input-format xml: it is one of auto, jsonl, tsv, text, parquet"):
+    with pytest.raises(UsageError, match="--input-format xml: it is one of auto, jsonl, csv, tsv, text, parquet"):
         find_sources(["-"], input_format="xml", stdin=stdin)
 
 
 @pytest.mark.parametrize(
     ("name", "body", "message"),
     [
-        ("a.csv", b"1,2\n", r"a\.csv: CSV is not read.*duckdb"),
-        ("a.csv.gz", gzip.compress(b"1,2\n", mtime=0), r"a\.csv\.gz: CSV is not read.*duckdb"),
+        ("a.csv.bz2", b"BZh", r"a\.csv\.bz2: decompress it and pipe it in"),
         ("a.json", b' [\n{"text":1}]', r"a\.json is one JSON array.*jq -c '\.\[\]'"),
         ("a.json.gz", gzip.compress(b"[1]", mtime=0), r"a\.json\.gz is one JSON array.*jq"),
         ("a.jsonl", b'[{"text":1}]', r"a\.jsonl is one JSON array.*jq"),
@@ -155,8 +154,8 @@ def test_missing_inputs_are_named(tmp_path: Path) -> None:
         find_sources([str(tmp_path / "*.jsonl")])
     with pytest.raises(CorpusError, match=r"nothing to read in this folder; files ending in \.jsonl"):
         find_sources([str(tmp_path)])
-    (tmp_path / "a.csv").write_bytes(b"1,2\n")
-    with pytest.raises(CorpusError, match=r"nothing to read in this folder; a\.csv: CSV is not read"):
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    with pytest.raises(CorpusError, match=r"nothing to read in this folder; a\.zip: unpack it first"):
         find_sources([str(tmp_path)])
     with pytest.raises(CorpusError, match=r"\*: no match can be read"):
         find_sources([str(tmp_path / "*")])
@@ -227,16 +226,16 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
 
 
 def test_files_that_are_not_read_are_counted_by_their_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(tmp_path, "a.jsonl", "b/c.md", "b/d.MD", "e.csv", "f.csv.gz", "g.parquet.zst", "Makefile", "h.tar.gz", "x.md")
+    fill(tmp_path, "a.jsonl", "b/c.md", "b/d.MD", "e.xml", "f.xml.gz", "g.parquet.zst", "Makefile", "h.tar.gz", "x.md")
     fill(tmp_path, ".hidden.md", ".git/x.md", "out.m3/rows/x.md", "out.m3/_m3/run.json")
     monkeypatch.chdir(tmp_path)
-    endings = {".csv": 1, ".csv.gz": 1, ".md": 3, ".parquet.zst": 1, ".tar.gz": 1, "without ending": 1}
+    endings = {".md": 3, ".parquet.zst": 1, ".tar.gz": 1, ".xml": 1, ".xml.gz": 1, "without ending": 1}
     assert count_unread(["."]) == endings
     assert count_unread(["."]) == count_unread([str(tmp_path), "a.jsonl"])
     assert count_unread(["b", "a.jsonl"]) == {".md": 2}
     assert count_unread(["*.md", "a.jsonl", "b/*"]) == {".md": 3}
     assert count_unread(["a.jsonl"]) == count_unread(["-"]) == {}
-    assert list(count_unread(["."])) == [".md", ".csv", ".csv.gz", ".parquet.zst", ".tar.gz", "without ending"]
+    assert list(count_unread(["."])) == [".md", ".parquet.zst", ".tar.gz", ".xml", ".xml.gz", "without ending"]
 
 
 ASCII = '{"text":"a plain row"}\n'

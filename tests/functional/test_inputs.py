@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from collections.abc import Callable
@@ -11,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from m3cli.jobs.search.texts import InputTexts, Passage
 from m3cli.records import DoneEntry
 from m3cli.store.folder import RunFolder
+from m3cli.store.reader import open_folder
 from tests.conftest import Completed
 from tests.functional.test_bad_rows import read_ids
 
@@ -46,21 +49,42 @@ def test_a_limit_inside_the_first_file(m3_here: M3, tmp_path: Path, tiny_m3: Pat
     assert {name.partition(":")[0] for name in ids} == {f"a.{first}"}
 
 
+def test_csv_is_encoded_in_two_runs_and_its_text_shown(m3_here: M3, tmp_path: Path, tiny_m3: Path) -> None:
+    rows = [("docno", "headline", "body"), *((f"d{n}", "", f'the "{n}th" row,\nin two lines') for n in range(60))]
+    with (tmp_path / "c.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([*rows, ("short",)])
+    flags = ("c.csv", "--model", tiny_m3, "--outputs", "dense", "--shard-size", 200, "--out")
+    done = [m3_here("encode", *flags, "o.m3", *share).returncode for share in (("--worker", "1/2"), ())]
+    assert sorted(done) == [0, 3]
+    assert read_ids(tmp_path / "o.m3") == [f"d{n}" for n in range(60)]
+    assert "1 wrong number of columns" in m3_here("encode", *flags, "whole.m3").stderr
+    names = [path.name for path in sorted((tmp_path / "o.m3" / "rows").iterdir())]
+    assert len(names) > 5
+    assert all(
+        (tmp_path / "o.m3/rows" / n).read_bytes() == (tmp_path / "whole.m3/rows" / n).read_bytes() for n in names
+    )
+    hits = [Passage(shard=shard, id=f"d{n}", start=4, stop=99) for shard, n in ((0, 0), (len(names) - 1, 59))]
+    texts = InputTexts(open_folder(tmp_path / "o.m3")).read(hits, length=9)
+    assert texts == ['"0th" row', '"59th" ro']
+    shown = m3_here("info", "o.m3", "--id", "d7", "--text")
+    assert 'the "7th" row,\nin two lines' in shown.stdout, shown.stderr
+
+
 def test_files_that_are_not_read_are_told(m3_here: M3, tmp_path: Path, tiny_m3: Path) -> None:
-    names = ("a.jsonl", "b.md", "c.md", "d.csv.gz", ".e.md", "f.m3/rows/g.md")
+    names = ("a.jsonl", "b.md", "c.md", "d.xml.gz", ".e.md", "f.m3/rows/g.md")
     for name in names:
         (tmp_path / "corpus" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "corpus" / name).write_text('{"text": "one"}\n', encoding="utf-8")
     flags = ("corpus", "--model", tiny_m3, "--outputs", "dense")
     planned = m3_here("plan", *flags)
-    assert "3 files: 2 .md, 1 .csv.gz" in planned.stdout
-    assert json.loads(m3_here("plan", *flags, "--json").stdout)["unread"] == {".md": 2, ".csv.gz": 1}
+    assert "3 files: 2 .md, 1 .xml.gz" in planned.stdout
+    assert json.loads(m3_here("plan", *flags, "--json").stdout)["unread"] == {".md": 2, ".xml.gz": 1}
     done = m3_here("encode", *flags, "--out", "o.m3")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("3 files: 2 .md, 1 .csv.gz") == 2
+    assert done.stderr.count("3 files: 2 .md, 1 .xml.gz") == 2
     events = m3_here("encode", *flags, "--out", "p.m3", "--progress", "json").stderr.splitlines()
     told = [event["unread"] for event in map(json.loads, events) if event["event"] in ("plan", "summary")]
-    assert told == [{".md": 2, ".csv.gz": 1}] * 2
+    assert told == [{".md": 2, ".xml.gz": 1}] * 2
     alone = m3_here("encode", "corpus/a.jsonl", "--out", "q.m3", *flags[1:])
     assert "not read" not in alone.stderr
 

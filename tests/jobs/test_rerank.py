@@ -122,8 +122,11 @@ def test_missing_ids_and_files_are_errors(tmp_path: Path) -> None:
         find(tmp_path / "nowhere", "a")
 
 
-def test_the_error_for_csv_names_no_missing_option(tmp_path: Path) -> None:
-    (tmp_path / "q.csv").write_text("id,text\na,b\n")
-    with pytest.raises(CorpusError, match="CSV is not read") as caught:
-        list(TextSource(given=str(tmp_path / "q.csv"), flag="--queries").find_texts({"a"}))
+def test_texts_of_csv_are_found_and_an_error_names_no_missing_option(tmp_path: Path) -> None:
+    path = tmp_path / "q.csv"
+    path.write_text('id,text\na,"b\nc"\n')
+    assert find(path, "a") == {"a": "b\nc"}
+    path.write_text('id,"te"xt\na,b\n')
+    with pytest.raises(CorpusError, match="cannot be read as CSV") as caught:
+        list(TextSource(given=str(path), flag="--queries").find_texts({"a"}))
     assert "--input-format" not in str(caught.value)

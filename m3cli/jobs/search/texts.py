@@ -1,6 +1,7 @@
 """Texts of hits, read from the input that a folder without text was made from.
 
-Only the shards of the hits are read, from plain or Parquet files that have the same content as then.
+Only the shards of the hits are read, from files that have the same content as then; what comes before them in a CSV or
+compressed file is read too, so that large ones are not read.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 from m3cli.errors import CorpusError
 from m3cli.store.reader import OutputFolder
 
+SEQUENTIAL_BYTES = 32 << 20
+"of a file that is read from its start, CSV and compressed ones, for the texts of a shard"
 KEPT_CHARS = 64 << 20
 "of the texts that are in memory for further queries"
 
@@ -57,7 +60,7 @@ class InputTexts:
 
 
 def _read_documents(folder: OutputFolder, index: int) -> dict[str, str]:
-    """Return the texts of a shard by id; none if its source is missing or has changed, or is not plain or Parquet."""
+    """Return the texts of a shard by id; none if its source is missing, has changed, or takes long to read."""
     from m3cli.jobs.reread import plan_one_shard, read_texts  # noqa: PLC0415  only where texts are shown
 
     entry = folder.entries[index]
@@ -66,11 +69,13 @@ def _read_documents(folder: OutputFolder, index: int) -> dict[str, str]:
         status = Path(source.path).stat()
     except OSError:
         return {}
-    if source.sequential or status.st_size != source.size:
+    if status.st_size != source.size or (source.sequential and source.size > SEQUENTIAL_BYTES):
         return {}
     run = replace(folder.run, sources=(replace(source, mtime_ns=status.st_mtime_ns),))
+    number = entry.shard.start // run.config.shard_size if source.sequential else index
+    plan = None if source.sequential else plan_one_shard(run, replace(entry.shard, source=0))
     try:
-        (text,) = read_texts(run, {index}, plan=plan_one_shard(run, replace(entry.shard, source=0)))
+        (text,) = read_texts(run, {number}, plan=plan)
     except CorpusError:
         _log.warning("%s is not what %s was made from: hits are shown without text", source.name, folder.path.name)
         return {}
