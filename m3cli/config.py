@@ -259,15 +259,15 @@ class EncodeRequest(RunOptions):
     """Options of `m3 encode`. What is not typed is taken from the folder, or has the default of EncodeConfig."""
 
     inputs: tuple[str, ...] = required(
-        "JSONL, CSV, TSV or text lines (also .gz, .zst), Parquet, folders, globs, s3://bucket/path, or '-' for "
-        "standard input.",
+        "JSONL, CSV, TSV or text lines (also .gz, .zst), Parquet, Arrow, folders, globs, s3://bucket/path, or '-' "
+        "for standard input.",
         "Input",
         metavar="INPUT",
         argument=True,
         read="each",
     )
     input_format: str = option(
-        "auto goes by the ending.", "Input", value="auto", metavar="auto|jsonl|csv|tsv|text|parquet", common=False
+        "auto goes by the ending.", "Input", value="auto", metavar="auto|jsonl|csv|tsv|text|parquet|arrow", common=False
     )
     id_field: str | None = option(
         "Field of the id; '' for none.", "Input", default=f"first of {', '.join(ID_NAMES)}", metavar="NAME"

@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Output = Literal["dense", "sparse", "colbert"]
-SourceFormat = Literal["jsonl", "csv", "tsv", "text", "parquet"]
+SourceFormat = Literal["jsonl", "csv", "tsv", "text", "parquet", "arrow"]
+COLUMNAR: tuple[SourceFormat, ...] = ("parquet", "arrow")
+"formats of which rows are counted, rather than bytes"
 Compression = Literal["none", "gzip", "zstd"]
 
 
@@ -80,10 +82,10 @@ class Shard:
     source: Count
     "index into the run's sources"
     start: Count
-    "line formats: a row is the shard's if its first byte (decompressed) is in [start, stop); Parquet: row numbers"
+    "line formats: a row is the shard's if its first byte (decompressed) is in [start, stop); of columns: row numbers"
     stop: Count
     row_group: Annotated[int, Between(-1)] = -1
-    "Parquet: the row group that `start` and `stop` count in; -1 otherwise"
+    "Parquet: the row group that `start` and `stop` count in; Arrow: 0; line formats: -1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +100,7 @@ class Document:
     has_own_id: bool
     "False: the row has no id, `id` is `source-name:position`"
     position: int
-    "byte offset in the decompressed stream for line formats, row number in the file for Parquet"
+    "byte offset in the decompressed stream for line formats, row number in the file for Parquet and Arrow"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +109,9 @@ class SkippedRow:
 
     source: str
     position: int
-    "byte offset in the decompressed stream for line formats, row number in the file for Parquet"
+    "byte offset in the decompressed stream for line formats, row number in the file for Parquet and Arrow"
     byte_offset: int | None
-    "the position if it is a byte offset, None for Parquet"
+    "the position if it is a byte offset; None: it is a row number"
     id: str | None
     reason: str
     "a short fixed phrase, the same for all rows with this error: 'invalid JSON', 'empty text', ..."
@@ -130,7 +132,7 @@ class ShardText:
     "pyarrow.Table of the kept fields, one row a document, the same schema in every shard; None without kept fields"
     skipped: tuple[SkippedRow, ...]
     input_hash: str
-    "xxh3_128 (hex) of the shard's input: the raw bytes of its rows for line formats, the values for Parquet"
+    "xxh3_128 (hex) of the shard's input: the raw bytes of its rows for line formats, the values of columns"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

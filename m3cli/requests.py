@@ -46,13 +46,15 @@ class SearchRequest(RunOptions):
         argument=True,
     )
     queries: str | None = option(
-        "JSONL, CSV, TSV, Parquet or text lines of queries ('-': standard input), the words of one query, or an "
+        "JSONL, CSV, TSV, Parquet, Arrow or text lines of queries ('-': standard input), the words of one query, or an "
         "encoded folder whose documents are the queries.",
         "Queries",
         names=("--queries", "-q"),
         metavar="FILE|TEXT|DIR",
     )
-    input_format: str = option("Of the queries.", "Queries", value="auto", metavar="auto|jsonl|csv|tsv|text|parquet")
+    input_format: str = option(
+        "Of the queries.", "Queries", value="auto", metavar="auto|jsonl|csv|tsv|text|parquet|arrow"
+    )
     query_field: str | None = option("Field of the query's text.", "Queries", default="text, query", metavar="NAME")
     query_id_field: str | None = option(
         "Field of the query's id.", "Queries", default="_id, id, query_id", metavar="NAME"

@@ -10,6 +10,7 @@ import difflib
 import io
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import Any
@@ -18,12 +19,12 @@ import pyarrow as pa
 
 from m3cli.config import ENCODE_FLAGS, ID_NAMES, MAX_ROW_BYTES, TEXT_NAMES, TITLE_NAMES, FieldFlags
 from m3cli.corpus.csv_rows import CsvStream
-from m3cli.corpus.parquet import can_be_kept, check_columns, is_text, list_columns, read_parquet_schema, without_views
+from m3cli.corpus.parquet import can_be_kept, check_columns, is_text, open_columns, without_views
 from m3cli.corpus.rows import Fault, list_fields, parse_json_line, split_cells
 from m3cli.corpus.sources import split_endings
 from m3cli.corpus.streams import BOM, ByteStream, LineStream, PeekableStream, Readable, read_head, split_rows
 from m3cli.errors import CorpusError, UsageError
-from m3cli.records import Fields, Source, SourceFormat
+from m3cli.records import COLUMNAR, Fields, Source, SourceFormat
 
 PEEK_ROWS = 100
 PEEK_BYTES = 1 << 20
@@ -55,7 +56,7 @@ class TsvLayout:
 
 def peek_source(source: Source, layout: TsvLayout, *, stdin: PeekableStream | None = None) -> Peek | None:
     """Return the fields of the first rows; None: there are no rows."""
-    if source.format in {"parquet", "csv"}:
+    if source.format == "csv" or source.format in COLUMNAR:
         schema = read_schema(source, stdin=stdin)
         if schema is None:
             return None
@@ -70,9 +71,10 @@ def peek_source(source: Source, layout: TsvLayout, *, stdin: PeekableStream | No
 
 
 def read_schema(source: Source, *, stdin: PeekableStream | None = None) -> Any:
-    """Return the Arrow schema of Parquet, and that of CSV, where every column is text; None: there are no rows."""
-    if source.format == "parquet":
-        return list_columns(read_parquet_schema(source))
+    """Return the Arrow schema of a file of columns, and of CSV, which has only text; None: CSV without rows."""
+    if source.format in COLUMNAR:
+        with closing(open_columns(source)) as file:
+            return file.schema
     stream = CsvStream(io.BytesIO(read_head(source, PEEK_BYTES, stdin=stdin)), max_row_bytes=PEEK_BYTES)
     for block in stream.take(PEEK_BYTES):
         if stream.columns and block.row is not None:
@@ -229,7 +231,7 @@ def kept_schema(sources: Sequence[Source], fields: Fields) -> Any:
     """Return the `pyarrow.Schema` of the kept fields: a Parquet column's own type, string from anything else."""
     columns: dict[str, tuple[Any, Source]] = {}
     for source in sources:
-        schema = read_schema(source) if source.format == "parquet" and fields.kept else None
+        schema = read_schema(source) if source.format in COLUMNAR and fields.kept else None
         for name in fields.kept:
             kind = _kept_type(source, schema, name)
             if kind is None:
@@ -371,9 +373,9 @@ def _guess(name: str, names: Sequence[str]) -> str:
 
 
 def _check_files(sources: Sequence[Source], fields: Fields, flags: FieldFlags, stdin: PeekableStream | None) -> None:
-    """Check the columns of each Parquet and CSV file, and the header of each TSV."""
+    """Check the columns of each CSV, Parquet and Arrow file, and the header of each TSV."""
     for source in sources:
-        if source.format in {"parquet", "csv"}:
+        if source.format == "csv" or source.format in COLUMNAR:
             if (schema := read_schema(source, stdin=stdin)) is not None:
                 check_columns(source, schema, fields, flags)
         elif source.format == "tsv" and fields.header and source.size:

@@ -1,4 +1,6 @@
-"""Rows of a Parquet file: columns and fields of structs, one row group at a time, a few MiB decoded at once.
+"""Rows of a Parquet or Arrow file: columns and fields of structs, one row group at a time, a few MiB decoded at once.
+
+Arrow files (Feather, and those of datasets.save_to_disk) are read as one row group.
 
 Text, title and id may have any of Arrow's string types (string, large_string, string_view, dictionaries of them); an id
 may be an integer. A null is an error of its row, another type one of the file. Kept columns remain Arrow values; views,
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -32,13 +34,14 @@ _BYTES_OF = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 
 @contextmanager
 def parquet_errors(source: Source) -> Iterator[None]:
-    """Turn errors of reading Parquet into a CorpusError that names the source and a remedy."""
+    """Turn errors of reading Parquet and Arrow into a CorpusError that names the source and a remedy."""
     try:
         with corpus_errors(source):
             yield
     except (pa.ArrowException, UnicodeDecodeError) as error:
+        kind = "Arrow" if source.format == "arrow" else "Parquet"
         raise CorpusError(
-            f"{source.name} is corrupt, or not Parquet that pyarrow reads ({first_line(error)[:300]}): "
+            f"{source.name} is corrupt, or not {kind} that pyarrow reads ({first_line(error)[:300]}): "
             "copy or download it again and run the same command again"
         ) from error
 
@@ -55,6 +58,59 @@ def read_parquet_schema(source: Source) -> Any:
     """Return the Arrow schema of the file."""
     with open_parquet(source) as file, parquet_errors(source):
         return file.schema_arrow
+
+
+class Columns(Protocol):
+    """A file of columns; its rows are read by group."""
+
+    schema: Any
+    "of the columns, and of the fields of structs as 'a.b'"
+
+    @property
+    def num_rows(self) -> Sequence[int]:
+        """The rows of each group."""
+
+    def count_text_bytes(self, group: int, fields: Fields) -> int:
+        """Return the uncompressed bytes of a group's text and title."""
+
+    def iter_batches(self, group: int, fields: Fields) -> Iterator[Any]:
+        """Yield the rows of a group as `pyarrow.RecordBatch`, with the columns that are read."""
+
+    def close(self) -> None:
+        """Close the file."""
+
+
+def open_columns(source: Source) -> Columns:
+    """Open a Parquet or Arrow file."""
+    if source.format == "parquet":
+        return _ParquetColumns(source)
+    from m3cli.corpus.arrow import ArrowColumns  # noqa: PLC0415  rare
+
+    return ArrowColumns(source)
+
+
+class _ParquetColumns:
+    def __init__(self, source: Source) -> None:
+        self._file = open_parquet(source)
+        with parquet_errors(source):
+            self._metadata = self._file.metadata
+            self.schema = list_columns(self._file.schema_arrow)
+        groups = map(self._metadata.row_group, range(self._metadata.num_row_groups))
+        self.num_rows = [group.num_rows for group in groups]
+
+    def count_text_bytes(self, group: int, fields: Fields) -> int:
+        chunks = self._metadata.row_group(group)
+        columns = (chunks.column(i) for i in range(self._metadata.num_columns))
+        return sum(c.total_uncompressed_size for c in columns if c.path_in_schema in {fields.text, fields.title})
+
+    def iter_batches(self, group: int, fields: Fields) -> Iterator[Any]:
+        text_bytes = self.count_text_bytes(group, fields)
+        size = min(MAX_BATCH_ROWS, max(1, self.num_rows[group] * BATCH_BYTES // max(1, text_bytes)))
+        names = columns_to_read(self.schema, fields)
+        return self._file.iter_batches(row_groups=[group], columns=names, batch_size=size)  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def list_columns(schema: Any) -> Any:
@@ -169,34 +225,20 @@ def check_columns(source: Source, schema: Any, fields: Fields, flags: FieldFlags
 def columns_to_read(schema: Any, fields: Fields) -> list[str]:
     """Return the columns of the file that are read."""
     wanted = (fields.id, fields.title, fields.text, *fields.kept)
-    known = list_columns(schema).names
-    return [name for name in dict.fromkeys(wanted) if name is not None and name in known]
-
-
-def count_text_bytes(metadata: Any, group: int, fields: Fields) -> int:
-    """Return the uncompressed bytes of a row group's text and title, from the footer."""
-    chunks = metadata.row_group(group)
-    columns = (chunks.column(i) for i in range(metadata.num_columns))
-    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema in {fields.text, fields.title})
+    return [name for name in dict.fromkeys(wanted) if name is not None and name in schema.names]
 
 
 class GroupCursor:
     """One row group, read once from start to end."""
 
-    def __init__(self, source: Source, file: Any, *, group: int, fields: Fields) -> None:
+    def __init__(self, source: Source, file: Columns, *, group: int, fields: Fields) -> None:
         self.group = group
         self.at = 0
         "next row of the group"
         self._source = source
-        rows = file.metadata.row_group(group).num_rows
-        text_bytes = count_text_bytes(file.metadata, group, fields)
-        self._columns = columns_to_read(file.schema_arrow, fields)
+        self._columns = columns_to_read(file.schema, fields)
         with parquet_errors(source):
-            self._batches = file.iter_batches(
-                row_groups=[group],
-                columns=self._columns,
-                batch_size=min(MAX_BATCH_ROWS, max(1, rows * BATCH_BYTES // max(1, text_bytes))),
-            )
+            self._batches = file.iter_batches(group, fields)
         self._batch: Any = None
 
     def take(self, start: int, stop: int) -> Any:
@@ -224,7 +266,7 @@ class GroupCursor:
             batch = next(self._batches, None)
         if batch is None:
             raise CorpusError(
-                f"{self._source.name} is corrupt: row group {self.group} has fewer rows than its footer says; "
+                f"{self._source.name} is corrupt: row group {self.group} has fewer rows than it should; "
                 "copy or download it again and run the same command again"
             )
         return batch
@@ -287,7 +329,7 @@ def _list_values(column: Any) -> list[Any]:
     try:
         return column.cast(pa.large_string()).to_pylist()  # type: ignore[no-any-return]
     except UnicodeDecodeError:
-        return [_decode(value) for value in _as_binary(column).to_pylist()]
+        return [_decode(value) for value in as_binary(column).to_pylist()]
 
 
 def _decode(value: bytes | None) -> str | bytes | None:
@@ -297,7 +339,8 @@ def _decode(value: bytes | None) -> str | bytes | None:
         return value
 
 
-def _as_binary(column: Any) -> Any:
+def as_binary(column: Any) -> Any:
+    """Return a column of text as large_binary."""
     text = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
     return text.cast(pa.large_string()).cast(pa.large_binary()) if is_text(text.type) else text.cast(pa.large_binary())
 
@@ -305,7 +348,7 @@ def _as_binary(column: Any) -> Any:
 def _count_bytes(column: Any) -> Any:
     if pa.types.is_null(column.type):
         return np.zeros(len(column), np.int64)
-    return pc.binary_length(_as_binary(column)).fill_null(0).to_numpy()
+    return pc.binary_length(as_binary(column)).fill_null(0).to_numpy()
 
 
 def hash_table(table: Any) -> str:
@@ -327,7 +370,7 @@ def hash_table(table: Any) -> str:
 def _canonical_bytes(column: Any) -> Any:
     """Return values as large_binary: strings and bytes as they are, anything else as its text."""
     if is_text(column.type) or pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-        return _as_binary(column)
+        return as_binary(column)
     if pa.types.is_null(column.type) or pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
         return column.cast(pa.string()).cast(pa.large_binary())
     # repr is distinct for every value, nested ones and floats too, and independent of the memory layout.

@@ -1,19 +1,21 @@
 """Shards of the input, planned before any work on them; the same input always has the same shards.
 
 A row of a line format belongs to the k-th shard of its source if its first byte (of the decompressed stream) is in
-[k * size, (k + 1) * size). A plain file is planned from its size, a compressed or piped one while it streams. A Parquet
-row group is cut into nearly equal ranges of rows, by the bytes of text in its footer. Rows after the limit are ignored.
+[k * size, (k + 1) * size). A plain file is planned from its size; a compressed or piped one, or CSV, while it streams.
+A Parquet row group, or an Arrow file, is cut into nearly equal ranges of rows, by its bytes of text. Rows after the
+limit are ignored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from m3cli.config import MAX_ROW_BYTES
-from m3cli.corpus.parquet import count_text_bytes, open_parquet
+from m3cli.corpus.parquet import open_columns
 from m3cli.corpus.streams import ByteStream, LineStream
-from m3cli.records import Fields, Shard, Source
+from m3cli.records import COLUMNAR, Fields, Shard, Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +78,7 @@ def plan_source(
     max_row_bytes: int,
 ) -> tuple[tuple[Shard, ...], int | None]:
     """Return the shards of a source that is not sequential, and the remaining rows of the limit."""
-    if source.format == "parquet":
+    if source.format in COLUMNAR:
         pieces, rows_left = _cut_row_groups(source, fields=fields, shard_size=shard_size, rows_left=rows_left)
     else:
         header = source.format == "tsv" and fields.header
@@ -105,12 +107,10 @@ def _cut_row_groups(
 ) -> tuple[list[tuple[int, int, int]], int | None]:
     """Return (row group, first row, last row + 1) of each shard, and the remaining rows of the limit."""
     pieces = []
-    with open_parquet(source) as file:
-        metadata = file.metadata
-        for group in range(metadata.num_row_groups):
-            rows = metadata.row_group(group).num_rows
+    with closing(open_columns(source)) as file:
+        for group, rows in enumerate(file.num_rows):
             limit = rows if rows_left is None else min(rows, rows_left)
-            count = min(rows, max(1, -(-count_text_bytes(metadata, group, fields) // shard_size)))
+            count = min(rows, max(1, -(-file.count_text_bytes(group, fields) // shard_size)))
             for i in range(count):
                 start, stop = i * rows // count, min((i + 1) * rows // count, limit)
                 if start < stop:

@@ -20,11 +20,11 @@ import xxhash
 from m3cli.config import MAX_ROW_BYTES
 from m3cli.corpus.csv_rows import CsvStream
 from m3cli.corpus.parquet import (
+    Columns,
     GroupCursor,
     check_columns,
     hash_table,
-    list_columns,
-    open_parquet,
+    open_columns,
     parquet_errors,
     split_table,
 )
@@ -40,7 +40,7 @@ from m3cli.corpus.rows import (
     parse_tsv_line,
 )
 from m3cli.corpus.streams import Block, ByteStream, LineStream, PeekableStream, check_unchanged, find_inode, split_rows
-from m3cli.records import Fields, Shard, ShardText, Source
+from m3cli.records import COLUMNAR, Fields, Shard, ShardText, Source
 
 Action = Literal["read", "hash", "skip"]
 
@@ -95,7 +95,7 @@ def _read_planned(
     source: Source, shards: Iterable[Shard], *, options: _Options, ask: Callable[[Shard], Action]
 ) -> Iterator[ShardText]:
     inode = find_inode(source)
-    opened = (_ParquetFile if source.format == "parquet" else _PlainFile)(source, options=options)
+    opened = (_ColumnFile if source.format in COLUMNAR else _PlainFile)(source, options=options)
     with closing(opened):
         for shard in shards:
             action = ask(shard)
@@ -179,13 +179,13 @@ class _PlainFile:
             self._bytes.close()
 
 
-class _ParquetFile:
-    """A Parquet file, of which each row group is decoded at most once."""
+class _ColumnFile:
+    """A Parquet or Arrow file, of which each row group is decoded at most once."""
 
     def __init__(self, source: Source, *, options: _Options) -> None:
         self._source = source
         self._options = options
-        self._file: Any = None
+        self._file: Columns | None = None
         self._cursor: GroupCursor | None = None
         self._group_starts: list[int] = []
 
@@ -205,11 +205,9 @@ class _ParquetFile:
 
     def _cursor_for(self, shard: Shard) -> GroupCursor:
         if self._file is None:
-            self._file = open_parquet(self._source)
-            check_columns(self._source, list_columns(self._file.schema_arrow), self._options.fields)
-            metadata = self._file.metadata
-            sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
-            self._group_starts = list(accumulate(sizes, initial=0))
+            self._file = open_columns(self._source)
+            check_columns(self._source, self._file.schema, self._options.fields)
+            self._group_starts = list(accumulate(self._file.num_rows, initial=0))
         if self._cursor is None or self._cursor.group != shard.row_group:
             self._cursor = GroupCursor(self._source, self._file, group=shard.row_group, fields=self._options.fields)
         return self._cursor

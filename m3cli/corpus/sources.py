@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 import stat
 from collections import Counter, deque
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import get_args
@@ -16,7 +17,7 @@ from m3cli.corpus.remote import is_remote, list_objects
 from m3cli.corpus.streams import BOM, PeekableStream, corpus_errors, read_head, read_size_and_mtime
 from m3cli.errors import CorpusError, UsageError, check_reachable, is_utf8
 from m3cli.paths import is_output_folder
-from m3cli.records import Compression, Source, SourceFormat
+from m3cli.records import COLUMNAR, Compression, Source, SourceFormat
 
 FORMATS: dict[str, SourceFormat] = {
     ".jsonl": "jsonl",
@@ -28,6 +29,8 @@ FORMATS: dict[str, SourceFormat] = {
     ".text": "text",
     ".parquet": "parquet",
     ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
 }
 COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 REMEDIES = {
@@ -38,7 +41,8 @@ REMEDIES = {
 HEAD_BYTES = 4096
 _MANY_NULS = 16
 "more than this at even offsets only, or at odd ones, mean UTF-16"
-_PARQUET_MAGIC = b"PAR1"
+_MAGICS: dict[SourceFormat, tuple[bytes, ...]] = {"parquet": (b"PAR1",), "arrow": (b"ARROW1", b"\xff\xff\xff\xff")}
+"of Arrow the file format, which Feather is, and the stream format, which datasets.save_to_disk writes"
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 "a frame, or a skippable one as pzstd writes first"
@@ -72,7 +76,7 @@ def name_endings(name: str) -> str:
 def has_known_ending(name: str) -> bool:
     """Return whether a file in a folder is part of the input."""
     ending, compression = split_endings(name)
-    return ending in FORMATS and not (FORMATS[ending] == "parquet" and compression != "none")
+    return ending in FORMATS and not (FORMATS[ending] in COLUMNAR and compression != "none")
 
 
 def identify(
@@ -91,8 +95,9 @@ def identify(
     wanted = forced or FORMATS.get(ending)
     if forced is None and ending in REMEDIES:
         raise CorpusError(f"{source.name}: {REMEDIES[ending]}")
-    if magic.startswith(_PARQUET_MAGIC) or wanted == "parquet":
-        return _identify_parquet(source, magic, wanted)
+    columnar = next((name for name in COLUMNAR if magic.startswith(_MAGICS[name])), None)
+    if columnar or wanted in COLUMNAR:
+        return _identify_columns(source, magic, wanted, columnar)
     compression = _name_compression(magic)
     if source.path != "-" and magic and promised != compression:
         _check_ending(source, promised, compression)
@@ -151,16 +156,18 @@ def _check_ending(source: Source, promised: Compression, found: Compression) -> 
     raise CorpusError(f"{source.name} is called {promised} by its ending but is {is_what}: rename it")
 
 
-def _identify_parquet(source: Source, magic: bytes, wanted: SourceFormat | None) -> Source:
+def _identify_columns(source: Source, magic: bytes, wanted: SourceFormat | None, found: SourceFormat | None) -> Source:
+    """Return the source as Parquet or Arrow; `wanted` is what it should be, `found` what its first bytes say."""
+    name = (found or wanted or "").capitalize()
     if source.path == "-":
-        raise CorpusError("Parquet cannot be read from standard input: give the file's name instead")
-    if not magic.startswith(_PARQUET_MAGIC):
-        found = _name_compression(magic)
-        is_what = "empty" if not magic else "not Parquet" if found == "none" else f"{found} data"
-        raise CorpusError(f"{source.name} should be Parquet but is {is_what}: write it again, or rename it")
-    if wanted not in {None, "parquet"}:
-        raise CorpusError(f"{source.name} is Parquet but should be {wanted}: rename it to end in .parquet")
-    return replace(source, format="parquet", compression="none")
+        raise CorpusError(f"{name} cannot be read from standard input: give the file's name instead")
+    if found is None:
+        compression = _name_compression(magic)
+        is_what = "empty" if not magic else f"not {name}" if compression == "none" else f"{compression} data"
+        raise CorpusError(f"{source.name} should be {name} but is {is_what}: write it again, or rename it")
+    if wanted not in {None, found}:
+        raise CorpusError(f"{source.name} is {name} but should be {wanted}: rename it to end in .{found}")
+    return replace(source, format=found, compression="none")
 
 
 def _sniff(source: Source, head: bytes, flag: str | None) -> SourceFormat:
@@ -178,7 +185,9 @@ def _sniff(source: Source, head: bytes, flag: str | None) -> SourceFormat:
     return "text"
 
 
-ENDINGS_HINT = "files ending in .jsonl .ndjson .json .csv .tsv .txt .text (also + .gz .zst) .parquet .pq are read"
+ENDINGS_HINT = (
+    "files ending in .jsonl .ndjson .json .csv .tsv .txt .text (also + .gz .zst) .parquet .pq .arrow .feather are read"
+)
 _COPYING = {
     "hf": "hf download",
     "http": "curl -LO",
@@ -312,7 +321,7 @@ def _find_files(name: str) -> list[tuple[Path, Path]]:
     if path.is_dir():
         if _is_written_by_m3(path):
             raise CorpusError(f"{name} is a folder that m3 writes: give the corpus")
-        files = (file for file in _walk(path) if has_known_ending(file.name))
+        files = _skip_notes(file for file in _walk(path) if has_known_ending(file.name))
         found = sorted(files, key=lambda file: file.relative_to(path).as_posix())
         if not found:
             raise CorpusError(f"{name}: nothing to read in this folder; {_hint(path)}")
@@ -322,6 +331,27 @@ def _find_files(name: str) -> list[tuple[Path, Path]]:
     if glob.has_magic(name):
         return _expand(name)
     raise CorpusError(f"{name}: no such file or folder")
+
+
+def _skip_notes(files: Iterable[Path]) -> Iterator[Path]:
+    """Yield the files without what datasets.save_to_disk writes next to the data of a dataset."""
+    data: dict[Path, set[str] | None] = {}
+    for file in files:
+        folder = file.parent
+        if folder not in data:
+            data[folder] = _read_data_files(folder)
+        names = data[folder]
+        if file.name in names if names is not None else file.name != "dataset_dict.json":
+            yield file
+
+
+def _read_data_files(folder: Path) -> set[str] | None:
+    """Return the names of a dataset's files; None: the folder is no dataset."""
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        return {each["filename"] for each in state["_data_files"]} if (folder / "dataset_info.json").exists() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _expand(pattern: str) -> list[tuple[Path, Path]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from m3cli.config import EncodeRequest
 from m3cli.corpus.remote import is_remote
-from m3cli.corpus.sources import list_files
+from m3cli.corpus.sources import COMPRESSIONS, FORMATS, list_files
 from m3cli.errors import CorpusError, OutputError, UsageError, check_reachable
 from m3cli.paths import check_local, is_output_folder
 from m3cli.records import Source
@@ -27,7 +27,7 @@ _WRITTEN_BY_M3 = {
     "--gone": re.compile(rb'\{"id":"[^"]*"\}\n|\Z'),
 }
 "start of files of earlier runs, which may be in an input folder"
-_ENDINGS = {".gz", ".zst", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".text", ".parquet", ".pq"}
+_ENDINGS = {*FORMATS, *COMPRESSIONS}
 _OF_CHECKPOINTS = {".json", ".safetensors", ".bin", ".pt", ".model"}
 
 

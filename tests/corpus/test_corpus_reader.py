@@ -15,6 +15,7 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import feather
 
 from m3cli.corpus.fields import kept_schema, resolve_fields
 from m3cli.corpus.plan import Plan, plan_shards
@@ -431,14 +432,42 @@ def test_cut_off_or_damaged_stream_gives_what_came_before_and_its_name(tmp_path:
             list(reading)
 
 
+def write_table(path: Path, table: pa.Table, rows: int) -> Path:
+    """Write Parquet, Feather or, as datasets does, an Arrow stream, with so many rows in a group or batch."""
+    if path.suffix == ".parquet":
+        return write_parquet(path, table, row_group_size=rows)
+    if path.suffix == ".feather":
+        feather.write_feather(table, path, chunksize=rows)
+        return path
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=rows)
+    return path
+
+
 def write_parquet(path: Path, table: pa.Table, **how: Any) -> Path:
     pq.write_table(table, path, **how)
     return path
 
 
-@pytest.mark.parametrize(
-    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
-)
+KINDS = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ending", ["feather", "arrow"])
+def test_text_of_arrow_may_be_any_string_type(tmp_path: Path, kind: pa.DataType, ending: str) -> None:
+    texts = pa.array(["a", None, "", "b", "a"]).cast(kind)
+    ids = pa.array([1, 2, 3, None, 5], pa.uint64())
+    table = pa.table({"docid": ids, "doc": pa.StructArray.from_arrays([texts], ["t"]), "unread": ids})
+    path = write_table(tmp_path / f"a.{ending}", table, 3)
+    (shard,) = read_all([path], text_field="doc.t", keep_fields=["docid"])
+    assert [(d.id, d.text) for d in shard.documents] == [("1", "a"), (f"{path.name}:3", "b"), ("5", "a")]
+    assert list_skipped([shard]) == [(1, "text is not a string"), (2, "empty text")]
+    assert shard.kept.column("docid").to_pylist() == [1, None, 5]
+    same = read_all([write_table(tmp_path / "b.parquet", table, 9)], text_field="doc.t", keep_fields=["docid"])
+    assert [s.input_hash for s in same] == [shard.input_hash]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_parquet_text_may_be_any_string_type(tmp_path: Path, kind: pa.DataType) -> None:
     texts = pa.array(["a", None, "", "b", "a"]).cast(kind)
     table = pa.table({"docid": pa.array([1, 2, 3, None, 5], pa.uint64()), "text": texts, "k": texts})
@@ -487,6 +516,7 @@ def test_parquet_row_that_is_no_utf8_or_too_long_is_skipped(tmp_path: Path) -> N
     ]
 
 
+@pytest.mark.parametrize("ending", ["parquet", "feather", "arrow"])
 @quick
 @given(
     texts=st.lists(st.none() | words, min_size=1, max_size=40),
@@ -495,18 +525,18 @@ def test_parquet_row_that_is_no_utf8_or_too_long_is_skipped(tmp_path: Path) -> N
     picks=st.lists(st.sampled_from(["read", "hash", "skip"]), min_size=1, max_size=20),
     limit=st.none() | st.integers(1, 40),
 )
-def test_parquet_shards_partition_the_rows(
-    tmp_path: Path, texts: list[str | None], groups: int, size: int, picks: list[Action], limit: int | None
+def test_shards_of_columns_partition_the_rows(
+    tmp_path: Path, ending: str, texts: list[str | None], groups: int, size: int, picks: list[Action], limit: int | None
 ) -> None:
     table = pa.table({"text": pa.array(texts, pa.string()), "n": range(len(texts))})
-    path = write_parquet(tmp_path / "a.parquet", table, row_group_size=groups)
+    path = write_table(tmp_path / f"a.{ending}", table, groups)
     how: dict[str, Any] = {"keep_fields": ["n"], "limit": limit, "shard_size": size}
     shards = read_all([path], **how)
     wanted = texts[:limit]
     assert list_texts(shards) == [text for text in wanted if text and not text.isspace()]
     assert sum(len(shard.documents) + len(shard.skipped) for shard in shards) == len(wanted)
     for shard in shards:
-        assert [f"a.parquet:{n}" for n in shard.kept.column("n").to_pylist()] == [d.id for d in shard.documents]
+        assert [f"{path.name}:{n}" for n in shard.kept.column("n").to_pylist()] == [d.id for d in shard.documents]
     some = read_all([path], ask=lambda shard: picks[shard.index % len(picks)], **how)
     for shard in some:
         assert shard.input_hash == shards[shard.shard.index].input_hash

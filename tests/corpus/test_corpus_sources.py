@@ -110,7 +110,9 @@ def test_input_format_overrides_ending_and_sniffing(tmp_path: Path) -> None:
     assert find_sources([str(tmp_path / "a.csv")], input_format="tsv")[0].format == "tsv"
     stdin = PeekableStream(io.BytesIO(b"{}\n"))
     assert find_sources(["-"], input_format="text", stdin=stdin)[0].format == "text"
-    with pytest.raises(UsageError, match="--input-format xml: it is one of auto, jsonl, csv, tsv, text, parquet"):
+    with pytest.raises(
+        UsageError, match="--input-format xml: it is one of auto, jsonl, csv, tsv, text, parquet, arrow"
+    ):
         find_sources(["-"], input_format="xml", stdin=stdin)
 
 
@@ -130,6 +132,9 @@ def test_input_format_overrides_ending_and_sniffing(tmp_path: Path) -> None:
             gzip.compress(b"x", mtime=0),
             r"a\.txt\.zst is called zstd by its ending but is gzip data: rename it",
         ),
+        ("a.arrow", b"{}\n", r"a\.arrow should be Arrow but is not Arrow"),
+        ("a.feather", b"", r"a\.feather should be Arrow but is empty"),
+        ("a.parquet", b"ARROW1\0\0", r"a\.parquet is Arrow but should be parquet: rename it to end in \.arrow"),
         ("a.parquet", b"{}\n", r"a\.parquet should be Parquet but is not Parquet"),
         ("a.parquet", b"", r"a\.parquet should be Parquet but is empty"),
         ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), r"a\.parquet\.gz should be Parquet but is gzip data"),

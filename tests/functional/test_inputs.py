@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import feather
 
 from m3cli.jobs.search.texts import InputTexts, Passage
 from m3cli.records import DoneEntry
@@ -68,6 +69,25 @@ def test_csv_is_encoded_in_two_runs_and_its_text_shown(m3_here: M3, tmp_path: Pa
     assert texts == ['"0th" row', '"59th" ro']
     shown = m3_here("info", "o.m3", "--id", "d7", "--text")
     assert 'the "7th" row,\nin two lines' in shown.stdout, shown.stderr
+
+
+def test_a_folder_of_save_to_disk_and_feather_are_read(m3_here: M3, tmp_path: Path, tiny_m3: Path) -> None:
+    import datasets  # noqa: PLC0415  two seconds
+
+    rows = [{"docno": f"d{n}", "doc": {"text": f"row {n}"}} for n in range(40)]
+    split = datasets.Dataset.from_list(rows)
+    datasets.DatasetDict({"train": split}).save_to_disk(tmp_path / "set", num_shards={"train": 2})
+    datasets.load_from_disk(tmp_path / "set")["train"].map(lambda row: row | {"more": 1})  # leaves cache files there
+    assert len(list((tmp_path / "set" / "train").glob("*.arrow"))) > 2
+    flags = ("--text-field", "doc.text", "--model", tiny_m3, "--outputs", "dense", "--keep-text")
+    done = m3_here("encode", "set", *flags)
+    assert done.returncode == 0, done.stderr
+    assert read_ids(tmp_path / "set.m3") == [row["docno"] for row in rows]
+    feather.write_feather(pa.Table.from_pylist(rows), tmp_path / "f.feather")
+    done = m3_here("encode", "f.feather", *flags, "--since-run", "set.m3")
+    assert done.returncode == 0, done.stderr
+    assert "taken over  40 documents" in done.stderr, done.stderr
+    assert read_ids(tmp_path / "f.m3") == [row["docno"] for row in rows]
 
 
 def test_files_that_are_not_read_are_told(m3_here: M3, tmp_path: Path, tiny_m3: Path) -> None:
