@@ -269,6 +269,11 @@ class EncodeRequest(RunOptions):
     input_format: str = option(
         "auto goes by the ending.", "Input", value="auto", metavar="auto|jsonl|csv|tsv|text|parquet|arrow", common=False
     )
+    per_file: bool = option(
+        "INPUT is a folder of which each file (.txt, .md, .rst, .html) is a document, with its path as id.",
+        "Input",
+        value=False,
+    )
     id_field: str | None = option(
         "Field of the id; '' for none.", "Input", default=f"first of {', '.join(ID_NAMES)}", metavar="NAME"
     )
@@ -401,6 +406,17 @@ class EncodeRequest(RunOptions):
     log_file: str | None = option(
         "Append the messages of the run, with their time.", "Run", metavar="FILE", common=False
     )
+
+    @property
+    def source_format(self) -> str:
+        """The format of the input; 'auto' goes by the ending."""
+        return "files" if self.per_file else self.input_format
+
+    @property
+    def input_words(self) -> list[str]:
+        """The input as it is typed."""
+        forced = ["--per-file"] if self.per_file else ["--input-format", self.input_format]
+        return [*self.inputs, *(forced if self.source_format != "auto" else ())]
 
     @property
     def worker(self) -> int:

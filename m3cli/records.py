@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Output = Literal["dense", "sparse", "colbert"]
-SourceFormat = Literal["jsonl", "csv", "tsv", "text", "parquet", "arrow"]
+SourceFormat = Literal["jsonl", "csv", "tsv", "text", "parquet", "arrow", "files"]
 COLUMNAR: tuple[SourceFormat, ...] = ("parquet", "arrow")
-"formats of which rows are counted, rather than bytes"
 Compression = Literal["none", "gzip", "zstd"]
 
 
@@ -50,7 +49,13 @@ class Source:
     size: Annotated[int, Between(-1)]
     "bytes on disk (compressed); -1 for standard input"
     mtime_ns: int
-    "of an object in a bucket 60 bits of the hash of its ETag instead; -1 for standard input"
+    """of an object in a bucket 60 bits of the hash of its ETag instead, of a folder those of its files' paths, sizes
+    and dates; -1 for standard input"""
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether the position of a row is a byte offset, rather than a number."""
+        return self.format not in {*COLUMNAR, "files"}
 
     @property
     def sequential(self) -> bool:
@@ -82,10 +87,10 @@ class Shard:
     source: Count
     "index into the run's sources"
     start: Count
-    "line formats: a row is the shard's if its first byte (decompressed) is in [start, stop); of columns: row numbers"
+    "line formats: a row is the shard's if its first byte (decompressed) is in [start, stop); of others: row numbers"
     stop: Count
     row_group: Annotated[int, Between(-1)] = -1
-    "Parquet: the row group that `start` and `stop` count in; Arrow: 0; line formats: -1"
+    "Parquet: the row group that `start` and `stop` count in; Arrow, files: 0; line formats: -1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +105,7 @@ class Document:
     has_own_id: bool
     "False: the row has no id, `id` is `source-name:position`"
     position: int
-    "byte offset in the decompressed stream for line formats, row number in the file for Parquet and Arrow"
+    "byte offset in the decompressed stream for line formats, row number for others"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +114,7 @@ class SkippedRow:
 
     source: str
     position: int
-    "byte offset in the decompressed stream for line formats, row number in the file for Parquet and Arrow"
+    "byte offset in the decompressed stream for line formats, row number for others"
     byte_offset: int | None
     "the position if it is a byte offset; None: it is a row number"
     id: str | None
@@ -132,7 +137,7 @@ class ShardText:
     "pyarrow.Table of the kept fields, one row a document, the same schema in every shard; None without kept fields"
     skipped: tuple[SkippedRow, ...]
     input_hash: str
-    "xxh3_128 (hex) of the shard's input: the raw bytes of its rows for line formats, the values of columns"
+    "xxh3_128 (hex) of the shard's input: raw bytes for line formats, values of columns, paths and bytes of files"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

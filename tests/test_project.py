@@ -35,15 +35,15 @@ OPTIONS = {
         --address --colbert-dtype --colbert-pool --colbert-top-k --compression --cpus-per-worker --dedupe --dense-dtype
         --device --dtype --engine --format --gone --gpus-per-worker --help-all --id-field --input-format --keep-fields
         --keep-text --limit --log-file --long-docs --max-batch-tokens --max-length --max-row-bytes --max-runtime
-        --max-skipped --mcls --metrics --model --no-space-check --num-workers --out --outputs --overlap --prefix
-        --progress --quiet --revision --shard-size --since-run --split --text-field --title-field --title-sep
+        --max-skipped --mcls --metrics --model --no-space-check --num-workers --out --outputs --overlap --per-file
+        --prefix --progress --quiet --revision --shard-size --since-run --split --text-field --title-field --title-sep
         --verify-input --worker -o
     """,
     "plan": """
         --colbert-dtype --colbert-pool --colbert-top-k --compression --dedupe --dense-dtype --device --dtype --format
         --help-all --id-field --input-format --json --keep-fields --keep-text --limit --long-docs --max-length
-        --max-row-bytes --mcls --model --out --outputs --overlap --prefix --revision --shard-size --since-run --split
-        --text-field --title-field --title-sep -o
+        --max-row-bytes --mcls --model --out --outputs --overlap --per-file --prefix --revision --shard-size --since-run
+        --split --text-field --title-field --title-sep -o
     """,
     "info": "--id --input --json --text --truncated",
     "check": "--device --help-all --json --model --repair --revision --sample --seed",

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from m3cli.config import ENCODE_FLAGS, ID_NAMES, MAX_ROW_BYTES, TEXT_NAMES, TITLE_NAMES, FieldFlags
 from m3cli.corpus.csv_rows import CsvStream
+from m3cli.corpus.files import FILE_FIELDS
 from m3cli.corpus.parquet import can_be_kept, check_columns, is_text, open_columns, without_views
 from m3cli.corpus.rows import Fault, list_fields, parse_json_line, split_cells
 from m3cli.corpus.sources import split_endings
@@ -62,6 +63,8 @@ def peek_source(source: Source, layout: TsvLayout, *, stdin: PeekableStream | No
             return None
         texts = frozenset(field.name for field in schema if is_text(field.type))
         return Peek(source=source, names=tuple(schema.names), texts=texts, fault=None)
+    if source.format == "files":
+        return Peek(source=source, names=FILE_FIELDS, texts=frozenset(FILE_FIELDS), fault=None)
     if source.format == "jsonl":
         return _peek_json(source, stdin)
     if next(_read_rows(source, stdin), None) is None:

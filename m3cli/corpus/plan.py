@@ -3,7 +3,7 @@
 A row of a line format belongs to the k-th shard of its source if its first byte (of the decompressed stream) is in
 [k * size, (k + 1) * size). A plain file is planned from its size; a compressed or piped one, or CSV, while it streams.
 A Parquet row group, or an Arrow file, is cut into nearly equal ranges of rows, by its bytes of text. Rows after the
-limit are ignored.
+limit are ignored. Files of a folder are planned in m3cli.corpus.files.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from m3cli.config import MAX_ROW_BYTES
+from m3cli.corpus.files import cut_files, list_text_files
 from m3cli.corpus.parquet import open_columns
 from m3cli.corpus.streams import ByteStream, LineStream
 from m3cli.records import COLUMNAR, Fields, Shard, Source
@@ -80,6 +81,10 @@ def plan_source(
     """Return the shards of a source that is not sequential, and the remaining rows of the limit."""
     if source.format in COLUMNAR:
         pieces, rows_left = _cut_row_groups(source, fields=fields, shard_size=shard_size, rows_left=rows_left)
+    elif source.format == "files":
+        files = list_text_files(source.path)[:rows_left]
+        pieces = [(0, start, stop) for start, stop in cut_files(files, shard_size=shard_size)]
+        rows_left = None if rows_left is None else rows_left - len(files)
     else:
         header = source.format == "tsv" and fields.header
         end, rows_left = _find_end(source, rows_left, header=header, max_row_bytes=max_row_bytes)

@@ -7,11 +7,13 @@ first line to the next shard's first line, with blank lines and headers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby
+from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -19,6 +21,7 @@ import xxhash
 
 from m3cli.config import MAX_ROW_BYTES
 from m3cli.corpus.csv_rows import CsvStream
+from m3cli.corpus.files import list_text_files, parse_file, version_of
 from m3cli.corpus.parquet import (
     Columns,
     GroupCursor,
@@ -30,6 +33,7 @@ from m3cli.corpus.parquet import (
 )
 from m3cli.corpus.plan import Plan, plan_source
 from m3cli.corpus.rows import (
+    TOO_LONG,
     Fault,
     ParsedRows,
     RawRow,
@@ -39,7 +43,19 @@ from m3cli.corpus.rows import (
     parse_text_line,
     parse_tsv_line,
 )
-from m3cli.corpus.streams import Block, ByteStream, LineStream, PeekableStream, check_unchanged, find_inode, split_rows
+from m3cli.corpus.streams import (
+    BLOCK_BYTES,
+    Block,
+    ByteStream,
+    LineStream,
+    PeekableStream,
+    check_unchanged,
+    check_version,
+    corpus_errors,
+    find_inode,
+    split_rows,
+)
+from m3cli.errors import CorpusError
 from m3cli.records import COLUMNAR, Fields, Shard, ShardText, Source
 
 Action = Literal["read", "hash", "skip"]
@@ -94,14 +110,15 @@ def read_shards(
 def _read_planned(
     source: Source, shards: Iterable[Shard], *, options: _Options, ask: Callable[[Shard], Action]
 ) -> Iterator[ShardText]:
+    kind = _ColumnFile if source.format in COLUMNAR else _TextFiles if source.format == "files" else _PlainFile
     inode = find_inode(source)
-    opened = (_ColumnFile if source.format in COLUMNAR else _PlainFile)(source, options=options)
-    with closing(opened):
+    with closing(kind(source, options=options)) as opened:
         for shard in shards:
             action = ask(shard)
             if action != "skip":
                 read = opened.read(shard, parse=action == "read")
-                check_unchanged(source, inode=inode)
+                if kind is not _TextFiles:  # which checks the files that it reads
+                    check_unchanged(source, inode=inode)
                 yield read
 
 
@@ -231,6 +248,54 @@ class _ColumnFile:
             self._file.close()
 
 
+class _TextFiles:
+    """A folder of which each text file is a document."""
+
+    def __init__(self, source: Source, *, options: _Options) -> None:
+        self._source = source
+        self._options = options
+        self._files = list_text_files(source.path)
+        check_version(source, *version_of(self._files))
+
+    def read(self, shard: Shard, *, parse: bool) -> ShardText:
+        digest = xxhash.xxh3_128()
+        rows = (self._read_file(number, digest) for number in range(shard.start, shard.stop))
+        fields = self._options.fields
+        parsed = ParsedRows(kept=[[] for _ in fields.kept])
+        if parse:
+            parsed = build_documents(
+                rows, source=self._source, fields=fields, title_sep=self._options.title_sep, kept=fields.kept
+            )
+        for _ in rows:
+            pass
+        return _pack(shard, parsed, _make_kept(parsed, self._options), digest.hexdigest())
+
+    def _read_file(self, number: int, digest: xxhash.xxh3_128) -> RawRow:
+        found, most = self._files[number], self._options.max_row_bytes
+        digest.update(f"{found.path}\0{found.size}\0".encode())
+        with corpus_errors(self._source), Path(self._source.path, found.path).open("rb") as file:
+            raw = file.read(most + 1)
+            digest.update(raw)
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
+            status = os.fstat(file.fileno())
+        if (status.st_size, status.st_mtime_ns) != (found.size, found.mtime_ns):
+            raise CorpusError(f"{found.path} changed while {self._source.name} was read: run the same command again")
+        too_long = Fault(reason=TOO_LONG, detail=f"{found.path}: {found.size:,} bytes")
+        return number, raw, too_long if len(raw) > most else parse_file(found.path, raw)
+
+    def close(self) -> None:
+        """Close nothing: each file is closed once it is read."""
+
+
+def _make_kept(parsed: ParsedRows, options: _Options) -> Any:
+    """Return the kept fields of rows that are not of columns, as a table; None: there are none."""
+    if not options.fields.kept:
+        return None
+    arrays = [pa.array(values, field.type) for values, field in zip(parsed.kept, options.schema, strict=True)]
+    return pa.table(arrays, schema=options.schema)
+
+
 def _read_lines(
     lines: LineStream | CsvStream, shard: Shard, source: Source, *, options: _Options, parse: bool
 ) -> ShardText:
@@ -252,11 +317,7 @@ def _read_lines(
         parsed = build_documents(rows, source=source, fields=fields, title_sep=options.title_sep, kept=fields.kept)
     for _ in blocks:
         pass
-    kept = None
-    if fields.kept:
-        arrays = [pa.array(values, field.type) for values, field in zip(parsed.kept, options.schema, strict=True)]
-        kept = pa.table(arrays, schema=options.schema)
-    return _pack(shard, parsed, kept, digest.hexdigest())
+    return _pack(shard, parsed, _make_kept(parsed, options), digest.hexdigest())
 
 
 def _hash_blocks(blocks: Iterable[Block], digest: xxhash.xxh3_128) -> Iterator[Block]:

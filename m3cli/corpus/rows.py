@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 import xxhash
 
-from m3cli.records import COLUMNAR, Document, Fields, SkippedRow, Source
+from m3cli.records import Document, Fields, SkippedRow, Source
 
 INVALID_JSON = "invalid JSON"
 INVALID_CSV = "invalid CSV"
@@ -222,7 +222,7 @@ def _skip_row(
     return SkippedRow(
         source=source.name,
         position=position,
-        byte_offset=None if source.format in COLUMNAR else position,
+        byte_offset=position if source.in_bytes else None,
         id=own_id or None,
         reason=fault.reason,
         detail=fault.detail,

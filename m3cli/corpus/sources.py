@@ -7,16 +7,16 @@ import json
 import os
 import re
 import stat
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import get_args
 
+from m3cli.corpus.files import TEXT_ENDINGS, is_text_file, is_written_by_m3, list_text_files, version_of, walk
 from m3cli.corpus.remote import is_remote, list_objects
 from m3cli.corpus.streams import BOM, PeekableStream, corpus_errors, read_head, read_size_and_mtime
 from m3cli.errors import CorpusError, UsageError, check_reachable, is_utf8
-from m3cli.paths import is_output_folder
 from m3cli.records import COLUMNAR, Compression, Source, SourceFormat
 
 FORMATS: dict[str, SourceFormat] = {
@@ -220,6 +220,8 @@ def find_sources(
     forced = check_input_format(input_format)
     if not inputs:
         raise UsageError("no input: give files, folders or globs, or '-' for standard input")
+    if forced == "files":
+        return (_find_folder(inputs, own),)
     if any(map(is_remote, inputs)):
         return _find_objects(inputs, forced, format_flag)
     for each in inputs:
@@ -233,6 +235,25 @@ def find_sources(
     common = Path(os.path.commonpath([root for _, root in found]))
     sources = tuple(_open_source(path, path.relative_to(common).as_posix(), forced, format_flag) for path, _ in found)
     return _check_any_bytes(sources, inputs)
+
+
+def _find_folder(inputs: Sequence[str], own: Container[str]) -> Source:
+    """Return a folder as one source, of which each text file is a document."""
+    folder = Path(os.path.abspath(inputs[0]))  # noqa: PTH100 -- Path.resolve would follow links
+    if len(inputs) > 1 or is_remote(inputs[0]) or not folder.is_dir():
+        raise UsageError(f"--per-file takes one folder of this machine, not {' '.join(inputs)[:200]}: name that folder")
+    if is_written_by_m3(folder):
+        raise CorpusError(f"{inputs[0]} is a folder that m3 writes: give the corpus")
+    files = list_text_files(str(folder))
+    if written := next((file.path for file in files if os.path.realpath(folder / file.path) in own), None):
+        raise UsageError(f"this run writes {folder / written}, which --per-file would read: write it elsewhere")
+    if not files:
+        raise CorpusError(f"{inputs[0]}: nothing to read in this folder; --per-file reads {' '.join(TEXT_ENDINGS)}")
+    size, mtime_ns = version_of(files)
+    source = Source(
+        name=folder.name, path=str(folder), format="files", compression="none", size=size, mtime_ns=mtime_ns
+    )
+    return _check_any_bytes((source,), inputs)[0]
 
 
 def _check_any_bytes(sources: tuple[Source, ...], inputs: Sequence[str]) -> tuple[Source, ...]:
@@ -253,23 +274,26 @@ def check_local_input(name: str) -> None:
         raise UsageError(f"{name}: m3 reads local files; copy it here first{example}")
 
 
-def count_unread(inputs: Sequence[str]) -> dict[str, int]:
+def count_unread(inputs: Sequence[str], input_format: str = "auto") -> dict[str, int]:
     """Count the files of folders and globs that are not read, by ending, most frequent first."""
+    is_read = is_text_file if input_format == "files" else has_known_ending
     paths: set[str] = set()
     for name in inputs:
         if is_remote(name):
             paths.update(list_objects(name)[0])
         elif Path(name).is_dir():
-            paths.update(os.path.realpath(path) for path in _walk(Path(name)))
+            paths.update(os.path.realpath(path) for path in walk(Path(name)))
         elif glob.has_magic(name) and not Path(name).exists():
             paths.update(os.path.realpath(path) for path in _match(name)[0])
-    endings = Counter(name_endings(path) or "without ending" for path in paths if not has_known_ending(path))
+    endings = Counter(name_endings(path) or "without ending" for path in paths if not is_read(path))
     return dict(sorted(endings.items(), key=lambda item: (-item[1], item[0])))
 
 
 def list_files(name: str) -> list[Path]:
-    """Return the files of an input; none if it is invalid, which `find_sources` reports."""
+    """Return the files that an input may have; none if it is invalid, which `find_sources` reports."""
     try:
+        if Path(name).is_dir():
+            return [path for path in walk(Path(name)) if has_known_ending(path.name) or is_text_file(path.name)]
         return [path for path, _ in _find_files(name)]
     except (CorpusError, OSError):
         return []
@@ -319,9 +343,9 @@ def _find_files(name: str) -> list[tuple[Path, Path]]:
     if not glob.has_magic(name):
         check_reachable(path, CorpusError)
     if path.is_dir():
-        if _is_written_by_m3(path):
+        if is_written_by_m3(path):
             raise CorpusError(f"{name} is a folder that m3 writes: give the corpus")
-        files = _skip_notes(file for file in _walk(path) if has_known_ending(file.name))
+        files = _skip_notes(file for file in walk(path) if has_known_ending(file.name))
         found = sorted(files, key=lambda file: file.relative_to(path).as_posix())
         if not found:
             raise CorpusError(f"{name}: nothing to read in this folder; {_hint(path)}")
@@ -370,37 +394,8 @@ def _match(pattern: str) -> tuple[list[Path], Path]:
         fixed = fixed.parent
     matches = [Path(os.path.abspath(match)) for match in glob.glob(pattern, recursive=True)]  # noqa: PTH100, PTH207
     between = {match: [parent for parent in match.parents if parent.is_relative_to(fixed)][:-1] for match in matches}
-    written = set(filter(_is_written_by_m3, {folder for folders in between.values() for folder in folders}))
+    written = set(filter(is_written_by_m3, {folder for folders in between.values() for folder in folders}))
     return [match for match in matches if match.is_file() and written.isdisjoint(between[match])], fixed
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder, its subfolders and the targets of links, without hidden files and m3's own.
-
-    Each folder is walked once, by its own name rather than a link's.
-    """
-
-    def fail(error: OSError) -> None:
-        raise CorpusError(f"{error.filename} cannot be read: {error.strerror}") from error
-
-    seen: set[tuple[int, int]] = set()
-    waiting = deque([folder])
-    while waiting:
-        for parent, folders, files in os.walk(waiting.popleft(), onerror=fail):
-            status = Path(parent).stat()
-            if (status.st_dev, status.st_ino) in seen:
-                folders.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            visible = sorted(name for name in folders if not name.startswith("."))
-            folders[:] = [name for name in visible if not _is_written_by_m3(Path(parent, name))]
-            links = (Path(parent, name) for name in folders if os.path.islink(os.path.join(parent, name)))  # noqa: PTH114, PTH118
-            waiting.extend(link for link in links if not _is_written_by_m3(link.resolve()))
-            yield from (Path(parent, name) for name in files if not name.startswith("."))
-
-
-def _is_written_by_m3(folder: Path) -> bool:
-    return folder.suffix == ".m3" or is_output_folder(folder)
 
 
 def _hint(folder: Path) -> str:
@@ -409,6 +404,8 @@ def _hint(folder: Path) -> str:
         remedy = REMEDIES.get(split_endings(file.name)[0])
         if remedy is not None:
             return f"{file.name}: {remedy}"
+    if any(is_text_file(file.name) for file in folder.iterdir()):
+        return f"{ENDINGS_HINT}; with --per-file each text file is a document"
     return ENDINGS_HINT
 
 

@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR
 from types import TracebackType
 from typing import BinaryIO, Literal, Protocol, cast
 
 import zstandard
 
+from m3cli.corpus.files import list_text_files, version_of
 from m3cli.corpus.remote import RemoteFile, is_remote, read_version
 from m3cli.corpus.rows import TOO_LONG, Fault, RawRow, Row
 from m3cli.errors import CorpusError
@@ -169,17 +171,31 @@ def check_unchanged(source: Source, *, inode: int | None = None) -> None:
     if source.path == "-":
         return
     with corpus_errors(source):
-        size, mtime_ns = read_size_and_mtime(source.path)
+        check_version(source, *read_size_and_mtime(source.path))
+    if inode is not None and inode != find_inode(source):
+        raise _was_written(source)
+
+
+def check_version(source: Source, size: int, mtime_ns: int) -> None:
+    """Check that a file has the size and date that it was planned with.
+
+    Raises:
+        CorpusError: it has not.
+    """
     if size != source.size:
         raise CorpusError(
             f"{source.name} changed while it was read: it had {source.size:,} bytes and has {size:,} now; "
             "put it back as it was and run the same command again, or encode it as it is into a new folder"
         )
-    if mtime_ns != source.mtime_ns or (inode is not None and inode != find_inode(source)):
-        raise CorpusError(
-            f"{source.name} changed while it was read: it was written to or replaced after the run began; "
-            "run the same command again, which compares it with what is done, or encode it into a new folder"
-        )
+    if mtime_ns != source.mtime_ns:
+        raise _was_written(source)
+
+
+def _was_written(source: Source) -> CorpusError:
+    return CorpusError(
+        f"{source.name} changed while it was read: it was written to or replaced after the run began; "
+        "run the same command again, which compares it with what is done, or encode it into a new folder"
+    )
 
 
 def open_file(source: Source) -> BinaryIO:
@@ -188,11 +204,11 @@ def open_file(source: Source) -> BinaryIO:
 
 
 def read_size_and_mtime(path: str) -> tuple[int, int]:
-    """Return the bytes of a file and when it was written to, in ns; for an object in a bucket what stands for it."""
+    """Return the bytes of a file and when it was written to, in ns; what stands for it of an object or a folder."""
     if is_remote(path):
         return read_version(path)
     status = Path(path).stat()
-    return status.st_size, status.st_mtime_ns
+    return version_of(list_text_files(path)) if S_ISDIR(status.st_mode) else (status.st_size, status.st_mtime_ns)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ LEAST_SECONDS = 1.0
 
 def plan_corpus(request: EncodeRequest, *, stdin: PeekableStream | None = None) -> RunPlan:
     """Return what an encode with these options would do, and what is done already."""
-    sources = find_sources(request.inputs, input_format=request.input_format, stdin=stdin)
+    sources = find_sources(request.inputs, input_format=request.source_format, stdin=stdin)
     out = choose_out(request, sources)
     before = read_run_to_resume(out)
     done: Mapping[int, DoneEntry] = {}
@@ -62,7 +62,7 @@ def plan_corpus(request: EncodeRequest, *, stdin: PeekableStream | None = None) 
         num_shards=num_shards,
         done=done,
         resumed=before is not None,
-        unread=count_unread(request.inputs),
+        unread=count_unread(request.inputs, request.source_format),
     )
     if estimate is None or len(done) == num_shards:
         return described

@@ -27,7 +27,7 @@ def find_input(run: RunConfig, root: Path, *, otherwise: str) -> RunConfig:
         raise CorpusError(f"{root.name} was made from standard input, which cannot be read again; {otherwise}")
     now = []
     for source in run.sources:
-        if not is_remote(source.path) and not Path(source.path).is_file():
+        if not is_remote(source.path) and not Path(source.path).exists():
             raise CorpusError(f"{source.path} is gone: put {source.name} back there, or {otherwise}")
         with corpus_errors(source):
             size, mtime_ns = read_size_and_mtime(source.path)

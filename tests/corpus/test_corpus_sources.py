@@ -159,6 +159,9 @@ def test_missing_inputs_are_named(tmp_path: Path) -> None:
         find_sources([str(tmp_path / "*.jsonl")])
     with pytest.raises(CorpusError, match=r"nothing to read in this folder; files ending in \.jsonl"):
         find_sources([str(tmp_path)])
+    (tmp_path / "a.md").write_bytes(b"# A")
+    with pytest.raises(CorpusError, match=r"are read; with --per-file each text file is a document"):
+        find_sources([str(tmp_path)])
     (tmp_path / "a.zip").write_bytes(b"PK")
     with pytest.raises(CorpusError, match=r"nothing to read in this folder; a\.zip: unpack it first"):
         find_sources([str(tmp_path)])

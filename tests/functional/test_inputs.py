@@ -90,6 +90,32 @@ def test_a_folder_of_save_to_disk_and_feather_are_read(m3_here: M3, tmp_path: Pa
     assert read_ids(tmp_path / "f.m3") == [row["docno"] for row in rows]
 
 
+def test_a_folder_per_file_grows(m3_here: M3, tmp_path: Path, tiny_m3: Path) -> None:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number:02}.txt").write_text(f"# Note {number}\nwith some words", encoding="utf-8")
+    flags = ("--model", tiny_m3, "--outputs", "dense", "--shard-size", 200)
+    done = m3_here("encode", "docs", "--per-file", *flags)
+    assert done.returncode == 0, done.stderr
+    assert read_ids(tmp_path / "docs.m3") == [f"{number:02}.txt" for number in range(20)]
+    assert "nothing to do" in m3_here("encode", "docs", "--per-file", *flags).stderr
+    shown = m3_here("info", "docs.m3", "--id", "07.txt", "--text")
+    assert "07.txt\n# Note 7\nwith some words\n" in shown.stdout, shown.stderr
+    forgotten = m3_here("encode", "docs", *flags)
+    assert (forgotten.returncode, "made with --per-file: give it again" in forgotten.stderr) == (10, True)
+    (folder / "20.txt").write_text("the last", encoding="utf-8")
+    (folder / "05.txt").unlink()
+    grown = m3_here("encode", "docs", "--per-file", *flags)
+    assert grown.returncode == 10
+    command = grown.stderr.rpartition("take over the rest: m3 ")[2].split()
+    assert "--per-file" in command
+    done = m3_here(*command, "--gone", "gone.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "taken over  19 documents" in done.stderr
+    assert json.loads((tmp_path / "gone.jsonl").read_text(encoding="utf-8")) == {"id": "05.txt"}
+
+
 def test_files_that_are_not_read_are_told(m3_here: M3, tmp_path: Path, tiny_m3: Path) -> None:
     names = ("a.jsonl", "b.md", "c.md", "d.xml.gz", ".e.md", "f.m3/rows/g.md")
     for name in names:

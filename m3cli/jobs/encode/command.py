@@ -114,7 +114,7 @@ def encode_corpus(
         progress.open_log(request.log_file)
         check_writable(request.gone)
         own = list_own(request.inputs, list(files.values()))
-        sources = find_sources(request.inputs, input_format=request.input_format, stdin=stdin, own=own)
+        sources = find_sources(request.inputs, input_format=request.source_format, stdin=stdin, own=own)
         out = choose_out(request, sources)
         metrics.out = str(out)
         with watch.count("loading"):
@@ -236,7 +236,7 @@ def prepare_run(
         # Of workers that begin a folder together one writes run.json, the others resume.
         ready = fresh if fresh and not opened.resumed else prepare_resumed_run(opened, request, progress)
         previous = open_previous(run, request.since_run, out=opened.name)
-    unread = count_unread(request.inputs)
+    unread = count_unread(request.inputs, request.source_format)
     progress.show_plan(
         describe_run(
             run,

@@ -258,7 +258,7 @@ def describe_rest(run: RunConfig, request: EncodeRequest, *, out: str, rows: int
 def format_command(run: RunConfig, request: EncodeRequest) -> str:
     """Return the command that encodes all outputs of the same input, with the same options but without the limit."""
     config = run.config
-    words = ["m3", "encode", *request.inputs, "--out", "NEW.m3"]
+    words = ["m3", "encode", *request.input_words, "--out", "NEW.m3"]
     if (model := name_model(request)) is not None or run.checkpoint.name != DEFAULT_MODEL:
         words += ["--model", model or run.checkpoint.path]
     options: dict[str, Any] = {
@@ -271,13 +271,14 @@ def format_command(run: RunConfig, request: EncodeRequest) -> str:
     }
     for name, value in options.items():
         if value is not None:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [_join(value)])]
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [format_option(name), *([] if value is True else [shown])]
     return shlex.join(words)
 
 
 def format_increment(request: EncodeRequest, old: str) -> str:
     """Return the command that encodes the same input and takes over the vectors and options of a folder."""
-    return shlex.join(["m3", "encode", *request.inputs, "--out", "NEW.m3", "--since-run", old])
+    return shlex.join(["m3", "encode", *request.input_words, "--out", "NEW.m3", "--since-run", old])
 
 
 def describe_increment(request: EncodeRequest, out: str) -> str:
@@ -285,10 +286,6 @@ def describe_increment(request: EncodeRequest, out: str) -> str:
     if not request.inputs:  # the input is read again for its text
         return "use another --out to encode what it is now"
     return f"to encode what is new and take over the rest: {format_increment(request, request.out or out)}"
-
-
-def _join(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def resume_run(run: RunConfig, request: EncodeRequest, *, sources: tuple[Source, ...], out: str) -> RunConfig:
@@ -336,6 +333,8 @@ def _format(value: object) -> str:
 
 
 def _check_same_sources(before: Sequence[Source], now: Sequence[Source], out: str, remedy: str) -> None:
+    if before[0].format == "files" != now[0].format:
+        raise ForeignFolder(f"{out} was made with --per-file: give it again, or use another --out")
     names = [source.name for source in before], [source.name for source in now]
     if names[0] != names[1]:
         lost = next((name for name in names[0] if name not in names[1]), None)

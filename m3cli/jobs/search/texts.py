@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+from m3cli.corpus.remote import is_remote
+from m3cli.corpus.streams import read_size_and_mtime
 from m3cli.errors import CorpusError
 from m3cli.store.reader import OutputFolder
 
@@ -65,13 +66,15 @@ def _read_documents(folder: OutputFolder, index: int) -> dict[str, str]:
 
     entry = folder.entries[index]
     source = folder.run.sources[entry.shard.source]
+    if is_remote(source.path):
+        return {}
     try:
-        status = Path(source.path).stat()
-    except OSError:
+        size, mtime_ns = read_size_and_mtime(source.path)
+    except (OSError, CorpusError):
         return {}
-    if status.st_size != source.size or (source.sequential and source.size > SEQUENTIAL_BYTES):
+    if size != source.size or (source.sequential and size > SEQUENTIAL_BYTES):
         return {}
-    run = replace(folder.run, sources=(replace(source, mtime_ns=status.st_mtime_ns),))
+    run = replace(folder.run, sources=(replace(source, mtime_ns=mtime_ns),))
     number = entry.shard.start // run.config.shard_size if source.sequential else index
     plan = None if source.sequential else plan_one_shard(run, replace(entry.shard, source=0))
     try:
