@@ -1,21 +1,23 @@
 """The progress of a run on stderr: a panel before it, a bar or log lines during it, a summary after it.
 
-`bar` is tqdm counting tokens, for a terminal; `log` one plain line every 30 s, for a cron mail; `json` one object a
-line, for a machine; `none` errors only. `auto` is bar on a terminal and log elsewhere. A log file gets the lines of
-`log`, with their time, in any mode. Control characters in names from the input are escaped. The remaining work
-is known in shards of about the same bytes, so the remaining time comes from the shards done and the tokens of the
-current one.
+`bar` is tqdm, for a terminal, and before it notes of what a run is waiting for; `log` one plain line every 30 s, for a
+cron mail; `json` one object a line, for a machine; `none` errors only. `auto` is bar on a terminal and log elsewhere. A
+log file gets the lines of `log`, with their time, in any mode. Control characters in names from the input are escaped.
+The remaining work is known in shards of about the same bytes, so the remaining time comes from the shards done and the
+tokens of the current one.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any, Literal, TextIO, TypeVar
 
 from m3cli.config import ProgressMode
@@ -26,6 +28,8 @@ from m3cli.records import RunPlan, RunSummary
 Stage = Literal["loading", "reading", "encoding", "writing"]
 
 _LOG_SECONDS = 30.0
+BAR_COLUMNS = 20
+"of the bar itself, at least"
 
 
 T = TypeVar("T")
@@ -72,6 +76,7 @@ class Progress:
         terminal = self._stream.isatty()
         self.mode: ProgressMode = ("bar" if terminal else "log") if mode == "auto" else mode
         self._bar: _Bar | None = None
+        self._noted = 0
         self._pulse = _RunRate()
 
     def open_log(self, path: str | None) -> None:
@@ -89,8 +94,23 @@ class Progress:
             raise OutputError(f"cannot write --log-file {path}: {error.strerror}; choose another") from error
         self._log_file = Path(path).absolute()
 
+    def note(self, text: str) -> None:
+        """Show on a terminal what the run is waiting for, until something else is shown."""
+        if self.mode == "bar":
+            self.clear_note()
+            shown = escape_unprintable(f"m3: {text} ...")[: max(1, get_terminal_size().columns - 1)]
+            self._noted = len(shown)
+            print(shown, end="", file=self._stream, flush=True)
+
+    def clear_note(self) -> None:
+        """Remove the note from the terminal."""
+        if self._noted:
+            print("\r" + " " * self._noted, end="\r", file=self._stream, flush=True)
+            self._noted = 0
+
     def show_plan(self, plan: RunPlan) -> None:
         """Show the plan of a run."""
+        self.clear_note()
         if self.mode in ("bar", "log"):
             from m3cli.tables import plan_panel, print_panel  # noqa: PLC0415  rich is slow, and not always needed
 
@@ -105,6 +125,7 @@ class Progress:
     def start(self, *, shards_todo: int | None) -> None:
         """Begin to count."""
         self._pulse = _RunRate(shards_todo=shards_todo)
+        self.clear_note()
         if self.mode == "bar":
             self._bar = _Bar(self._stream)
 
@@ -129,9 +150,10 @@ class Progress:
     def _log_progress(self) -> None:
         pulse = self._pulse
         self._emit("progress", pulse.to_json())
+        share = pulse.share_done()
         text = (
-            f"{count_noun(pulse.documents, 'document')}, {count_noun(pulse.tokens, 'token')}, {pulse.rates()}, "
-            f"{format_duration(pulse.seconds_left())} left"
+            f"{'' if share is None else f'{share:.0%}, '}{count_noun(pulse.documents, 'document')}, "
+            f"{count_noun(pulse.tokens, 'token')}, {pulse.rates()}, {format_duration(pulse.seconds_left())} left"
         )
         self._log(text)
         if self.mode == "log":
@@ -144,11 +166,15 @@ class Progress:
             self._bar = None
 
     def show_summary(self, summary: RunSummary) -> None:
-        """Show the summary of a run."""
+        """Show the summary of a run; on a terminal also what may come next."""
         if self.mode in ("bar", "log"):
             from m3cli.tables import print_panel, summary_panel  # noqa: PLC0415
 
             print_panel(summary_panel(summary), self._stream)
+        if self.mode == "bar" and summary.shards_done == summary.num_shards:
+            out = shlex.quote(escape_unprintable(summary.out))
+            print(f'next: m3 search {out} "some words"', file=self._stream)
+            print(f"next: m3 load {out} --to qdrant:URL  (or milvus:, pgvector:; files: m3 export)", file=self._stream)
         self._log(
             f"{count_noun(summary.documents, 'document')}, {count_noun(summary.tokens, 'token')}, "
             f"{count_noun(summary.skipped, 'row')} skipped, {summary.shards_done:,} of "
@@ -168,12 +194,14 @@ class Progress:
         self._log(f"exit code {exit_code}: {text}")
 
     def clear_bar(self) -> None:
-        """Remove the bar from the terminal before results are written; the next batch shows it again."""
+        """Remove bar and note from the terminal before results are written; the next batch shows the bar again."""
+        self.clear_note()
         if self._bar is not None:
             self._bar.clear()
             self._bar.leave = False
 
     def _print(self, text: str) -> None:
+        self.clear_note()
         if self._bar is not None:
             self._bar.clear()
         print(f"m3: {escape_unprintable(text)}", file=self._stream, flush=True)
@@ -242,6 +270,20 @@ class _RunRate:
     def rates(self) -> str:
         return f"{self.documents_per_second:,.1f} documents/s, {self.tokens_per_second:,.0f} tokens/s"
 
+    def describe(self, width: int) -> str:
+        """Describe the work in at most so many characters, if possible, with what matters most."""
+        done, todo, left = int(self._shards + 1e-6), self._shards_todo, self.seconds_left()
+        parts = [
+            *([f"{done:,}/{todo:,} shards" if todo else f"{count_noun(done, 'shard')}"] if todo or done else []),
+            count_noun(self.documents, "document"),
+            f"{self.tokens_per_second:,.0f} tokens/s",
+            *([f"{format_duration(left)} left"] if left is not None else []),
+        ]
+        for dropped in (-3, 0):  # the documents, then the shards
+            if len(", ".join(parts)) > width and len(parts) > 2:
+                del parts[dropped]
+        return ", ".join(parts)
+
     def share_done(self) -> float | None:
         """Part of this run's work that is done; None where the amount of work is not known."""
         if not self._shards_todo:
@@ -273,25 +315,25 @@ class _RunRate:
 
 
 class _Bar:
-    """tqdm counting tokens; its total is estimated from the tokens and the share done."""
+    """tqdm; its total is estimated from the tokens and the share done."""
 
     def __init__(self, stream: TextIO) -> None:
         from tqdm import tqdm  # noqa: PLC0415
 
         self.leave = self._drawn = True
-        self._tqdm = tqdm(
-            file=stream,
-            unit=" tokens",
-            unit_scale=True,
-            dynamic_ncols=True,
-            smoothing=0,
-            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} tokens [{elapsed}<{remaining}{postfix}]",
-        )
+        self._stream, self._columns = stream, 0
+        form = "{percentage:3.0f}%|{bar}| {desc}"
+        self._tqdm = tqdm(file=stream, dynamic_ncols=True, bar_format=form)
 
     def update(self, pulse: _RunRate, tokens: int) -> None:
+        columns = self._tqdm.format_dict["ncols"] or 80
+        if columns < self._columns:  # the terminal has wrapped the line that was as wide as before
+            print("\x1b[A" * ((self._columns - 1) // columns), end="\r\x1b[J", file=self._stream)
+            self._tqdm.sp = self._tqdm.status_printer(self._stream)  # or it overwrites a line of the former width
+        self._columns = columns
         share = pulse.share_done()
         self._tqdm.total = int(pulse.tokens / share) if share else None
-        self._tqdm.set_postfix_str(pulse.rates(), refresh=False)
+        self._tqdm.set_description_str(pulse.describe(columns - BAR_COLUMNS - len("100%||  ")), refresh=False)
         self._drawn = True
         self._tqdm.update(tokens)
 

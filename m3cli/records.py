@@ -378,6 +378,8 @@ class RunSummary:
 
     out: str
     documents: int
+    in_folder: int
+    "documents of this run and those before it"
     chunks: int
     tokens: int
     skipped: int

@@ -111,7 +111,8 @@ def summary_panel(summary: RunSummary) -> Panel:
     """Draw the panel that is shown after a run."""
     rows = _rows()
     chunks = f" in {count_noun(summary.chunks, 'chunk')}" if summary.chunks != summary.documents else ""
-    rows.add_row("documents", f"{summary.documents:,}{chunks}, {count_noun(summary.tokens, 'token')}")
+    earlier = f"; {summary.in_folder:,} in the folder" if summary.in_folder != summary.documents else ""
+    rows.add_row("documents", f"{summary.documents:,}{chunks}, {count_noun(summary.tokens, 'token')}{earlier}")
     rows.add_row("skipped", _format_skipped(summary))
     listed = f", listed by m3 info {summary.out} --truncated" if summary.truncated else ""
     rows.add_row("truncated", f"{summary.truncated:,}{listed}")

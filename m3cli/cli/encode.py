@@ -34,11 +34,12 @@ def encode(request: EncodeRequest) -> None:
     An option that is not typed is taken from the folder, if it exists.
     """
     seconds = parse_duration("--max-runtime", request.max_runtime)
-    from m3cli.engines.ray import check_options, encode_on_ray  # noqa: PLC0415  pyarrow, not for --help
-    from m3cli.jobs.encode.command import encode_corpus  # noqa: PLC0415
+    note = f"reading {' '.join(request.inputs)}"
+    with limit_runtime(seconds, typed=request.max_runtime or ""), show_run(request.progress, note=note) as shown:
+        from m3cli.engines.ray import check_options, encode_on_ray  # noqa: PLC0415  pyarrow, not for --help
+        from m3cli.jobs.encode.command import encode_corpus  # noqa: PLC0415
 
-    check_options(request)
-    with limit_runtime(seconds, typed=request.max_runtime or ""), show_run(request.progress) as shown:
+        check_options(request)
         if request.engine == "ray":
             raise typer.Exit(encode_on_ray(request, progress=shown, stop=stop))
         code = encode_corpus(request, progress=shown, stdin=open_stdin(request.inputs), stop=stop)
@@ -51,10 +52,11 @@ def plan(request: EncodeRequest, *, as_json: AsJson = False) -> None:
 
     Nothing is written. Documents and tokens are estimated from a sample of the input, the time by encoding some of it.
     """
-    from m3cli.jobs.plan import plan_corpus  # noqa: PLC0415  pyarrow and torch, not for --help
-    from m3cli.tables import plan_panel, print_panel  # noqa: PLC0415
+    with show_run(request.progress, note=f"reading {' '.join(request.inputs)}"):
+        from m3cli.jobs.plan import plan_corpus  # noqa: PLC0415  pyarrow and torch, not for --help
+        from m3cli.tables import plan_panel, print_panel  # noqa: PLC0415
 
-    found = plan_corpus(request, stdin=open_stdin(request.inputs))
+        found = plan_corpus(request, stdin=open_stdin(request.inputs))
     if as_json:
         print_json(asdict(found))
     else:

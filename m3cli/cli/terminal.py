@@ -87,11 +87,16 @@ def print_json(document: Any) -> None:
 
 
 @contextmanager
-def show_run(mode: ProgressMode) -> Iterator[Progress]:
-    """Show a run in the form of `--progress`, with its warnings; an error is written to its log file too."""
+def show_run(mode: ProgressMode, *, note: str = "") -> Iterator[Progress]:
+    """Show a run in the form of `--progress`, with its warnings; an error is written to its log file too.
+
+    `note` is shown on a terminal at once, before slow imports.
+    """
     from m3cli.progress import Progress  # noqa: PLC0415  tqdm and rich, not for --help
 
     progress = Progress(mode)
+    if note:
+        progress.note(note)
     logger, handler = logging.getLogger("m3cli"), _ToProgress(progress)
     logger.addHandler(handler)
     logger.propagate = False
@@ -101,6 +106,7 @@ def show_run(mode: ProgressMode) -> Iterator[Progress]:
         progress.log_end(*describe_end(error))
         raise
     finally:
+        progress.clear_note()
         logger.removeHandler(handler)
         logger.propagate = True
 

@@ -39,7 +39,7 @@ class Terminal:
     def __init__(self, folder: Path, *arguments: object, program: Sequence[str] = M3_PROGRAM, **named: str) -> None:
         self.shown = ""
         self._master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+        self.resize(80)
         self.process = subprocess.Popen(
             ["setsid", "--ctty", *program, *map(str, arguments)],  # for Ctrl-C
             cwd=folder,
@@ -49,6 +49,9 @@ class Terminal:
             env={**os.environ, "TERM": "xterm-256color", **named},
         )
         os.close(slave)
+
+    def resize(self, columns: int) -> None:
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
 
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
@@ -298,6 +301,44 @@ def test_two_texts_are_scored(
     assert m3_here("score", "a fox", "x", "--query-field", "q", *model).returncode == 2
 
 
+def test_an_encode_on_a_terminal_is_shown_from_its_first_moment_to_what_comes_next(
+    tmp_path: Path, tiny_m3: Path
+) -> None:
+    rows = [json.dumps({"id": str(number), "text": "some words " * 200}) for number in range(1000)]
+    (tmp_path / "c.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    flags = ("--model", tiny_m3, *FLAGS, "--shard-size", 20_000)
+    command = ("encode", "c.jsonl", *flags)
+    with terminal(tmp_path, *command) as opened:
+        opened.wait_for("m3: reading c.jsonl ...")
+        began = len(opened.shown)
+        opened.wait_for("m3: loading random-2x64 ...")
+        opened.wait_for("/112 shards", times=3)
+        wide = re.findall(r"\d%\|([^|]*)\| [^|\r]+ left", opened.shown)
+        opened.resize(60)
+        opened.wait_for("\x1b[J")
+        narrow = len(opened.shown)
+        opened.wait_for(" left", times=opened.shown.count(" left") + 3)
+        opened.type("\x03")
+        shown = opened.finish()
+    assert opened.process.returncode == 130
+    assert re.search(r"m3: interrupted: \d+ of 112 shards are kept; run the same command again", shown)
+    assert shown.index("╭") > began, "the note is there before anything is imported"
+    assert min(map(len, wide)) >= 20
+    lines = [line for line in shown[narrow:].split("\r") if "%|" in line and line.endswith("left")]
+    assert lines
+    assert max(map(len, lines)) <= 60
+    with terminal(tmp_path, *command) as opened:
+        shown = opened.finish()
+    lines = render(shown)
+    assert any("tokens; 1,000 in the folder" in line for line in lines)
+    assert lines[-3:] == [
+        'next: m3 search c.m3 "some words"',
+        "next: m3 load c.m3 --to qdrant:URL  (or milvus:, pgvector:; files: m3 export)",
+        "",
+    ]
+    assert not any(line.startswith("m3: ") for line in lines), "notes are gone"
+
+
 def test_scores_on_a_terminal_have_lines_of_their_own(tmp_path: Path, tiny_m3: Path) -> None:
     pairs = [f"query {number}\tpassage {number} {ESCAPE}" for number in range(40)]
     (tmp_path / "p.tsv").write_text("".join(f"{pair}\n" for pair in ["query\tpassage", *pairs]), encoding="utf-8")
@@ -305,7 +346,7 @@ def test_scores_on_a_terminal_have_lines_of_their_own(tmp_path: Path, tiny_m3: P
         shown = opened.finish()
     assert opened.process.returncode == 0, shown
     lines = render(shown)
-    assert "tokens [" in shown, "there was a bar"
+    assert re.search(r"\|.{20,}\| [\d,]+ documents, [\d,]+ tokens/s\r", shown), "there was a bar"
     assert not [line for line in lines if "tokens [" in line]
     rows = [line for line in lines if "passage " in line and not line.startswith("m3:")]
     assert len(rows) == len(pairs)

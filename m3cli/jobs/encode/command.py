@@ -275,6 +275,7 @@ def encode(
     if device == "cpu" and (own := machine.auto_threads()) < run.runtime.threads:
         threads = count_noun(run.runtime.threads, "thread")
         progress.say(f"{opened.name} was begun with {threads}, which decide its bytes; this machine has {own}: slower")
+    progress.note(f"loading {run.checkpoint.name}")
     with watch.count("loading"):
         encoder = load_encoder(run, checkpoint, tokenizer, device=device)
     work.stop.check()
@@ -378,6 +379,7 @@ def summarise(opened: OpenRun, work: Work, *, seconds: float, device_bytes: int,
     return RunSummary(
         out=opened.shown_path,
         documents=counts.documents,
+        in_folder=(opened.counts + counts).documents,
         chunks=counts.chunks,
         tokens=counts.tokens,
         skipped=counts.skipped,
@@ -411,7 +413,8 @@ def peak_memory() -> int:
 
 def metrics_document(summary: RunSummary) -> dict[str, object]:
     """Return the content of metrics.json."""
-    left_out = {"out", "skipped_reasons", "duplicate_ids", "taken", "gone", "shards_done", "num_shards", "unread"}
+    left_out = {"out", "in_folder", "skipped_reasons", "duplicate_ids", "taken", "gone"}
+    left_out |= {"shards_done", "num_shards", "unread"}
     return {name: getattr(summary, name) for name in RunSummary.__slots__ if name not in left_out}
 
 
