@@ -23,12 +23,12 @@ def search(request: SearchRequest) -> None:
 
     Texts are encoded with the checkpoint of the folder. Rows that are not queries are counted; then the exit code is 3.
     """
-    from m3cli.jobs.search.command import search_corpus  # noqa: PLC0415  pyarrow, not for --help
-
     request = replace(request, out=None) if request.out == "-" else request
     show = _print_hits if sys.stdout.isatty() else None
     ask = _ask if show is not None and sys.stdin.isatty() else None
-    with show_run(request.progress) as shown:
+    with show_run(request.progress, note=f"opening {request.folder}") as shown:
+        from m3cli.jobs.search.command import search_corpus  # noqa: PLC0415  pyarrow, not for --help
+
         stdin = open_stdin([request.queries or "", *request.corpus_inputs])
         code = search_corpus(request, progress=shown, stdout=open_results(shown), stdin=stdin, show=show, ask=ask)
     raise typer.Exit(code)

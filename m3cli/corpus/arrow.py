@@ -10,12 +10,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import ipc
 
-from m3cli.corpus.parquet import as_binary, columns_to_read, list_columns, parquet_errors, take_columns
+from m3cli.corpus.parquet import (
+    BYTES_OF,
+    as_binary,
+    columns_to_read,
+    list_columns,
+    parquet_errors,
+    replace_leaves,
+    take_columns,
+)
 from m3cli.corpus.remote import RemoteFile, is_remote
 from m3cli.records import Fields, Source
 
 FILE_MAGIC = b"ARROW1"
-STREAM_MAGIC = b"\xff\xff\xff\xff"
 
 
 class ArrowColumns:
@@ -28,7 +35,7 @@ class ArrowColumns:
             self._file = pa.PythonFile(RemoteFile(source.path)) if remote else pa.memory_map(source.path)
             self._is_stream = self._file.read(len(FILE_MAGIC)) != FILE_MAGIC
             self._columns = self._open(None).schema
-        self.schema = list_columns(self._columns)
+            self.schema = list_columns(self._columns)
 
     @cached_property
     def num_rows(self) -> Sequence[int]:
@@ -41,14 +48,15 @@ class ArrowColumns:
         del group
         names = [name for name in (fields.text, fields.title) if name is not None and name in self.schema.names]
         with parquet_errors(self._source):
-            tables = (take_columns(pa.Table.from_batches([batch]), names) for batch in self._read(names))
+            batches = map(check_offsets, self._read(names))
+            tables = (take_columns(pa.Table.from_batches([batch]), names) for batch in batches)
             lengths = (pc.binary_length(as_binary(table.column(name))) for table in tables for name in names)
             return sum(pc.sum(each).as_py() or 0 for each in lengths)
 
     def iter_batches(self, group: int, fields: Fields) -> Iterator[Any]:
         """Yield the rows with the columns that are read."""
         del group
-        return self._read(columns_to_read(self.schema, fields))
+        return map(check_offsets, self._read(columns_to_read(self.schema, fields)))
 
     def _read(self, names: Sequence[str]) -> Iterator[Any]:
         """Yield the batches of the file with some columns; structs are complete."""
@@ -64,3 +72,15 @@ class ArrowColumns:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def check_offsets(batch: Any) -> Any:
+    """Return a batch after a look at its offsets and indices, which Arrow would follow anywhere; raise ArrowInvalid.
+
+    Strings that are not UTF-8 are left to their rows.
+    """
+    batch.validate()
+    for column in batch.columns:
+        raw = replace_leaves(column.type, lambda leaf: BYTES_OF.get(leaf, leaf))
+        (column if raw == column.type else column.cast(raw)).validate(full=True)
+    return batch

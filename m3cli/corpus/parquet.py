@@ -29,7 +29,7 @@ from m3cli.records import Fields, Source
 BATCH_BYTES = 4 << 20
 "of text, decoded at once"
 MAX_BATCH_ROWS = 1 << 16
-_BYTES_OF = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+BYTES_OF = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 
 
 @contextmanager
@@ -305,7 +305,7 @@ def _find_invalid_kept(table: Any, kept: Sequence[str]) -> dict[int, str]:
 
 def _is_utf8(column: Any) -> bool:
     """Return whether all strings of a column are UTF-8; Arrow validates only a cast from bytes."""
-    raw = replace_leaves(column.type, lambda leaf: _BYTES_OF.get(leaf, leaf))
+    raw = replace_leaves(column.type, lambda leaf: BYTES_OF.get(leaf, leaf))
     try:
         if raw != column.type:
             column.cast(raw).cast(column.type)
@@ -390,7 +390,7 @@ def _list_any(column: Any) -> list[Any]:
             return column.to_pylist()  # type: ignore[no-any-return]
         except (ValueError, OverflowError):
             pass
-    plain = replace_leaves(kind, lambda leaf: _make_number(_BYTES_OF.get(leaf, leaf)))
+    plain = replace_leaves(kind, lambda leaf: _make_number(BYTES_OF.get(leaf, leaf)))
     return column.cast(plain).to_pylist()  # type: ignore[no-any-return]
 
 

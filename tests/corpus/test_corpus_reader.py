@@ -598,6 +598,26 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
         read_all([path])
 
 
+@pytest.mark.parametrize("ending", ["feather", "arrow"])
+@quick
+@given(cut=st.floats(0, 1), changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255))))
+def test_damaged_arrow_is_named_or_does_no_harm(
+    tmp_path: Path, ending: str, cut: float, changes: list[tuple[float, int]]
+) -> None:
+    table = pa.table({"id": [str(n) for n in range(50)], "doc": [{"text": f"text {n}"} for n in range(50)]})
+    data = bytearray(write_table(tmp_path / f"a.{ending}", table, 20).read_bytes())
+    for where, byte in changes:
+        data[int(where * len(data))] = byte
+    if not changes:
+        del data[int(cut * len(data)) :]
+    path = tmp_path / f"b.{ending}"
+    path.write_bytes(data)
+    try:
+        read_all([path], text_field="doc.text", shard_size=200)
+    except CorpusError as error:
+        assert path.name in str(error)  # noqa: PT017
+
+
 def test_mixed_formats_are_read_as_one_corpus(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(as_jsonl([{"id": "1", "text": "one", "k": 5}]))
     (tmp_path / "b.txt").write_bytes(b"two\n")
