@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,23 @@ def is_text_file(name: str) -> bool:
     return name.lower().endswith(TEXT_ENDINGS)
 
 
+def stat_file(path: Path) -> os.stat_result:
+    """Return the status of a file to be read.
+
+    Raises:
+        CorpusError: it cannot be read, is not a regular file, or has a name that is not UTF-8.
+    """
+    if not is_utf8(str(path)):
+        raise CorpusError(f"{path} has a name that is not UTF-8: rename it")
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CorpusError(f"{path} is not a regular file: pipe it in, with '-' as the input")
+    return status
+
+
 def list_text_files(folder: str) -> list[TextFile]:
     """Return the text files of a folder and its subfolders, in the order of their paths.
 
@@ -81,10 +99,8 @@ def list_text_files(folder: str) -> list[TextFile]:
     """
     found = []
     for path in walk(Path(folder)):
-        if is_text_file(path.name) and path.is_file():
-            if not is_utf8(str(path)):
-                raise CorpusError(f"{path} has a name that is not UTF-8: rename it")
-            status = path.stat()
+        if is_text_file(path.name):
+            status = stat_file(path)
             name = path.relative_to(folder).as_posix()
             found.append(TextFile(path=name, size=status.st_size, mtime_ns=status.st_mtime_ns))
     return sorted(found, key=lambda file: file.path)

@@ -6,17 +6,24 @@ import glob
 import json
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import get_args
 
-from m3cli.corpus.files import TEXT_ENDINGS, is_text_file, is_written_by_m3, list_text_files, version_of, walk
+from m3cli.corpus.files import (
+    TEXT_ENDINGS,
+    is_text_file,
+    is_written_by_m3,
+    list_text_files,
+    stat_file,
+    version_of,
+    walk,
+)
 from m3cli.corpus.remote import is_remote, list_objects
 from m3cli.corpus.streams import BOM, PeekableStream, corpus_errors, read_head, read_size_and_mtime
-from m3cli.errors import CorpusError, UsageError, check_reachable, is_utf8
+from m3cli.errors import CorpusError, UsageError, check_reachable
 from m3cli.records import COLUMNAR, Compression, Source, SourceFormat
 
 FORMATS: dict[str, SourceFormat] = {
@@ -420,14 +427,7 @@ def _check_duplicates(paths: Sequence[Path]) -> None:
 
 
 def _open_source(path: Path, name: str, forced: SourceFormat | None, flag: str | None) -> Source:
-    if not is_utf8(str(path)):
-        raise CorpusError(f"{path} has a name that is not UTF-8: rename it")
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise CorpusError(f"{path} is not a regular file: pipe it in, with '-' as the input")
+    status = stat_file(path)
     source = Source(
         name=name,
         path=str(path),

@@ -131,6 +131,17 @@ def test_files_that_the_run_writes_and_folders_without_text_are_refused(tmp_path
         find_sources([str(tmp_path / "none")], input_format="files")
 
 
+def test_a_link_to_nothing_and_a_pipe_are_named(tmp_path: Path) -> None:
+    fill(tmp_path, a_txt="one")
+    (tmp_path / "b.md").symlink_to("nowhere")
+    with pytest.raises(CorpusError, match=r"b\.md cannot be read: No such file"):
+        find_sources([str(tmp_path)], input_format="files")
+    (tmp_path / "b.md").unlink()
+    os.mkfifo(tmp_path / "c.rst")
+    with pytest.raises(CorpusError, match=r"c\.rst is not a regular file"):
+        find_sources([str(tmp_path)], input_format="files")
+
+
 @settings(max_examples=300, deadline=None)
 @given(page=st.text(st.sampled_from("<>/!-&;='\" \nabp"), max_size=60))
 def test_any_page_has_a_text_of_trimmed_lines(page: str) -> None:
