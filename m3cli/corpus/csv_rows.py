@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 
-from m3cli.corpus.rows import INVALID_CSV, TOO_LONG, WRONG_COLUMNS, Fault, Row, fault_decoding
+from m3cli.corpus.rows import INVALID_CSV, TOO_LONG, Fault, Row, fault_decoding, name_cells
 from m3cli.corpus.streams import BOM, Block, LineStream, Readable
 
 
@@ -70,7 +70,7 @@ class CsvStream:
             self._separator = ";" if b";" in line and b"," not in line else ","
             self._reader = self._make_reader()
         try:
-            row = self._name_cells(next(self._reader))
+            row = self._read_cells(next(self._reader))
         except csv.Error as error:
             row = self._fault or Fault(reason=INVALID_CSV, detail=str(error))
             self._waiting.extendleft(reversed(self._taken[1:]))
@@ -98,7 +98,7 @@ class CsvStream:
             self._fault = fault_decoding(error)
             return line.raw.decode(errors="replace")
 
-    def _name_cells(self, cells: list[str]) -> Row | Fault | None:
+    def _read_cells(self, cells: list[str]) -> Row | Fault | None:
         """Return a record's row; None: it is blank or the header."""
         if not cells:
             return None
@@ -109,9 +109,7 @@ class CsvStream:
         if not self.columns:
             self.columns = tuple(cells)
             return None
-        if len(cells) != len(self.columns):
-            return Fault(reason=WRONG_COLUMNS, detail=f"it has {len(cells)} instead of {len(self.columns)}")
-        return dict(zip(self.columns, cells, strict=True))
+        return name_cells(self.columns, cells)
 
     def _advance(self, block: Block, row: Row | Fault | None) -> Block:
         if row is not None and self.rows_left is not None:

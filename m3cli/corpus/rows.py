@@ -90,7 +90,7 @@ def format_kept(row: Row, raw: bytes, kept: Collection[str]) -> list[str | None]
     missing = [name for name, value in values.items() if value is not None and texts[name] is None]
     if missing:
         members = dict(find_members(raw))
-        texts |= {name: members.get(name) or _find_nested(members, name) for name in missing}
+        texts |= {name: _find_written(members, name) for name in missing}
     return [texts[name] for name in kept]
 
 
@@ -112,8 +112,10 @@ def list_fields(row: Row, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from list_fields(value, f"{prefix}{name}.")
 
 
-def _find_nested(members: dict[str, str], name: str) -> str | None:
-    """Return the field 'a.b' as written, from the members of a row."""
+def _find_written(members: dict[str, str], name: str) -> str | None:
+    """Return the value that `find_value` finds as it is written, from the members of a row."""
+    if name in members:
+        return members[name]
     text = None
     for part in name.split("."):
         text = members.get(part)
@@ -205,8 +207,7 @@ def name_type(value: Any) -> str:
 def _id_text(value: Any, raw: bytes, name: str) -> str | None:
     """Return an integer in decimal, None for anything else; for orjson one of more than 64 bits is a float."""
     if type(value) is float and raw:
-        members = dict(find_members(raw))
-        text = members.get(name) or _find_nested(members, name) or ""
+        text = _find_written(dict(find_members(raw)), name) or ""
         return text if _INTEGER.fullmatch(text) else None
     return str(value) if type(value) is int else None
 
@@ -271,6 +272,11 @@ def parse_tsv_line(line: bytes, *, columns: Sequence[str]) -> Row | Fault:
         cells = split_cells(line.decode())
     except UnicodeDecodeError as cause:
         return fault_decoding(cause)
+    return name_cells(columns, cells)
+
+
+def name_cells(columns: Sequence[str], cells: Sequence[str]) -> Row | Fault:
+    """Return the cells of TSV or CSV as a row."""
     if len(cells) != len(columns):
         return Fault(reason=WRONG_COLUMNS, detail=f"it has {len(cells)} instead of {len(columns)}")
     return dict(zip(columns, cells, strict=True))
