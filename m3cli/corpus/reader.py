@@ -260,12 +260,7 @@ class _TextFiles:
     def read(self, shard: Shard, *, parse: bool) -> ShardText:
         digest = xxhash.xxh3_128()
         rows = (self._read_file(number, digest) for number in range(shard.start, shard.stop))
-        fields = self._options.fields
-        parsed = ParsedRows(kept=[[] for _ in fields.kept])
-        if parse:
-            parsed = build_documents(
-                rows, source=self._source, fields=fields, title_sep=self._options.title_sep, kept=fields.kept
-            )
+        parsed = _parse_rows(rows if parse else (), self._source, options=self._options)
         for _ in rows:
             pass
         return _pack(shard, parsed, _make_kept(parsed, self._options), digest.hexdigest())
@@ -288,6 +283,12 @@ class _TextFiles:
         """Close nothing: each file is closed once it is read."""
 
 
+def _parse_rows(rows: Iterable[RawRow], source: Source, *, options: _Options) -> ParsedRows:
+    """Return the documents of rows that are not of columns, with the kept fields as text."""
+    fields = options.fields
+    return build_documents(rows, source=source, fields=fields, title_sep=options.title_sep, kept=fields.kept)
+
+
 def _make_kept(parsed: ParsedRows, options: _Options) -> Any:
     """Return the kept fields of rows that are not of columns, as a table; None: there are none."""
     if not options.fields.kept:
@@ -302,19 +303,17 @@ def _read_lines(
     digest = xxhash.xxh3_128()
     fields = options.fields
     blocks = _hash_blocks(lines.take(shard.stop), digest)
-    parsed = ParsedRows(kept=[[] for _ in fields.kept])
-    if parse:
-        rows: Iterator[RawRow]
-        if source.format == "csv":
-            rows = ((block.offset, block.raw, block.row) for block in blocks if block.row is not None)
-        else:
-            rows = split_rows(
-                blocks,
-                _choose_parser(source, fields),
-                max_row_bytes=options.max_row_bytes,
-                header=_has_header(source, fields),
-            )
-        parsed = build_documents(rows, source=source, fields=fields, title_sep=options.title_sep, kept=fields.kept)
+    rows: Iterator[RawRow]
+    if source.format == "csv":
+        rows = ((block.offset, block.raw, block.row) for block in blocks if block.row is not None)
+    else:
+        rows = split_rows(
+            blocks,
+            _choose_parser(source, fields),
+            max_row_bytes=options.max_row_bytes,
+            header=_has_header(source, fields),
+        )
+    parsed = _parse_rows(rows if parse else (), source, options=options)
     for _ in blocks:
         pass
     return _pack(shard, parsed, _make_kept(parsed, options), digest.hexdigest())
