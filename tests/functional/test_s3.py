@@ -188,20 +188,21 @@ def test_a_folder_is_copied_to_a_bucket_at_any_moment(
         return subprocess.run(words, env={**environment, **more}, check=check, capture_output=True).returncode
 
     class Ending(s3.Proxy):
-        """Answers nothing more after some objects have been written."""
+        """Answers nothing more after some objects have been written, of those that are sent at once any of them."""
 
-        left = 7
+        left = 0
 
         def choose(self, request: str) -> str:
-            self.left -= request.startswith("PUT")
-            return "reset" if self.left < 0 else ""
+            with self._lock:
+                self.left -= request.startswith("PUT")
+                return "reset" if self.left < 0 else ""
 
     ending = Ending(proxy.server, share=0)
-    with ending.run() as port:
-        assert run(ROOT / "scripts/examples/sync.sh", out, target, check=False, port=port) != 0
-    run("aws", "s3", "sync", target, back)
-    assert (back / "_m3/run.json").exists()
-    assert m3_here("check", back).returncode == 75
+    for ending.left in (1, 6):
+        with ending.run() as port:
+            assert run(ROOT / "scripts/examples/sync.sh", out, target, check=False, port=port) != 0
+        run("aws", "s3", "sync", target, back)
+        assert m3_here("check", back).returncode == 75
     run(ROOT / "scripts/examples/sync.sh", out, target)
     run("aws", "s3", "sync", target, back)
     assert m3_here("check", back).returncode == 3
