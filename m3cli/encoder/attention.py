@@ -1,11 +1,13 @@
 """Attention over packed sequences: every token attends to exactly the tokens of its own sequence.
 
-There are two implementations. On CUDA, torch's variable-length flash attention reads `cu_seqlens`. On a CPU, or for a
-dtype without that kernel, neighbouring sequences of nearly equal length are gathered into one [H, S, L, D] block. A
-block goes through two batched matmuls and a softmax. L is a multiple of LENGTH_STEP and S a power of two, because
-oneDNN keeps a kernel for each shape. `scaled_dot_product_attention` is slower on a CPU (scripts/bench_results/LOG.md).
+There are three implementations. On CUDA, torch's variable-length flash attention reads `cu_seqlens`. On a CPU with AMX,
+neighbouring sequences of equal length go through torch's flash attention for CPUs. Elsewhere neighbouring sequences of
+nearly equal length are gathered into one [H, S, L, D] block. A block goes through two batched matmuls and a softmax. L
+is a multiple of LENGTH_STEP and S a power of two, because oneDNN keeps a kernel for each shape. Without AMX, flash
+attention is slower than that (scripts/bench_results/LOG.md).
 
-Scores are rounded to the states' dtype, as in transformers' eager attention; sums in matmul and softmax are float32.
+Flash attention keeps scores in float32. Matmuls round them to the states' dtype, as in transformers' eager attention;
+their sums and softmax are float32.
 
 Shapes: N tokens, H heads, S sequences of a block, L its padded length, D width of a head.
 """
@@ -18,9 +20,10 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812  torch's own convention
 from numpy.typing import NDArray
 
-from m3cli.encoder.device import send, takes_varlen
+from m3cli.encoder.device import AttentionKernel, choose_attention, send
 
 LENGTH_STEP = 16
 "tokens; lengths that round up to the same multiple share a block and are padded to it, for attention only"
@@ -60,8 +63,11 @@ class Block:
 class SequenceLayout:
     """Offsets of a packed batch's sequences, in the form that the attention in use needs."""
 
+    kernel: AttentionKernel
     blocks: tuple[Block, ...]
-    "empty if `varlen`"
+    "of `matmul`"
+    groups: tuple[tuple[int, int, int], ...]
+    "of `flash`: neighbours of equal length as (index of the first token, sequences, tokens of each)"
     cu_seqlens: torch.Tensor
     "[S + 1] int32 on the device, S >= B: the last border may be repeated (see pad_borders)"
     num_sequences: int
@@ -69,7 +75,6 @@ class SequenceLayout:
     max_seqlen: int
     num_tokens: int
     "of the sequences; states after them are padding"
-    varlen: bool
 
     @property
     def borders(self) -> torch.Tensor:
@@ -88,17 +93,27 @@ def lay_out(
 ) -> SequenceLayout:
     """Return a batch's layout for all layers; `borders` are its `cu_seqlens` on the device, padded or not."""
     device = borders.device
-    varlen = len(borders) - 1 <= _VARLEN_SEQUENCES and takes_varlen(device, dtype, head_width=head_width)
+    kernel = choose_attention(device, dtype, head_width=head_width)
+    if kernel == "varlen" and len(borders) - 1 > _VARLEN_SEQUENCES:
+        kernel = "matmul"
     max_scores = BLOCK_SCORES[device.type] // num_heads
-    blocks = [] if varlen else plan_blocks(np.diff(cu_seqlens), max_scores=max_scores)
+    blocks = plan_blocks(np.diff(cu_seqlens), max_scores=max_scores) if kernel == "matmul" else []
     return SequenceLayout(
+        kernel=kernel,
         blocks=tuple(_build_block(cu_seqlens, *block, device=device, dtype=dtype) for block in blocks),
+        groups=tuple(group_equal(cu_seqlens)) if kernel == "flash" else (),
         cu_seqlens=borders,
         num_sequences=len(cu_seqlens) - 1,
         max_seqlen=max_seqlen,
         num_tokens=int(cu_seqlens[-1]),
-        varlen=varlen,
     )
+
+
+def group_equal(cu_seqlens: NDArray[np.int32]) -> list[tuple[int, int, int]]:
+    """Return neighbours of equal length as (index of the first token, sequences, tokens of each)."""
+    lengths = np.diff(cu_seqlens)
+    borders = [0, *(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)]
+    return [(int(cu_seqlens[first]), last - first, int(lengths[first])) for first, last in pairwise(borders)]
 
 
 def pad_borders(cu_seqlens: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -165,11 +180,16 @@ def attend(qkv: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
     Returns:
         [N, H * D]
     """
-    if layout.varlen:
+    if layout.kernel == "varlen":
         return _attend_varlen(qkv, layout)
     num_tokens, _, num_heads, head_width = qkv.shape
     out = torch.empty((num_tokens, num_heads, head_width), dtype=qkv.dtype, device=qkv.device)
     out[layout.num_tokens :].zero_()  # padding, see TOKEN_STEP
+    for first, count, length in layout.groups:
+        span = slice(first, first + count * length)
+        q, k, v = qkv[span].view(count, length, 3, num_heads, head_width).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        out[span] = attended.reshape(-1, num_heads, head_width)
     by_head = qkv.permute(1, 2, 0, 3)
     for block in layout.blocks:
         span = slice(block.first, block.last)

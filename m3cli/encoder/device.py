@@ -21,7 +21,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 FLOAT16 = ("avx512_fp16", "amx_fp16", "fp16_arith")
 INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm")
 "instruction sets that multiply a dtype"
+AMX = ("amx_tile",)
+AttentionKernel = Literal["varlen", "flash", "matmul"]
+"see attention.py"
 _CPU_BATCH_TOKENS = 4096
 "twice as many would need new memory pages in each layer: see INNER_ROWS in model.py"
 MAX_PARALLEL = 4
@@ -208,6 +211,13 @@ def cpu_has(names: Collection[str]) -> bool:
     return any(capabilities.get(name) for name in names)
 
 
+def choose_attention(device: torch.device, dtype: torch.dtype, *, head_width: int) -> AttentionKernel:
+    """Return the attention that is fastest on a device (scripts/bench_results/LOG.md)."""
+    if takes_varlen(device, dtype, head_width=head_width):
+        return "varlen"
+    return "flash" if device.type == "cpu" and cpu_has(AMX) else "matmul"
+
+
 def takes_varlen(device: torch.device, dtype: torch.dtype, *, head_width: int) -> bool:
     """Return whether variable-length flash attention runs: compute capability 8.0 or later, and a torch that has it.
 
@@ -333,8 +343,11 @@ def list_devices() -> list[dict[str, Any]]:
 
 def name_attention(device: str, dtype: Dtype) -> str:
     """Return the name of the attention that a device uses with a dtype."""
-    varlen = takes_varlen(torch.device(device), state_dtype(dtype, device), head_width=_HEAD_WIDTH)
-    return "variable-length flash attention" if varlen else "batched matmuls, one block a length"
+    return {
+        "varlen": "variable-length flash attention",
+        "flash": "flash attention, a call a length",
+        "matmul": "batched matmuls, one block a length",
+    }[choose_attention(torch.device(device), state_dtype(dtype, device), head_width=_HEAD_WIDTH)]
 
 
 @torch.inference_mode()

@@ -49,6 +49,9 @@ TOKEN_STEP = 128
 """Batches are padded to a multiple of this many tokens. oneDNN prepares and keeps a kernel for each number of rows, so
 without steps memory grows, and a small model spends more time on preparing kernels than on running them."""
 
+SMALL_STEP = 16
+"the same on a CPU up to TOKEN_STEP tokens, where padding is most of the time of a query"
+
 OCTAVE_STEPS = 8
 """Padded sizes between one power of two and the next on CUDA, where kernels are chosen by shape. Full batches have the
 budget if it is a power of two, as automatic ones are. The last batch of a window grows by an eighth at most."""
@@ -325,9 +328,10 @@ def run_model(model: Model, batch: Batch) -> tuple[torch.Tensor, SequenceLayout]
 
 def padded_num_tokens(num_tokens: int, *, device: torch.device) -> int:
     """Return the number of tokens with padding, one of few sizes."""
-    step = TOKEN_STEP
     if device.type == "cuda":
-        step = max(step, (1 << (num_tokens - 1).bit_length()) // (2 * OCTAVE_STEPS))
+        step = max(TOKEN_STEP, (1 << (num_tokens - 1).bit_length()) // (2 * OCTAVE_STEPS))
+    else:
+        step = TOKEN_STEP if num_tokens > TOKEN_STEP else SMALL_STEP
     return -(-num_tokens // step) * step
 
 

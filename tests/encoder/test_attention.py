@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 
 from m3cli.encoder import attention
 from m3cli.encoder.attention import LENGTH_STEP, SequenceLayout, attend, lay_out, pad_borders, plan_blocks
+from m3cli.encoder.device import AttentionKernel
 
+KERNELS: tuple[AttentionKernel, ...] = ("flash", "matmul")
+"those of a CPU"
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=40).map(lambda found: sorted(found, reverse=True))
 
 
@@ -18,10 +21,12 @@ def to_borders(lengths: list[int]) -> np.ndarray:
     return np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
 
 
-def lay(borders: np.ndarray, *, max_seqlen: int) -> SequenceLayout:
-    return lay_out(
-        borders, torch.from_numpy(borders), num_heads=2, head_width=8, max_seqlen=max_seqlen, dtype=torch.float32
-    )
+def lay(borders: np.ndarray, *, max_seqlen: int, kernel: AttentionKernel) -> SequenceLayout:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "choose_attention", lambda *_, **__: kernel)
+        return lay_out(
+            borders, torch.from_numpy(borders), num_heads=2, head_width=8, max_seqlen=max_seqlen, dtype=torch.float32
+        )
 
 
 def attend_one_by_one(qkv: torch.Tensor, borders: np.ndarray) -> torch.Tensor:
@@ -33,9 +38,12 @@ def attend_one_by_one(qkv: torch.Tensor, borders: np.ndarray) -> torch.Tensor:
     return torch.cat(out)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @settings(deadline=None, max_examples=40)
 @given(lengths=LENGTHS, max_scores=st.integers(1, 40_000), max_held=st.integers(1, 40_000))
-def test_attention_equals_one_sequence_after_the_other(lengths: list[int], max_scores: int, max_held: int) -> None:
+def test_attention_equals_one_sequence_after_the_other(
+    lengths: list[int], max_scores: int, max_held: int, kernel: AttentionKernel
+) -> None:
     borders = to_borders(lengths)
     generator = torch.Generator().manual_seed(sum(lengths))
     qkv = torch.randn(int(borders[-1]) + 3, 3, 2, 8, generator=generator)
@@ -43,7 +51,7 @@ def test_attention_equals_one_sequence_after_the_other(lengths: list[int], max_s
         patch.setitem(attention.BLOCK_SCORES, "cpu", max_scores)
         patch.setitem(attention.HELD_SCORES, "cpu", max_held)
         patch.setattr(attention, "MIN_QUERIES", LENGTH_STEP)
-        layout = lay(borders, max_seqlen=lengths[0])
+        layout = lay(borders, max_seqlen=lengths[0], kernel=kernel)
         out = attend(qkv, layout)
     assert torch.allclose(out[: borders[-1]].double(), attend_one_by_one(qkv, borders), atol=1e-5)
     assert not out[borders[-1] :].any()
@@ -61,11 +69,12 @@ def test_blocks_hold_every_sequence_once_in_few_shapes(lengths: list[int], max_s
         assert all(length - LENGTH_STEP < one <= length for one in lengths[first:last])
 
 
-def test_nan_stays_in_its_sequence() -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_nan_stays_in_its_sequence(kernel: AttentionKernel) -> None:
     borders = to_borders([20, 19, 18, 3])
     qkv = torch.randn(60, 3, 2, 8)
     qkv[25] = torch.nan
-    layout = lay(borders, max_seqlen=20)
+    layout = lay(borders, max_seqlen=20, kernel=kernel)
     out = attend(qkv, layout)
     assert out[20:39].isnan().any(-1).all()
     assert out[:20].isfinite().all()
