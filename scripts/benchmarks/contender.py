@@ -18,6 +18,7 @@ import time
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -46,16 +47,18 @@ def load(name: str, model: Path, cache: Path, device: str) -> Runner:
 
 
 def time_group(run: Runner, group: Group, *, device: str) -> Found:
-    """Time a run over a group, after a run over a few of its texts."""
+    """Time a run over a group, the median of several if it says so, after a run over a few of its texts."""
     count = WARM_UP_TEXTS
     if device != "cpu":
         count += next((place for place, sum_ in enumerate(accumulate(group.lengths)) if sum_ >= WARM_UP_TOKENS), 0)
     few = Group(texts=group.texts[:count], lengths=group.lengths[:count], batch=group.batch)
     run(few)
-    began = time.perf_counter()
-    made = run(group)
-    seconds = time.perf_counter() - began
-    return Found(seconds=seconds, positions=made.positions, stages=made.stages, peak_bytes=read_peak(device))
+    rounds, end = list[float](), time.perf_counter() + group.seconds
+    while not rounds or time.perf_counter() < end:
+        began = time.perf_counter()
+        made = run(group)
+        rounds.append(time.perf_counter() - began)
+    return Found(seconds=median(rounds), positions=made.positions, stages=made.stages, peak_bytes=read_peak(device))
 
 
 def read_peak(device: str) -> int:

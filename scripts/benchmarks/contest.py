@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -23,6 +24,7 @@ NEEDS = {
     "sentence-transformers": ("sentence_transformers",),
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
     "OpenVINO": ("openvino", "onnxruntime", "onnx", "onnxscript"),
+    "OpenVINO int8": ("openvino", "nncf", "onnxruntime", "onnx", "onnxscript"),
 }
 "packages by kind of contender; OpenVINO reads the ONNX export"
 
@@ -36,6 +38,8 @@ class Group:
     "tokens of each, <s> and </s> included, cut to what the model takes"
     batch: int | None = None
     "texts in a peer's batch, instead of the number in its name"
+    seconds: float = 0.0
+    "how long it is run, again and again; the median counts"
 
     @property
     def tokens(self) -> int:
@@ -106,7 +110,8 @@ def encode(corpus: Path, out: Path, *flags: str, environment: dict[str, str] | N
 
 def find_missing(contender: str) -> list[str]:
     """Return the packages that a contender needs and that are not installed."""
-    return [package for package in NEEDS.get(contender.split(maxsplit=1)[0], ()) if find_spec(package) is None]
+    needs = NEEDS.get(" ".join(contender.split()[:2])) or NEEDS.get(contender.split(maxsplit=1)[0], ())
+    return [package for package in needs if find_spec(package) is None]
 
 
 def say(line: str) -> None:
@@ -132,28 +137,28 @@ class Contest:
         self._model, self._cache, self._device = model, cache, device
         self._groups = json.dumps([asdict(group) for group in groups])
 
-    def ask(self, name: str) -> Any:
-        """Return the output of a contender's process.
+    def ask(self, name: str, environment: Mapping[str, str] = MappingProxyType({})) -> Any:
+        """Return the output of a contender's process, with `environment` added to this one's.
 
         Raises:
             CommandFailed: it ended with an error.
         """
         command = [sys.executable, "-m", "benchmarks.contender", self._model, name, self._cache, self._device]
         paths = [str(SCRIPTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        more = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)), **environment}
         done = subprocess.run(
             list(map(str, command)),
             input=self._groups,
             capture_output=True,
             text=True,
             check=False,
-            env=environment,
+            env={**os.environ, **more},
         )
         if done.returncode:
             raise CommandFailed((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
         return json.loads(done.stdout.strip().splitlines()[-1])
 
-    def measure(self, name: str) -> list[Found] | str:
+    def measure(self, name: str, environment: Mapping[str, str] = MappingProxyType({})) -> list[Found] | str:
         """Measure a contender on each group; return the reason if it cannot run."""
         if missing := find_missing(name):
             say(f"{name}: skipped, {', '.join(missing)} not installed")
@@ -161,7 +166,7 @@ class Contest:
         try:
             if name.split(maxsplit=1)[0] in ("onnxruntime", "OpenVINO"):
                 self.ask("export")
-            found = [Found(**each) for each in self.ask(name)]
+            found = [Found(**each) for each in self.ask(name, environment)]
         except CommandFailed as error:
             say(f"{name}: failed, {error}")
             return f"failed: {error}"

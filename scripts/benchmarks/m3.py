@@ -36,21 +36,22 @@ SQUARE = "float16 at 8192^3"
 def load_m3(folder: Path, dtype: str, outputs: str = ",".join(OUTPUTS), *, device: str) -> Runner:
     """Return a run of tokenising, batching, encoding and ordering, one after the other.
 
-    Batches run in parallel as in `m3 encode`, which overlaps the other stages with them; here nothing overlaps.
+    Batches run in parallel as in `m3 encode`, which overlaps the other stages with them; here nothing overlaps. One
+    text runs alone with all threads, as in `m3 search` and `m3 score`.
     """
     checkpoint = read_checkpoint(folder)
     tokenizer = load_tokenizer(checkpoint)
     model = load_model(checkpoint, device=device, dtype=cast("Dtype", dtype))
-    threads = auto_threads()
-    parallel = plan_threads(threads, device=device)
-    set_threads(threads // parallel)
     cutting = Cutting(max_length=checkpoint.default_max_length, long_docs="truncate")
     budget = auto_batch_tokens(device)
     wanted = cast("tuple[Output, ...]", tuple(outputs.split(",")))
     options = OutputOptions(outputs=wanted, special_ids=tokenizer.special_ids)
-    encoder = BatchEncoder(model, options, num_threads=parallel, parallel_map=parallel_map)
+    threads = auto_threads()
 
     def run(group: Group) -> Made:
+        parallel = plan_threads(threads, device=device) if len(group.texts) > 1 else 1
+        set_threads(threads // parallel)
+        encoder = BatchEncoder(model, options, num_threads=parallel, parallel_map=parallel_map)
         clock = [time.perf_counter()]
         chunks = chunk_documents(make_documents(group.texts), tokenizer, cutting)
         clock.append(time.perf_counter())

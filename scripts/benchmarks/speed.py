@@ -5,9 +5,10 @@
 m3 runs its own stages (tokenise, batch, encode, order) in memory for dense + sparse + ColBERT. FlagEmbedding runs
 `encode` for all three, in float32 (its only choice on a CPU; float16 on a GPU). sentence-transformers gives dense
 vectors only, as do the exports to ONNX, which run on a CPU: in onnxruntime with dynamic int8 (per channel, matmuls
-only) and in OpenVINO. Both get padded batches sorted by tokens, within a budget of padded tokens. Where a contender has
-settings (batch or budget), all are run and the best counts. A peer that is not installed is skipped. --json keeps all
-runs; "encoding" among m3's stages is the model alone, from the first batch to the last vector on the host.
+only) and in OpenVINO (int8: NNCF's static one). Both get padded batches sorted by tokens, within a budget of padded
+tokens. Where a contender has settings (batch or budget), all are run and the best counts. A peer that is not installed
+is skipped. --json keeps all runs; "encoding" among m3's stages is the model alone, from the first batch to the last
+vector on the host.
 
 The machine's own matmul rate is taken before and after; the better one counts. A model's share of it is its FLOPs over
 the real tokens per second. Padding is the share of the positions a model ran that were not a token of a text, or one
@@ -93,7 +94,7 @@ def list_contenders(device: str) -> tuple[Contender, ...]:
     peer_dtypes = ("float32", "bfloat16") if on_cpu else ("bfloat16", "float16")
     peer_batches = (16, 32) if on_cpu else (32, 128)
     reference = "float32" if on_cpu else "float16"
-    exports = (("onnxruntime", "int8"), ("OpenVINO", "float32"), ("OpenVINO", "bfloat16")) if on_cpu else ()
+    exports = (("onnxruntime", "int8"), *(("OpenVINO", dtype) for dtype in dtypes)) if on_cpu else ()
     return (
         *(
             Contender(label=f"m3 {dtype}", dtype=dtype, settings=(f"m3 {dtype}",), outputs="all three")

@@ -29,10 +29,12 @@ def read_texts(path: Path, count: int | None = None, *, paragraphs: bool = False
     return texts[::step][:count]
 
 
-def make_group(texts: list[str], backend: Backend, *, max_length: int, batch: int | None = None) -> Group:
+def make_group(
+    texts: list[str], backend: Backend, *, max_length: int, batch: int | None = None, seconds: float = 0.0
+) -> Group:
     """Count the tokens of texts."""
     lengths = [min(len(encoding.ids), max_length) for encoding in backend.encode_batch_fast(texts)]
-    return Group(texts=texts, lengths=lengths, batch=batch)
+    return Group(texts=texts, lengths=lengths, batch=batch, seconds=seconds)
 
 
 def cut_texts(texts: list[str], backend: Backend, *, length: int, count: int) -> list[str]:
