@@ -19,17 +19,14 @@ from typing import Annotated, Any, cast
 import typer
 
 import m3cli
-from m3cli.cli.convert import convert
 from m3cli.cli.doctor import doctor
 from m3cli.cli.encode import ENCODE_EXAMPLES, PLAN_EXAMPLES, encode, plan
 from m3cli.cli.eval import eval_runs
-from m3cli.cli.export import export
+from m3cli.cli.export import convert, export, load
 from m3cli.cli.folders import check, info
-from m3cli.cli.help import Command
-from m3cli.cli.load import load
-from m3cli.cli.rerank import rerank
+from m3cli.cli.options import Command
 from m3cli.cli.score import score
-from m3cli.cli.search import search
+from m3cli.cli.search import rerank, search
 from m3cli.cli.signals import catch_sigterm
 from m3cli.cli.terminal import OneLine, describe_end, prepare_streams, tell_end
 from m3cli.errors import EXIT_DONE, EXIT_INTERRUPTED, OutputError, UsageError, is_utf8

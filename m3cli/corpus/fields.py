@@ -18,12 +18,11 @@ from typing import Any
 import pyarrow as pa
 
 from m3cli.config import ENCODE_FLAGS, ID_NAMES, MAX_ROW_BYTES, TEXT_NAMES, TITLE_NAMES, FieldFlags
-from m3cli.corpus.csv_rows import CsvStream
 from m3cli.corpus.files import FILE_FIELDS
 from m3cli.corpus.parquet import can_be_kept, check_columns, is_text, open_columns, without_views
 from m3cli.corpus.rows import Fault, list_fields, parse_json_line, split_cells
 from m3cli.corpus.sources import split_endings
-from m3cli.corpus.streams import BOM, ByteStream, LineStream, PeekableStream, Readable, read_head, split_rows
+from m3cli.corpus.streams import BOM, ByteStream, CsvStream, LineStream, PeekableStream, Readable, read_head, split_rows
 from m3cli.errors import CorpusError, UsageError
 from m3cli.records import COLUMNAR, Fields, Source, SourceFormat
 

@@ -20,7 +20,6 @@ import pyarrow as pa
 import xxhash
 
 from m3cli.config import MAX_ROW_BYTES
-from m3cli.corpus.csv_rows import CsvStream
 from m3cli.corpus.files import list_text_files, parse_file, version_of
 from m3cli.corpus.parquet import (
     Columns,
@@ -47,6 +46,7 @@ from m3cli.corpus.streams import (
     BLOCK_BYTES,
     Block,
     ByteStream,
+    CsvStream,
     LineStream,
     PeekableStream,
     check_unchanged,

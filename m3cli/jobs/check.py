@@ -38,8 +38,16 @@ from m3cli.store.documents import find_links, is_ours
 from m3cli.store.layout import RUN_NAME, shard_of
 from m3cli.store.lock import hold_lock
 from m3cli.store.verify.contents import Expected, check_contents
-from m3cli.store.verify.ledger import Fault, Ledger, check_files, read_ledger
-from m3cli.store.verify.listing import find_strays, find_unknown, repair, shards_to_redo
+from m3cli.store.verify.ledger import (
+    Fault,
+    Ledger,
+    check_files,
+    find_strays,
+    find_unknown,
+    read_ledger,
+    repair,
+    shards_to_redo,
+)
 from m3cli.store.verify.rows import DuplicateIds, find_duplicate_ids
 
 

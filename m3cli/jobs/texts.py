@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from m3cli.concurrency import parallel_map, take_turn
 from m3cli.config import EncodeConfig, LongDocs
@@ -38,6 +39,8 @@ from m3cli.records import (
     TokenMatrices,
 )
 
+MIN_TOKENS_AT_ONCE = 512
+"of all rows, for several batches at once"
 _NO_ROWS = np.empty(0, np.int64)
 
 
@@ -64,8 +67,7 @@ def encode_texts(
     rows = plan_rows(shard.chunks, long_docs=long_docs, taken=_NO_ROWS)
     with take_turn():
         threads = machine.auto_threads()
-        # A single row has one batch, for which several threads are faster than one.
-        at_once = machine.plan_threads(threads, device=encoder.device) if shard.chunks.num_rows > 1 else 1
+        at_once = plan_at_once(shard.chunks.num_tokens, threads=threads, device=encoder.device)
         machine.set_threads(threads // at_once)
         try:
             batches = _encode(shard, encoder, encoder.make_encoder(num_threads=at_once, parallel_map=parallel_map))
@@ -73,6 +75,16 @@ def encode_texts(
         finally:
             machine.set_threads(threads)
     return concat_embeddings(windows) if windows else _make_empty(encoder), rows
+
+
+def plan_at_once(num_tokens: NDArray[np.int64], *, threads: int, device: str) -> int:
+    """Return how many batches of rows of so many tokens go through the model at once.
+
+    One batch with all threads reads the weights once. For few tokens that is faster (scripts/bench_results/LOG.md).
+    """
+    if len(num_tokens) == 1 or num_tokens.sum() < MIN_TOKENS_AT_ONCE:
+        return 1
+    return machine.plan_threads(threads, device=device)
 
 
 def _tokenise(encoder: TextEncoder, texts: Sequence[str], config: EncodeConfig) -> TokenisedShard:

@@ -46,8 +46,7 @@ from m3cli.store.layout import (
     rows_name,
     scales_name,
 )
-from m3cli.store.pages import DensePages
-from m3cli.store.parquet import vector_columns
+from m3cli.store.parquet import DensePages, vector_columns
 from m3cli.store.verify.rows import hash_ids
 
 _DENSE = VECTOR_COLUMNS["dense"]

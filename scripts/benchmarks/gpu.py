@@ -40,7 +40,7 @@ from m3cli.encoder.checkpoint import TOKENIZER_FILES, read_checkpoint
 from m3cli.encoder.encode import BatchEncoder, FailedRow
 from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.model import load_model
-from m3cli.encoder.texts import TokenisedTexts, pack_texts
+from m3cli.encoder.text_encoder import TokenisedTexts, pack_texts
 
 LENGTHS = (8192, 8191, 4097, 1025, 513, 512, 511, 129, 128, 127, 65, 64, 3, 3)
 "tokens: borders of the kernels' tiles"

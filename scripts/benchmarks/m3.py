@@ -26,6 +26,7 @@ from m3cli.encoder.encode import BatchEncoder, FailedRow, batch_rows, pack_rows
 from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.model import load_model, padded_num_tokens, run_model
 from m3cli.encoder.tokenizer import load_tokenizer
+from m3cli.jobs.texts import plan_at_once
 from m3cli.records import Document, Output
 
 OUTPUTS: tuple[Output, ...] = ("dense", "sparse", "colbert")
@@ -36,8 +37,8 @@ SQUARE = "float16 at 8192^3"
 def load_m3(folder: Path, dtype: str, outputs: str = ",".join(OUTPUTS), *, device: str) -> Runner:
     """Return a run of tokenising, batching, encoding and ordering, one after the other.
 
-    Batches run in parallel as in `m3 encode`, which overlaps the other stages with them; here nothing overlaps. One
-    text runs alone with all threads, as in `m3 search` and `m3 score`.
+    Batches run in parallel as in `m3 encode`, which overlaps the other stages with them; here nothing overlaps. Few
+    texts run with all threads as one batch, as in m3 from Python.
     """
     checkpoint = read_checkpoint(folder)
     tokenizer = load_tokenizer(checkpoint)
@@ -49,11 +50,11 @@ def load_m3(folder: Path, dtype: str, outputs: str = ",".join(OUTPUTS), *, devic
     threads = auto_threads()
 
     def run(group: Group) -> Made:
-        parallel = plan_threads(threads, device=device) if len(group.texts) > 1 else 1
-        set_threads(threads // parallel)
-        encoder = BatchEncoder(model, options, num_threads=parallel, parallel_map=parallel_map)
         clock = [time.perf_counter()]
         chunks = chunk_documents(make_documents(group.texts), tokenizer, cutting)
+        parallel = plan_at_once(chunks.num_tokens, threads=threads, device=device)
+        set_threads(threads // parallel)
+        encoder = BatchEncoder(model, options, num_threads=parallel, parallel_map=parallel_map)
         clock.append(time.perf_counter())
         groups = batch_rows(chunks.num_tokens, max_batch_tokens=budget, threads=parallel)
         batches = [pack_rows(chunks, rows) for rows in groups]

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.contest import WORK
 from benchmarks.report import draw_table, make_parser, save_results
-from benchmarks.stored import iter_dense, search_dense, write_dense
+from benchmarks.stored import iter_dense, search_dense, write_vectors
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
             folder = options.work / f"search-{options.rows}x{dim}.{form}.m3"
             shutil.rmtree(folder, ignore_errors=True)
             folder.parent.mkdir(parents=True, exist_ok=True)
-            write_dense(folder, rows=options.rows, dim=dim, form=form)
+            write_vectors(folder, rows=options.rows, dim=dim, form=form)
             figures += [compare(folder, form, dim, queries, options) for queries in options.queries]
             shutil.rmtree(folder)
     rows = [

@@ -35,7 +35,7 @@ from m3cli.encoder.embeddings import concat_embeddings, select_rows
 from m3cli.encoder.encode import BatchEncoder, FailedRow
 from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.model import load_model
-from m3cli.encoder.texts import pack_texts, tokenise_texts
+from m3cli.encoder.text_encoder import pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.jobs.encode.resolve import open_checkpoint
 from m3cli.records import Embeddings, TokenMatrices

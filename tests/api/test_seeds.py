@@ -129,7 +129,8 @@ def test_model_card_scores(model: BGEM3FlagModel) -> None:
     ]
     assert scores["colbert+sparse+dense"] == pytest.approx(total, abs=1e-6)
     single = model.compute_score(tuple(sentence_pairs[0]), weights_for_different_modes=[0.4, 0.2, 0.4])
-    assert single == pytest.approx({name: values[0] for name, values in scores.items()}, abs=1e-5)
+    # In bfloat16 the last bits of a vector depend on its batch.
+    assert single == pytest.approx({name: values[0] for name, values in scores.items()}, abs=1e-3)
 
 
 @pytest.mark.slow

@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3cli.corpus.csv_rows import CsvStream
 from m3cli.corpus.fields import resolve_fields
 from m3cli.corpus.rows import Fault
 from m3cli.corpus.sources import find_sources
-from m3cli.corpus.streams import Block
+from m3cli.corpus.streams import Block, CsvStream
 from m3cli.errors import CorpusError
 from tests.corpus.test_corpus_reader import list_skipped, list_texts, read_all
 

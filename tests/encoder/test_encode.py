@@ -37,7 +37,7 @@ from m3cli.encoder.encode import (
 from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.model import Model, load_model
 from m3cli.encoder.model import run_model as real_run_model
-from m3cli.encoder.texts import pack_texts, tokenise_texts
+from m3cli.encoder.text_encoder import pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.errors import ModelTooLarge
 from m3cli.records import Batch, Chunks, Embeddings

@@ -33,6 +33,7 @@ def bench(name: str, *arguments: object) -> str:
     [
         ("speed", ["--documents", 4, "--only", "m3 bfloat16", "--end-to-end"], "m3 encode dense,sparse, end to end"),
         ("lengths", ["--lengths", 16, "--tokens", 64], "m3 bfloat16"),
+        ("shapes", ["--counts", 2, "--lengths", 8, "--threads", 1, "--seconds", 0, "--only", "m3 b"], "bfloat16, 2 x"),
         ("growth", ["--sizes", "20,30", "--repeat", 1], "30 rows"),
         ("growth", ["--documents", "--sizes", "0.01", "--rows", 10], "0.01 MB"),
         ("host", ["--rows", 50, "--repeat", 1, "--shards", 3], "nothing to do"),
@@ -51,6 +52,11 @@ def test_the_bench_of_search(tmp_path: Path) -> None:
     pytest.importorskip("faiss")
     small = ("--rows", 50, "--dims", 8, "--queries", 1, "--top-k", 5, "--rounds", 1)
     assert "8, npy" in bench("search", *small, "--work", tmp_path)
+
+
+def test_the_bench_of_exports(tmp_path: Path) -> None:
+    small = ("--rows", 30, "--dim", 8, "--weights", 3, "--targets", "npy", "elasticsearch")
+    assert "elasticsearch, 30" in bench("export", *small, "--work", tmp_path / "work")
 
 
 def test_the_bench_of_the_writer(tmp_path: Path) -> None:

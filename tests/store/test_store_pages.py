@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from m3cli.store.pages import DensePages
+from m3cli.store.parquet import DensePages
 
 
 def write(path: Path, vectors: NDArray[Any], *, groups: int = 1, **options: Any) -> pq.ParquetFile:

@@ -21,8 +21,7 @@ from m3cli.store.documents import entry_document, hash_file, read_errors
 from m3cli.store.folder import open_run_folder
 from m3cli.store.layout import MANIFEST_NAME, RUN_NAME, VECTOR_COLUMNS, done_name, rows_name, scales_name
 from m3cli.store.verify.contents import Expected, check_contents, check_norms
-from m3cli.store.verify.ledger import Fault, check_files, read_ledger
-from m3cli.store.verify.listing import find_strays, find_unknown, repair, shards_to_redo
+from m3cli.store.verify.ledger import Fault, check_files, find_strays, find_unknown, read_ledger, repair, shards_to_redo
 from m3cli.store.verify.rows import find_duplicate_ids
 from tests.crash import crash_at, folder_bytes
 from tests.store import samples
