@@ -204,7 +204,7 @@ def _quantise_static(folder: Path) -> Path:
     """
     path = folder / STATIC
     if not path.exists():
-        import nncf  # type: ignore[import-untyped, unused-ignore]  # noqa: PLC0415
+        import nncf  # type: ignore[import-not-found, import-untyped, unused-ignore]  # noqa: PLC0415
         import openvino  # noqa: PLC0415
 
         draw = np.random.default_rng(0)
