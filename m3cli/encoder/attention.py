@@ -15,6 +15,7 @@ Shapes: N tokens, H heads, S sequences of a block, L its padded length, D width 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -112,8 +113,12 @@ def lay_out(
 def group_equal(cu_seqlens: NDArray[np.int32]) -> list[tuple[int, int, int]]:
     """Return neighbours of equal length as (index of the first token, sequences, tokens of each)."""
     lengths = np.diff(cu_seqlens)
-    borders = [0, *(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)]
-    return [(int(cu_seqlens[first]), last - first, int(lengths[first])) for first, last in pairwise(borders)]
+    return [(int(cu_seqlens[first]), last - first, int(lengths[first])) for first, last in find_stretches(lengths)]
+
+
+def find_stretches(lengths: NDArray[np.integer]) -> Iterator[tuple[int, int]]:
+    """Yield the (first, last + 1) of neighbours with equal lengths, in order."""
+    return pairwise([0, *(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(lengths)])
 
 
 def pad_borders(cu_seqlens: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -133,9 +138,8 @@ def plan_blocks(lengths: NDArray[np.int32], *, max_scores: int) -> list[tuple[in
     scores a head, but at least one sequence.
     """
     padded = -(-lengths.astype(np.int64) // LENGTH_STEP) * LENGTH_STEP
-    borders = [0, *(np.flatnonzero(np.diff(padded)) + 1).tolist(), len(lengths)]
     blocks = []
-    for first, last in pairwise(borders):
+    for first, last in find_stretches(padded):
         length = int(padded[first])
         limit = max(1, max_scores // length**2)
         while first < last:

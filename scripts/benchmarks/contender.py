@@ -12,7 +12,6 @@ stage if the contender has stages, and the most memory that the process has held
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contest import Found, Group, Runner
+from benchmarks.contest import Found, Group, Runner, read_host_peak
 
 WARM_UP_TEXTS = 8
 WARM_UP_TOKENS = 2 * 65536
@@ -62,17 +61,8 @@ def time_group(run: Runner, group: Group, *, device: str) -> Found:
 
 
 def read_peak(device: str) -> int:
-    """Return the most memory this process has held, in bytes: of the device, if it has its own.
-
-    ru_maxrss alone may be the parent's: Linux keeps it over fork and exec.
-    """
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
+    """Return the most memory this process has held, in bytes: of the device, if it has its own."""
+    return read_host_peak() if device == "cpu" else torch.cuda.max_memory_allocated(device)
 
 
 def answer(name: str, model: Path, cache: Path, device: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -114,6 +114,18 @@ def find_missing(contender: str) -> list[str]:
     return [package for package in needs if find_spec(package) is None]
 
 
+def read_host_peak() -> int:
+    """Return the most memory this process has held, in bytes.
+
+    ru_maxrss alone may be the parent's: Linux keeps it over fork and exec.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
 def say(line: str) -> None:
     """Print one line of progress on standard error."""
     print(line, file=sys.stderr, flush=True)
@@ -137,7 +149,7 @@ class Contest:
         self._model, self._cache, self._device = model, cache, device
         self._groups = json.dumps([asdict(group) for group in groups])
 
-    def ask(self, name: str, environment: Mapping[str, str] = MappingProxyType({})) -> Any:
+    def ask(self, name: str, environment: Mapping[str, str] | None = None) -> Any:
         """Return the output of a contender's process, with `environment` added to this one's.
 
         Raises:
@@ -145,7 +157,7 @@ class Contest:
         """
         command = [sys.executable, "-m", "benchmarks.contender", self._model, name, self._cache, self._device]
         paths = [str(SCRIPTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-        more = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)), **environment}
+        more = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(environment or {})}
         done = subprocess.run(
             list(map(str, command)),
             input=self._groups,
@@ -158,7 +170,7 @@ class Contest:
             raise CommandFailed((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
         return json.loads(done.stdout.strip().splitlines()[-1])
 
-    def measure(self, name: str, environment: Mapping[str, str] = MappingProxyType({})) -> list[Found] | str:
+    def measure(self, name: str, environment: Mapping[str, str] | None = None) -> list[Found] | str:
         """Measure a contender on each group; return the reason if it cannot run."""
         if missing := find_missing(name):
             say(f"{name}: skipped, {', '.join(missing)} not installed")

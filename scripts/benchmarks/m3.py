@@ -48,18 +48,21 @@ def load_m3(folder: Path, dtype: str, outputs: str = ",".join(OUTPUTS), *, devic
     wanted = cast("tuple[Output, ...]", tuple(outputs.split(",")))
     options = OutputOptions(outputs=wanted, special_ids=tokenizer.special_ids)
     threads = auto_threads()
+    encoders = {
+        count: BatchEncoder(model, options, num_threads=count, parallel_map=parallel_map)
+        for count in {1, plan_threads(threads, device=device)}
+    }
 
     def run(group: Group) -> Made:
         clock = [time.perf_counter()]
         chunks = chunk_documents(make_documents(group.texts), tokenizer, cutting)
         parallel = plan_at_once(chunks.num_tokens, threads=threads, device=device)
         set_threads(threads // parallel)
-        encoder = BatchEncoder(model, options, num_threads=parallel, parallel_map=parallel_map)
         clock.append(time.perf_counter())
         groups = batch_rows(chunks.num_tokens, max_batch_tokens=budget, threads=parallel)
         batches = [pack_rows(chunks, rows) for rows in groups]
         clock.append(time.perf_counter())
-        parts = [part for part in encoder.encode_all(batches) if not isinstance(part, FailedRow)]
+        parts = [part for part in encoders[parallel].encode_all(batches) if not isinstance(part, FailedRow)]
         clock.append(time.perf_counter())
         restore_order(parts, start=0, stop=chunks.num_rows)
         clock.append(time.perf_counter())

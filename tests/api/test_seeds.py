@@ -133,6 +133,14 @@ def test_model_card_scores(model: BGEM3FlagModel) -> None:
     assert single == pytest.approx({name: values[0] for name, values in scores.items()}, abs=1e-3)
 
 
+def test_a_pair_alone_scores_as_among_others(demo_m3: Path) -> None:
+    model = BGEM3FlagModel(str(demo_m3), use_fp16=False)
+    sentence_pairs = [(i, j) for i in SENTENCES_1 for j in SENTENCES_2]
+    scores = model.compute_score(sentence_pairs, max_passage_length=128, weights_for_different_modes=[0.4, 0.2, 0.4])
+    single = model.compute_score(sentence_pairs[0], weights_for_different_modes=[0.4, 0.2, 0.4])
+    assert single == pytest.approx({name: values[0] for name, values in scores.items()}, abs=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_flagembedding_itself_returns_the_same(demo_m3: Path) -> None:
