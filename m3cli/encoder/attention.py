@@ -15,7 +15,7 @@ Shapes: N tokens, H heads, S sequences of a block, L its padded length, D width 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -35,6 +35,9 @@ HELD_SCORES = {"cpu": 1 << 19, "cuda": 1 << 26}
 and values in the cache too (scripts/bench_results/LOG.md)"""
 MIN_QUERIES = 64
 "queries of a sequence in one matmul, however many scores that is: fewer are slow"
+
+flash_attention: Callable[..., tuple[torch.Tensor, ...]] = torch.ops.aten._flash_attention_forward.default  # noqa: SLF001
+"""what torch.nn.attention.varlen calls, which comes with torch 2.10 and takes 5 s to import torch._dynamo"""
 
 _VARLEN_SEQUENCES = 65_535
 "limit of CUDA's grid, in which the kernel has a row for each sequence"
@@ -232,10 +235,8 @@ def plan_slices(block: Block, *, num_heads: int, max_scores: int) -> tuple[int, 
 
 
 def _attend_varlen(qkv: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  not in every torch we run on
-
     # The kernel does not write the rows of padding tokens: they hold any value, NaN too, until the heads drop them.
     q, k, v = qkv.unbind(1)
-    out = varlen_attn(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.max_seqlen, layout.max_seqlen)
-    assert isinstance(out, torch.Tensor)
-    return out.reshape(qkv.shape[0], -1)
+    borders, longest = layout.cu_seqlens, layout.max_seqlen
+    attended = flash_attention(q, k, v, borders, borders, longest, longest, 0.0, False, False)[0]
+    return attended.reshape(qkv.shape[0], -1)

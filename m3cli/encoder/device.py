@@ -225,13 +225,7 @@ def takes_varlen(device: torch.device, dtype: torch.dtype, *, head_width: int) -
     """
     if device.type != "cuda" or dtype not in _VARLEN_DTYPES or head_width not in _VARLEN_WIDTHS:
         return False
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: F401, PLC0415
-    except ImportError:
-        return False
-    return True
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 ALIGNMENT = 32

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
 
 from m3cli.encoder import model as models
+from m3cli.encoder.attention import flash_attention
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.encode import BatchEncoder
 from m3cli.encoder.heads import OutputOptions
@@ -130,8 +131,6 @@ def probe_layer(probe: Probe, model: Model, *, tokens: int) -> None:
 
 def probe_attention(probe: Probe, model: Model, *, tokens: int) -> None:
     """Measure variable-length attention by flash attention and by cuDNN."""
-    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  not in every torch
-
     heads, width = model.checkpoint.num_heads, model.checkpoint.hidden_size
     q, k, v = probe.random(tokens, 3, heads, width // heads).unbind(1)
     cudnn = torch.ops.aten._cudnn_attention_forward
@@ -139,7 +138,7 @@ def probe_attention(probe: Probe, model: Model, *, tokens: int) -> None:
         borders = torch.arange(0, tokens + 1, length, dtype=torch.int32, device=probe.device)
         sizes = (borders, borders, length, length)
         flops = 4.0 * tokens * length * width
-        probe.note(f"attention {length}: flash", varlen_attn, q, k, v, *sizes, flops=flops)
+        probe.note(f"attention {length}: flash", flash_attention, q, k, v, *sizes, 0.0, False, False, flops=flops)
         probe.note(f"attention {length}: cuDNN", cudnn, q, k, v, None, *sizes, False, 0.0, False, False, flops=flops)
 
 

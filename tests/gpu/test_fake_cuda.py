@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -85,7 +84,8 @@ def checkpoint(tensors: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Checkp
     monkeypatch.setattr(encoding, "fetch", lambda tensors, _: tensors)
     monkeypatch.setattr(encoding, "open_stream", lambda _: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(attention, "flash_attention", flash_attention)
     with mode:
         yield checkpoint
 
@@ -97,7 +97,7 @@ def send(device: torch.device, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
     return tuple(packed[begin : begin + len(array)] for begin, array in zip(begins[:-1], arrays, strict=True))
 
 
-def varlen_attn(
+def flash_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -105,8 +105,10 @@ def varlen_attn(
     cu_seq_k: torch.Tensor,
     max_q: int,
     max_k: int,
-) -> torch.Tensor:
+    *rest: Any,
+) -> Any:
     """Check what the kernel checks (mha_varlen_fwd in torch's flash_api.cpp), and return its output's layout."""
+    assert rest == (0.0, False, False), "no dropout, no causal mask, no mask for debugging"
     for each in (q, k, v):
         assert each.dtype in (torch.float16, torch.bfloat16)
         assert each.dtype == q.dtype
@@ -124,7 +126,8 @@ def varlen_attn(
     assert type(max_q) is int
     assert type(max_k) is int
     assert max_q > 0
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    made = torch.ops.aten._flash_attention_forward.default(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *rest)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), *made[1:]
 
 
 class Strict(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -206,8 +209,14 @@ def test_the_default_gpu_is_the_first(checkpoint: Checkpoint) -> None:
     assert model.word_embeddings.device == torch.device("cuda:0")
 
 
-def test_an_older_gpu_has_attention_by_blocks(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+@pytest.mark.parametrize(
+    ("owner", "name", "answer"),
+    [(torch.cuda, "get_device_capability", (7, 5)), (torch.backends.cuda, "is_flash_attention_available", False)],
+)
+def test_without_flash_attention_there_are_blocks(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, answer: Any
+) -> None:
+    monkeypatch.setattr(owner, name, lambda *_: answer)
     _, operators = launch(load_model(checkpoint, device="cuda", dtype="float16"))
     assert "aten.baddbmm.default" in operators
 
