@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3cli.api.model import load_model
-from m3cli.encoder.text_encoder import DEFAULT_LENGTH
+from m3cli.encoder.encode import DEFAULT_LENGTH
 
 LexicalDict = Mapping[str, float]
 "weights by token id, which is a string"

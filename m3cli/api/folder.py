@@ -26,7 +26,7 @@ from m3cli.store.reader import ShardArrays
 
 if TYPE_CHECKING:
     from m3cli.api.model import EmbeddingModel
-    from m3cli.encoder.text_encoder import TextEncoder
+    from m3cli.encoder.encode import TextEncoder
 
 
 def open_folder(path: str | Path) -> Folder:
@@ -197,7 +197,7 @@ class Folder:
 
     def _load(self, model: EmbeddingModel | str | Path | None, request: SearchRequest) -> TextEncoder:
         from m3cli.encoder import device as machine  # noqa: PLC0415  torch
-        from m3cli.encoder.text_encoder import TextEncoder  # noqa: PLC0415
+        from m3cli.encoder.encode import TextEncoder  # noqa: PLC0415
 
         if model is not None and not isinstance(model, (str, Path)):
             return model.encoder

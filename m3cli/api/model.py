@@ -19,7 +19,7 @@ from m3cli.concurrency import take_turn
 from m3cli.config import ALL_OUTPUTS, MAX_LENGTH_CEILING, Dtype, LongDocs
 from m3cli.corpus.pairs import Pair, cut_windows
 from m3cli.encoder import device as machine
-from m3cli.encoder.text_encoder import DEFAULT_LENGTH, TextEncoder
+from m3cli.encoder.encode import DEFAULT_LENGTH, TextEncoder
 from m3cli.errors import ModelError, UsageError
 from m3cli.jobs.encode.resolve import check_outputs, open_checkpoint
 from m3cli.jobs.score.command import finish_scores

@@ -27,8 +27,7 @@ from m3cli.cli.folders import check, info
 from m3cli.cli.options import Command
 from m3cli.cli.score import score
 from m3cli.cli.search import rerank, search
-from m3cli.cli.signals import catch_sigterm
-from m3cli.cli.terminal import OneLine, describe_end, prepare_streams, tell_end
+from m3cli.cli.terminal import OneLine, catch_sigterm, describe_end, prepare_streams, tell_end
 from m3cli.errors import EXIT_DONE, EXIT_INTERRUPTED, OutputError, UsageError, is_utf8
 
 app = typer.Typer(

@@ -8,8 +8,7 @@ from dataclasses import asdict
 import typer
 
 from m3cli.cli.options import AsJson, parse_duration, takes
-from m3cli.cli.signals import limit_runtime, stop
-from m3cli.cli.terminal import open_stdin, print_json, show_run
+from m3cli.cli.terminal import limit_runtime, open_stdin, print_json, show_run, stop
 from m3cli.config import EncodeRequest
 
 ENCODE_EXAMPLES = """\

@@ -8,8 +8,7 @@ from pathlib import Path
 import typer
 
 from m3cli.cli.options import takes
-from m3cli.cli.signals import stop
-from m3cli.cli.terminal import show_run
+from m3cli.cli.terminal import show_run, stop
 from m3cli.requests import ConvertRequest, ExportRequest, LoadRequest
 
 

@@ -34,7 +34,7 @@ def score(request: ScoreRequest, *, explain: Explain = False) -> None:
     with show_run(request.progress) as shown:
         stdin = open_stdin([request.pairs] if request.passage is None else [])
         if explain:
-            from m3cli.jobs.score.explain import explain_pairs  # noqa: PLC0415  torch
+            from m3cli.jobs.score.from_texts import explain_pairs  # noqa: PLC0415  torch
 
             code = print_explanations(explain_pairs(request, progress=shown, stdin=stdin))
         else:

@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3cli.config import EncodeConfig, LongDocs, Split
-from m3cli.encoder.segments import SEGMENT_CHARS, Border, TextTokens, read_texts
-from m3cli.encoder.tokenizer import Tokenizer
+from m3cli.encoder.tokenizer import SEGMENT_CHARS, Border, TextTokens, Tokenizer, read_texts
 from m3cli.errors import UsageError
 from m3cli.records import Chunks, Document
 

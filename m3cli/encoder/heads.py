@@ -94,7 +94,7 @@ def run_heads(
 
 
 def quantise_vectors(vectors: torch.Tensor, kind: Literal["int8", "binary"]) -> dict[str, torch.Tensor]:
-    """Return quantised vectors [V, D] as outputs of `run_heads`, as colbert.py does but for rounding."""
+    """Return quantised vectors [V, D] as outputs of `run_heads`, as embeddings.py does but for rounding."""
     # No torch.where with a number: it would copy the number to the device, and wait.
     errors = (~vectors.any(-1)).byte() * NO_LENGTH
     outputs = {"colbert_errors": errors.masked_fill_(~torch.isfinite(vectors).all(-1), NOT_FINITE)}

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from m3cli.encoder.checkpoint import Checkpoint
+from m3cli.encoder.encode import TextEncoder
 from m3cli.encoder.onnx import MODEL_NAME, OUTPUT_NAMES, TOKENIZER_NAME, OnnxSession, export_onnx
-from m3cli.encoder.text_encoder import TextEncoder
 from m3cli.errors import ModelError, OutputError, UsageError
 from m3cli.jobs.encode.resolve import open_checkpoint
 from m3cli.jobs.paths import check_paths

@@ -16,7 +16,7 @@ from m3cli.config import Dtype
 from m3cli.encoder import device as machine
 from m3cli.encoder.checkpoint import HEAD_FILES, Checkpoint
 from m3cli.encoder.device import count_flops, expect_tokens_per_second, list_devices, measure_matmul, name_attention
-from m3cli.encoder.text_encoder import DEFAULT_LENGTH, TextEncoder, TokenisedTexts
+from m3cli.encoder.encode import DEFAULT_LENGTH, TextEncoder, TokenisedTexts
 from m3cli.errors import ModelError
 from m3cli.jobs.encode.resolve import open_checkpoint
 from m3cli.records import Embeddings, LexicalWeights, Output

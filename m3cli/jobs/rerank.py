@@ -29,8 +29,8 @@ from m3cli.corpus.sources import find_sources
 from m3cli.corpus.streams import PeekableStream
 from m3cli.corpus.trec import read_run
 from m3cli.encoder import device as machine
+from m3cli.encoder.encode import TokenisedTexts, pack_texts, tokenise_texts
 from m3cli.encoder.reranker import PAIR_SPECIALS, Reranker, join_pair, load_reranker, score_batches
-from m3cli.encoder.text_encoder import TokenisedTexts, pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, CorpusError, UsageError, check_reachable, count_noun
 from m3cli.jobs.encode.resolve import open_checkpoint

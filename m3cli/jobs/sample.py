@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from m3cli.config import ColbertForm, RunConfig
 from m3cli.encoder import device as machine
 from m3cli.encoder.chunker import chunk_documents, cutting_of
-from m3cli.encoder.embeddings import select_chunks
+from m3cli.encoder.embeddings import plan_rows, select_chunks
 from m3cli.encoder.encode import BatchEncoder, FailedRow, batch_rows, pack_rows
-from m3cli.encoder.merge import plan_rows
 from m3cli.encoder.model import Model, load_model
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
 from m3cli.errors import ForeignFolder, ModelError

@@ -15,10 +15,8 @@ from m3cli.concurrency import parallel_map, take_turn
 from m3cli.config import EncodeConfig, LongDocs
 from m3cli.encoder import device as machine
 from m3cli.encoder.chunker import chunk_documents, cutting_of
-from m3cli.encoder.embeddings import concat_embeddings
-from m3cli.encoder.encode import BatchEncoder, FailedRow, plan_windows
-from m3cli.encoder.merge import plan_rows
-from m3cli.encoder.text_encoder import TextEncoder
+from m3cli.encoder.embeddings import concat_embeddings, plan_rows
+from m3cli.encoder.encode import BatchEncoder, FailedRow, TextEncoder, plan_windows
 from m3cli.errors import ModelError
 from m3cli.jobs.encode.pipeline import (
     EncodedBatch,

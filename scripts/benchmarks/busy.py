@@ -40,7 +40,7 @@ from m3cli.encoder.heads import NO_KEY, OutputOptions
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.jobs.encode import pipeline
 from m3cli.records import Batch
-from m3cli.store.shard import ShardWriter
+from m3cli.store.folder import ShardWriter
 
 WIDTH = 1024
 PIECES = 2000

@@ -37,10 +37,9 @@ from benchmarks.report import save_results
 from benchmarks.texts import read_texts, split_sentences, write_rows
 from m3cli.config import Dtype
 from m3cli.encoder.checkpoint import TOKENIZER_FILES, read_checkpoint
-from m3cli.encoder.encode import BatchEncoder, FailedRow
+from m3cli.encoder.encode import BatchEncoder, FailedRow, TokenisedTexts, pack_texts
 from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.model import load_model
-from m3cli.encoder.text_encoder import TokenisedTexts, pack_texts
 
 LENGTHS = (8192, 8191, 4097, 1025, 513, 512, 511, 129, 128, 127, 65, 64, 3, 3)
 "tokens: borders of the kernels' tiles"

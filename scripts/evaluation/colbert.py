@@ -30,16 +30,14 @@ from scipy.stats import kendalltau
 
 from m3cli.config import ColbertForm
 from m3cli.encoder import device as machine
-from m3cli.encoder.colbert import compress_matrices
-from m3cli.encoder.embeddings import concat_embeddings, select_rows
-from m3cli.encoder.encode import BatchEncoder, FailedRow
+from m3cli.encoder.embeddings import compress_matrices, concat_embeddings, select_rows
+from m3cli.encoder.encode import BatchEncoder, FailedRow, pack_texts, tokenise_texts
 from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.model import load_model
-from m3cli.encoder.text_encoder import pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.jobs.encode.resolve import open_checkpoint
+from m3cli.jobs.eval import measure_queries, parse_measures
 from m3cli.records import Embeddings, TokenMatrices
-from m3cli.retrieval.measures import measure_queries, parse_measures
 from m3cli.retrieval.scores import decode_vectors
 
 MAX_LENGTH = 512

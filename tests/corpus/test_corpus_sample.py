@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3cli.corpus.fields import resolve_fields
-from m3cli.corpus.plan import plan_shards
-from m3cli.corpus.sample import Sample, sample_shards
+from m3cli.corpus.plan import Sample, plan_shards, sample_shards
 from m3cli.corpus.sources import find_sources
 
 SIZE, NUMBER = 100, 6

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from m3cli.config import Split
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import REACH_PART, Cutting, Window, chunk_documents, cut_windows
-from m3cli.encoder.segments import Border
-from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
+from m3cli.encoder.tokenizer import Border, Tokenizer, load_tokenizer
 from m3cli.errors import UsageError
 from m3cli.records import Chunks, Document
 from tests.conftest import build_sample

@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from m3cli.config import ColbertForm
-from m3cli.encoder import colbert as pooling
-from m3cli.encoder.colbert import (
+from m3cli.encoder import embeddings as pooling
+from m3cli.encoder.embeddings import (
     choose_vectors,
     compress_matrices,
     keep_vectors,
     pool_vectors,
     quantise_binary,
     quantise_int8,
+    restore_order,
 )
-from m3cli.encoder.embeddings import restore_order
 from m3cli.encoder.heads import NO_LENGTH, NOT_FINITE, quantise_vectors
 from m3cli.records import Embeddings, TokenMatrices
 from m3cli.retrieval.scores import decode_vectors

@@ -30,14 +30,15 @@ from m3cli.encoder.encode import (
     FailedRow,
     batch_rows,
     pack_rows,
+    pack_texts,
     plan_windows,
     split_batch,
     take_batch,
+    tokenise_texts,
 )
 from m3cli.encoder.heads import OutputOptions
 from m3cli.encoder.model import Model, load_model
 from m3cli.encoder.model import run_model as real_run_model
-from m3cli.encoder.text_encoder import pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.errors import ModelTooLarge
 from m3cli.records import Batch, Chunks, Embeddings

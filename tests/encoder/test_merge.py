@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3cli.config import ColbertForm, LongDocs
-from m3cli.encoder.embeddings import restore_order, select_rows
-from m3cli.encoder.merge import Merger, plan_rows
+from m3cli.encoder.embeddings import Merger, plan_rows, restore_order, select_rows
 from m3cli.records import Chunks, Embeddings, LexicalWeights, TokenMatrices
 
 DIM = 4

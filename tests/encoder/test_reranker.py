@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, XLMRobertaForSequenceClassification
 
 from m3cli.encoder import reranker as module
 from m3cli.encoder.checkpoint import read_checkpoint
+from m3cli.encoder.encode import TokenisedTexts, pack_texts, tokenise_texts
 from m3cli.encoder.model import Model, run_model
 from m3cli.encoder.reranker import PAIR_SPECIALS, Reranker, join_pair, load_reranker, score_batches
-from m3cli.encoder.text_encoder import TokenisedTexts, pack_texts, tokenise_texts
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.errors import ModelError
 from m3cli.records import Batch

@@ -10,10 +10,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Encoding
 
-from m3cli.encoder import segments
+from m3cli.encoder import tokenizer as segments
 from m3cli.encoder.checkpoint import read_checkpoint
-from m3cli.encoder.segments import Border, TextTokens, cut_segments, rate_borders, read_texts
-from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
+from m3cli.encoder.tokenizer import (
+    Border,
+    TextTokens,
+    Tokenizer,
+    cut_segments,
+    load_tokenizer,
+    rate_borders,
+    read_texts,
+)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from m3cli.cli.app import run
-from m3cli.cli.signals import stop
+from m3cli.cli.terminal import stop
 from m3cli.exporters import targets
 from m3cli.exporters.rows import LeftOut, Part, Target
 from m3cli.jobs import load as job

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from m3cli.cli import signals
+from m3cli.cli import terminal
 from m3cli.encoder import encode as encoding
 from m3cli.encoder.model import run_model as real_run_model
 from m3cli.jobs.encode import lifecycle
@@ -151,7 +151,7 @@ def test_max_runtime_gives_a_long_shard_up(
     m3_here: M3, tmp_path: Path, tiny_m3: Path, slow_model: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_corpus(tmp_path / "c.jsonl", 300)
-    monkeypatch.setattr(signals, "GRACE", 0.5)
+    monkeypatch.setattr(terminal, "GRACE", 0.5)
     slow_model(0.3)
     began = time.monotonic()
     flags = ("--dtype", "float32", "--shard-size", "1M", "--max-batch-tokens", "256", "--max-runtime", "1.5s")
@@ -170,7 +170,7 @@ from m3cli.encoder.model import run_model as real_run_model
 concurrency.JOIN_TIMEOUT = 1.0
 encoding.run_model = lambda model, batch: time.sleep(600)
 from m3cli.cli.app import run
-from m3cli.cli.signals import leave
+from m3cli.cli.terminal import leave
 print("ready", flush=True)
 leave(run(sys.argv[1:]))
 """

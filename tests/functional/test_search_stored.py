@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from m3cli.jobs.search.bm25 import plain_terms
 from m3cli.records import TokenMatrices
-from m3cli.retrieval.bm25 import plain_terms
 from m3cli.store.reader import iter_parts, open_folder
 from tests.functional.conftest import EncodeWith
 from tests.jobs.test_search import Written, check_hits, rank_naively, roll_up, run_search, score_rows

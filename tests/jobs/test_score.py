@@ -17,13 +17,13 @@ import torch
 
 from m3cli.cli.app import run
 from m3cli.corpus.streams import PeekableStream
-from m3cli.encoder import text_encoder
+from m3cli.encoder import encode as encoding
 from m3cli.encoder.encode import BatchEncoder, FailedRow
 from m3cli.errors import CorpusError, ForeignFolder, ModelError, UsageError
 from m3cli.jobs.score import from_folders as score_folders
 from m3cli.jobs.score import from_texts as score_texts
 from m3cli.jobs.score.command import score_pairs
-from m3cli.jobs.score.explain import explain_pairs
+from m3cli.jobs.score.from_texts import explain_pairs
 from m3cli.progress import Progress
 from m3cli.requests import ScoreRequest
 from m3cli.retrieval.scores import MODES, score_rows
@@ -35,7 +35,7 @@ TEXTS = ["the quick brown fox", "数据 中文", "quick fox", "модель да
 
 @pytest.fixture(scope="module", autouse=True)
 def _loaded_once() -> Iterator[None]:
-    with load_once(text_encoder):
+    with load_once(encoding):
         yield
 
 
@@ -106,7 +106,7 @@ def test_only_given_modes_count(score: Callable[..., Scored], pairs: Path, monke
         asked.append(options.outputs)
         return made(model, options, **others)
 
-    monkeypatch.setattr(text_encoder, "BatchEncoder", watch)
+    monkeypatch.setattr(encoding, "BatchEncoder", watch)
     assert score(pairs, modes=("sparse+dense",)).lines[0].split("\t") == ["query", "passage", "sparse+dense"]
     assert score(pairs, modes=("colbert",)).lines[0].split("\t") == ["query", "passage", "colbert"]
     assert asked == [("dense", "sparse"), ("colbert",)]
@@ -162,7 +162,7 @@ def test_texts_that_cannot_be_encoded_are_counted_faults(
             for row in [row for batch in batches for row in batch.rows.tolist()]:
                 yield FailedRow(row=row, reason="out of memory", detail="")
 
-    monkeypatch.setattr(text_encoder, "BatchEncoder", Failing)
+    monkeypatch.setattr(encoding, "BatchEncoder", Failing)
     made = score(pairs)
     assert made.code == 3
     assert "12 of 12 rows have no scores: 12 out of memory" in made.said
@@ -186,7 +186,7 @@ def test_the_next_batch_is_launched_before_pairs_are_scored(
         return score_rows(*arguments, **options)
 
     usual = score(pairs)
-    monkeypatch.setattr(text_encoder, "BatchEncoder", Ahead)
+    monkeypatch.setattr(encoding, "BatchEncoder", Ahead)
     monkeypatch.setattr(score_texts, "score_rows", watch)
     made = score(pairs, max_batch_tokens=1)
     assert "".join(event[0] for event in events).endswith("llslslss"), "four texts, each scored after the next launch"

@@ -18,7 +18,7 @@ import torch
 
 from m3cli.corpus.pairs import Pair
 from m3cli.encoder.checkpoint import read_checkpoint
-from m3cli.encoder.text_encoder import tokenise_texts
+from m3cli.encoder.encode import tokenise_texts
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.jobs.score.command import finish_scores
 from m3cli.jobs.score.from_texts import TextScorer

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from m3cli.errors import M3Error, UsageError
-from m3cli.records import Judgements, Rankings
-from m3cli.retrieval.measures import (
+from m3cli.jobs.eval import (
     DEFAULT_MEASURES,
     compare_queries,
     count_missing,
@@ -23,6 +22,7 @@ from m3cli.retrieval.measures import (
     measure_queries,
     parse_measures,
 )
+from m3cli.records import Judgements, Rankings
 
 DOCUMENTS = [f"d{number}" for number in range(30)]
 # Few scores, so that most of them are tied.

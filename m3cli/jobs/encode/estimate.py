@@ -17,14 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3cli.config import ColbertForm, RunConfig
-from m3cli.corpus.plan import Plan, plan_shards
+from m3cli.corpus.plan import Plan, plan_shards, sample_shards
 from m3cli.corpus.reader import Action, read_shards
-from m3cli.corpus.sample import sample_shards
 from m3cli.corpus.streams import measure_ratio
 from m3cli.encoder.chunker import chunk_documents, cutting_of
-from m3cli.encoder.colbert import bound_vectors
-from m3cli.encoder.embeddings import join_chunks
-from m3cli.encoder.merge import DOCUMENT_ROW, plan_rows
+from m3cli.encoder.embeddings import DOCUMENT_ROW, bound_vectors, join_chunks, plan_rows
 from m3cli.encoder.tokenizer import Tokenizer
 from m3cli.errors import CorpusError, OutputError
 from m3cli.records import Chunks, DoneEntry, Shard, ShardText, Source

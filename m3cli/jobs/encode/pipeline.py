@@ -28,8 +28,17 @@ from m3cli.encoder import device as machine
 from m3cli.encoder import model as models
 from m3cli.encoder.checkpoint import Checkpoint
 from m3cli.encoder.chunker import chunk_documents, cutting_of, lengths_with_mcls
-from m3cli.encoder.colbert import bound_vectors, compress_rows
-from m3cli.encoder.embeddings import Buffers, restore_order, select_chunks, select_rows
+from m3cli.encoder.embeddings import (
+    Buffers,
+    Merger,
+    bound_vectors,
+    compress_rows,
+    merge_chunks,
+    plan_rows,
+    restore_order,
+    select_chunks,
+    select_rows,
+)
 from m3cli.encoder.encode import (
     WINDOW_BYTES,
     BatchEncoder,
@@ -39,7 +48,6 @@ from m3cli.encoder.encode import (
     plan_windows,
 )
 from m3cli.encoder.heads import OutputOptions
-from m3cli.encoder.merge import Merger, merge_chunks, plan_rows
 from m3cli.encoder.model import Model
 from m3cli.encoder.tokenizer import Tokenizer
 from m3cli.jobs.encode.increment import PreviousFolder

@@ -25,7 +25,7 @@ from m3cli.store.reader import OutputFolder, open_folder
 from m3cli.store.results import open_ranking, ranking_format
 
 if TYPE_CHECKING:
-    from m3cli.encoder.text_encoder import TextEncoder
+    from m3cli.encoder.encode import TextEncoder
 
 CANDIDATES = 200
 CANDIDATE_OUTPUTS: tuple[Output, ...] = ("dense", "sparse")

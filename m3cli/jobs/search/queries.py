@@ -26,7 +26,7 @@ from m3cli.store.reader import OutputFolder, iter_parts, open_folder
 
 if TYPE_CHECKING:
     from m3cli.encoder.checkpoint import Checkpoint
-    from m3cli.encoder.text_encoder import TextEncoder
+    from m3cli.encoder.encode import TextEncoder
 
 
 LITERAL_ID = "query"
@@ -193,7 +193,7 @@ class QueryEncoder:
             ModelError: the checkpoint cannot be loaded.
         """
         from m3cli.encoder import device as machine  # noqa: PLC0415  torch
-        from m3cli.encoder.text_encoder import TextEncoder, resolve_length  # noqa: PLC0415
+        from m3cli.encoder.encode import TextEncoder, resolve_length  # noqa: PLC0415
 
         self._prefix, self._progress = request.query_prefix, progress
         _log_prefix(corpus.run.config.prefix, request, progress)
@@ -225,7 +225,7 @@ class QueryEncoder:
         Raises:
             ModelError: no text can be encoded.
         """
-        from m3cli.encoder.text_encoder import DEFAULT_LENGTH  # noqa: PLC0415  torch
+        from m3cli.encoder.encode import DEFAULT_LENGTH  # noqa: PLC0415  torch
 
         texts = [f"{self._prefix}{text}" for text in queries.texts]
         embeddings, failed, tokenised = self._encoder.try_texts(texts, max_length=self._length)
