@@ -19,14 +19,11 @@ from typing import Annotated, Any, cast
 import typer
 
 import m3cli
-from m3cli.cli.doctor import doctor
 from m3cli.cli.encode import ENCODE_EXAMPLES, PLAN_EXAMPLES, encode, plan
-from m3cli.cli.eval import eval_runs
 from m3cli.cli.export import convert, export, load
-from m3cli.cli.folders import check, info
+from m3cli.cli.folders import check, doctor, info
 from m3cli.cli.options import Command
-from m3cli.cli.score import score
-from m3cli.cli.search import rerank, search
+from m3cli.cli.search import eval_runs, rerank, score, search
 from m3cli.cli.terminal import OneLine, catch_sigterm, describe_end, prepare_streams, tell_end
 from m3cli.errors import EXIT_DONE, EXIT_INTERRUPTED, OutputError, UsageError, is_utf8
 

@@ -36,8 +36,7 @@ from m3cli.encoder.checkpoint import Checkpoint
 from m3cli.encoder.device import AHEAD, Fetched, fetch, lacks_memory, open_stream
 from m3cli.encoder.embeddings import concat_embeddings, select_rows
 from m3cli.encoder.heads import NO_LENGTH, NOT_FINITE, OutputOptions, build_embeddings, run_heads
-from m3cli.encoder.mcls import pool_as_cls, run_with_added
-from m3cli.encoder.model import Model, load_model, load_retries, run_model
+from m3cli.encoder.model import Model, load_model, load_retries, pool_as_cls, run_model, run_with_added
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
 from m3cli.errors import ModelError, ModelTooLarge, UsageError
 from m3cli.records import Batch, Chunks, Embeddings, Output, concat_ranges

@@ -3,6 +3,11 @@
 Weights are safetensors, or `pytorch_model.bin` read with `weights_only=True`; names may have the prefix `roberta.`. The
 single token-type row is added to the position embeddings. Positions start at 2 in every sequence.
 
+MCLS, of BGE-M3's paper (Appendix B.2), adds a `<s>` before every 256 tokens, which helps long texts without
+fine-tuning; the dense vector is the mean of their states. The first is the row's own. Sparse and ColBERT outputs and
+num_tokens ignore those that are added; positions and batches count them. They are identified by position, because a
+text may contain '<s>' itself.
+
 Shapes: B sequences, N tokens, C hidden width, I intermediate width, H heads.
 """
 
@@ -19,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
+from numpy.typing import NDArray
 
 from m3cli.config import Dtype
 from m3cli.encoder.attention import SequenceLayout, attend, lay_out, pad_borders
@@ -29,6 +35,7 @@ from m3cli.encoder.checkpoint import (
     Checkpoint,
     check_content,
 )
+from m3cli.encoder.chunker import lengths_with_mcls
 from m3cli.encoder.device import is_emulated, lacks_memory, resolve_dtype, retry_dtypes, send, state_dtype
 from m3cli.encoder.linear import (
     FusedLinear,
@@ -348,3 +355,54 @@ def _run_layer(
 
 def _normalise(hidden: torch.Tensor, norm: Norm, eps: float) -> torch.Tensor:
     return F.layer_norm(hidden, (hidden.shape[-1],), norm[0], norm[1], eps)
+
+
+def pool_as_cls(model: Model) -> Model:
+    """Return the model with pooling cls, whatever pooling its checkpoint names."""
+    return replace(model, checkpoint=replace(model.checkpoint, pooling="cls"))
+
+
+@torch.inference_mode()
+def run_with_added(model: Model, batch: Batch, *, every: int) -> tuple[torch.Tensor, SequenceLayout]:
+    """Run a batch with `<s>` added, and return states and layout without those.
+
+    The state of each row's own `<s>` is the mean over all of its row.
+    """
+    lengths = np.diff(batch.cu_seqlens).astype(np.int64)
+    longer, indices = _insert(batch, lengths, every=every)
+    states, attended = run_model(model, longer)
+    added = np.ones(len(longer.input_ids), np.bool_)
+    added[indices] = False
+    added[longer.cu_seqlens[:-1]] = True
+    counts = np.add.reduceat(added, longer.cu_seqlens[:-1], dtype=np.int32)
+    take = np.zeros(padded_num_tokens(len(indices), device=model.device), np.int32)
+    take[: len(indices)] = indices
+    marks, num_marks, kept, borders = send(model.device, np.flatnonzero(added), counts, take, batch.cu_seqlens)
+    # `unsafe` omits checks of the lengths, which would wait for the device.
+    means = torch.segment_reduce(states.index_select(0, marks).float(), "mean", lengths=num_marks, axis=0, unsafe=True)
+    without = states.index_select(0, kept)
+    without.index_copy_(0, borders[:-1].long(), means.to(without.dtype))
+    # For the heads only: no attention follows.
+    layout = replace(attended, cu_seqlens=borders, max_seqlen=batch.max_seqlen, num_tokens=len(batch.input_ids))
+    return without, layout
+
+
+def _insert(batch: Batch, lengths: NDArray[np.int64], *, every: int) -> tuple[Batch, NDArray[np.int64]]:
+    """Return a batch with `<s>` added, and the indices in it of the batch's own tokens."""
+    longer = lengths_with_mcls(lengths, every=every)
+    cu_seqlens = np.concatenate(([0], np.cumsum(longer)))
+    _, position = concat_ranges(0, lengths)
+    # (p - 1) // every of them precede token p of a row, whose own <s> is token 0; none is added before </s>.
+    before = np.minimum(np.maximum(position - 1, 0) // every, np.repeat(longer - lengths, lengths))
+    indices = np.repeat(cu_seqlens[:-1], lengths) + position + before
+    input_ids = np.full(cu_seqlens[-1], batch.input_ids[0])  # a row begins with <s>
+    input_ids[indices] = batch.input_ids
+    return (
+        Batch(
+            rows=batch.rows,
+            input_ids=input_ids,
+            cu_seqlens=cu_seqlens.astype(np.int32),
+            max_seqlen=int(longer.max()),
+        ),
+        indices,
+    )

@@ -34,10 +34,10 @@ from m3cli.exporters.rows import (
     Target,
     cut_part,
     drop_rows,
+    find_target,
     hash_keys,
     make_part,
 )
-from m3cli.exporters.targets import find_target
 from m3cli.jobs.encode.estimate import check_disk_space
 from m3cli.progress import FileMeter
 from m3cli.records import FileRecord, Output

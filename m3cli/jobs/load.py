@@ -24,8 +24,18 @@ from numpy.typing import NDArray
 
 from m3cli.concurrency import prefetch
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, M3Error, OutputError
-from m3cli.exporters.rows import KEY_COLUMNS, PLAIN_COLUMNS, LeftOut, Part, Shape, cut_part, hash_keys, list_keys, pick
-from m3cli.exporters.targets import find_engine
+from m3cli.exporters.rows import (
+    KEY_COLUMNS,
+    PLAIN_COLUMNS,
+    LeftOut,
+    Part,
+    Shape,
+    cut_part,
+    find_engine,
+    hash_keys,
+    list_keys,
+    pick,
+)
 from m3cli.jobs.encode.increment import MAY_DIFFER
 from m3cli.jobs.encode.lifecycle import Stop
 from m3cli.jobs.export import Repeats, drop_repeats, find_repeats, make_shape, open_finished, read_parts

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from m3cli.records import Embeddings, LexicalWeights, Output, TokenMatrices
-from m3cli.retrieval.scores import decode_vectors
-from m3cli.retrieval.top import Rows, Scores, TopRows
+from m3cli.retrieval.scores import Rows, Scores, TopRows, decode_vectors
 
 MIN_ROWS = 256
 BLOCK_SCORES = {"cpu": 1 << 21, "cuda": 1 << 26}

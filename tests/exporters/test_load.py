@@ -13,7 +13,7 @@ import pytest
 
 from m3cli.cli.app import run
 from m3cli.cli.terminal import stop
-from m3cli.exporters import targets
+from m3cli.exporters import rows as exported
 from m3cli.exporters.rows import LeftOut, Part, Target
 from m3cli.jobs import load as job
 from tests.conftest import Completed
@@ -90,8 +90,8 @@ class FakeEngine:
 def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
     played = FakeEngine()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(targets, "ENGINES", ("fake",))
-    monkeypatch.setattr(targets, "import_module", {"m3cli.exporters.fake": played}.__getitem__)
+    monkeypatch.setattr(exported, "ENGINES", ("fake",))
+    monkeypatch.setattr(exported, "import_module", {"m3cli.exporters.fake": played}.__getitem__)
     monkeypatch.setattr(job, "time", SimpleNamespace(sleep=lambda _: None))
     return played
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import feather
 
-from m3cli.jobs.search.texts import InputTexts, Passage
+from m3cli.jobs.reread import InputTexts, Passage
 from m3cli.records import DoneEntry
 from m3cli.store.folder import RunFolder
 from m3cli.store.reader import open_folder

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from m3cli.encoder import attention, heads, mcls
+from m3cli.encoder import attention, heads
 from m3cli.encoder import encode as encoding
 from m3cli.encoder import model as models
 from m3cli.encoder import reranker as rerankers
@@ -77,7 +77,7 @@ def checkpoint(tensors: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Checkp
     def lift(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
 
-    for module in (models, attention, heads, mcls):
+    for module in (models, attention, heads):
         monkeypatch.setattr(module, "send", send)
     monkeypatch.setattr(models, "_read_weights", lambda _: lift(weights))
     monkeypatch.setattr(models, "read_pickled", lambda path: lift(pickled[path]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from m3cli.retrieval.scan import open_scan, scan_part
-from m3cli.retrieval.top import Ranked, TopRows
+from m3cli.retrieval.scores import Ranked, TopRows
 from tests.retrieval.test_scan import VOCABULARY, make_embeddings
 
 pytestmark = [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from m3cli.jobs.search.bm25 import K1, B, Bm25Index, plain_terms
-from m3cli.retrieval.top import TopRows
+from m3cli.retrieval.scores import TopRows
 
 TEXTS = ["a fox and a dog", "the dog", "狐狸 fox", "nothing here at all, nothing"]
 

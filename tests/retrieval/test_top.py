@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3cli.retrieval.top import TopRows, number_runs
+from m3cli.retrieval.scores import TopRows, number_runs
 
 
 def best_of(scores: np.ndarray, keys: np.ndarray, *, limit: int, threshold: float) -> list[tuple[int, int]]:

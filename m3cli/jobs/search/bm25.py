@@ -26,8 +26,7 @@ from m3cli.jobs.search.vectors import Found
 from m3cli.progress import Progress
 from m3cli.records import QueryHits
 from m3cli.requests import SearchRequest
-from m3cli.retrieval.scores import Rows
-from m3cli.retrieval.top import Ranked, TopRows
+from m3cli.retrieval.scores import Ranked, Rows, TopRows
 from m3cli.store.lookup import iter_texts
 from m3cli.store.reader import OutputFolder, iter_ids
 

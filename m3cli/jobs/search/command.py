@@ -15,8 +15,8 @@ from m3cli.config import ALL_OUTPUTS
 from m3cli.corpus.streams import PeekableStream
 from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError, count_noun
 from m3cli.jobs.paths import check_ignored_options, check_paths
+from m3cli.jobs.reread import InputTexts
 from m3cli.jobs.search.queries import Queries, QueryEncoder, View, one_query, open_queries, read_vectors
-from m3cli.jobs.search.texts import InputTexts
 from m3cli.progress import Progress
 from m3cli.records import Output, QueryHits
 from m3cli.requests import Mode, SearchRequest

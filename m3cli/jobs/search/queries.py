@@ -17,8 +17,8 @@ from m3cli.corpus.sources import find_sources, has_known_ending
 from m3cli.corpus.streams import PeekableStream
 from m3cli.encoder.embeddings import concat_embeddings, select_rows
 from m3cli.errors import CorpusError, ForeignFolder, ModelError, UsageError, count_noun
+from m3cli.jobs.reread import InputTexts
 from m3cli.jobs.score.from_folders import check_same_model
-from m3cli.jobs.search.texts import InputTexts
 from m3cli.progress import Progress
 from m3cli.records import Embeddings, Output, SkippedRow
 from m3cli.requests import SearchRequest

@@ -16,13 +16,24 @@ from itertools import islice, pairwise
 import numpy as np
 
 from m3cli.concurrency import prefetch
+from m3cli.jobs.reread import Passage
 from m3cli.jobs.search.queries import Queries, View
-from m3cli.jobs.search.texts import Passage
 from m3cli.records import Embeddings, Output, QueryHits
 from m3cli.requests import HITS_SHOWN, Fusion
 from m3cli.retrieval.scan import cut_slices, open_scan, scan_part
-from m3cli.retrieval.scores import Rows, Weights, average_scores, expand_rows, fuse_ranks, score_rows
-from m3cli.retrieval.top import Ranked, Scores, TopRows, number_runs, rank_rows
+from m3cli.retrieval.scores import (
+    Ranked,
+    Rows,
+    Scores,
+    TopRows,
+    Weights,
+    average_scores,
+    expand_rows,
+    fuse_ranks,
+    number_runs,
+    rank_rows,
+    score_rows,
+)
 from m3cli.store.lookup import find_rows, iter_blocks, read_metadata, shards_of
 from m3cli.store.reader import OutputFolder
 from m3cli.store.results import SNIPPET_LENGTH
