@@ -13,14 +13,13 @@ import typer
 
 from m3cli.cli.options import AsJson, takes
 from m3cli.cli.terminal import open_results, print_json
-from m3cli.errors import UsageError, count_noun, escape_unprintable
+from m3cli.config import ModelChoice
+from m3cli.errors import EXIT_DONE, ModelError, UsageError, count_noun, escape_unprintable
 from m3cli.requests import CheckRequest
 
 if TYPE_CHECKING:
     from m3cli.jobs.check import FolderCheck
     from m3cli.jobs.info import ChunkSpan
-from m3cli.config import ModelChoice
-from m3cli.errors import EXIT_DONE, ModelError
 
 
 def info(

@@ -5,29 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from m3cli.cli.options import takes
-from m3cli.cli.terminal import open_results, open_stdin, show_run
-from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED
+from m3cli.cli.options import AsJson, parse_names, takes
+from m3cli.cli.terminal import open_results, open_stdin, print_json, show_run
+from m3cli.errors import EXIT_DONE, EXIT_ROWS_SKIPPED, UsageError, count_noun, escape_unprintable
 from m3cli.requests import RerankRequest, ScoreRequest, SearchRequest
 
 if TYPE_CHECKING:
     from m3cli.corpus.pairs import PairColumns
-    from m3cli.tables import ScoreTable
-from dataclasses import asdict
-from typing import TYPE_CHECKING
-
-from m3cli.cli.options import AsJson, parse_names
-from m3cli.cli.terminal import print_json
-from m3cli.errors import UsageError, count_noun, escape_unprintable
-
-if TYPE_CHECKING:
     from m3cli.jobs.eval import Agreement, Evaluation
+    from m3cli.tables import ScoreTable
 
 
 @takes(SearchRequest)

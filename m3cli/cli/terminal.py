@@ -13,25 +13,25 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+from m3cli import concurrency
 from m3cli.config import ProgressMode
 from m3cli.errors import EXIT_INTERRUPTED, M3Error, escape_controls, escape_unprintable
+from m3cli.jobs.encode.lifecycle import Stop
 
 if TYPE_CHECKING:
     from m3cli.corpus.streams import PeekableStream
     from m3cli.progress import Progress
-import signal
-from types import FrameType
 
-from m3cli import concurrency
-from m3cli.jobs.encode.lifecycle import Stop
 
 _log = logging.getLogger(__name__)
 
