@@ -234,10 +234,12 @@ def _card_table(card: list[dict[str, Any]], *, judged: bool) -> Any:
     passed = sum(figure["status"] == "pass" for figure in card)
     count = sum(figure["status"] != "not this model" for figure in card)
     what = "" if judged else "; scores are BAAI/bge-m3's own and not judged for another model"
-    rows = [[figure["name"], str(figure["published"]), _format(figure["found"]), figure["status"]] for figure in card]
+    rows = [
+        [figure["name"], str(figure["published"]), _format_figure(figure["found"]), figure["status"]] for figure in card
+    ]
     title = f"model card: {passed} of {count} pass{what}"
     return draw_table(title, rows, columns=["figure", "published", "here", "status"])
 
 
-def _format(found: object) -> str:
+def _format_figure(found: object) -> str:
     return "no such head" if found is None else str(found)

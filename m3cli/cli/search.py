@@ -215,7 +215,7 @@ def _print_table(found: Evaluation) -> None:
     rows = [
         [
             escape_unprintable(row.run),
-            *(_format(value, (row.p or {}).get(name)) for name, value in row.measures.items()),
+            *(_format_measure(value, (row.p or {}).get(name)) for name, value in row.measures.items()),
         ]
         for row in found.runs
     ]
@@ -223,7 +223,7 @@ def _print_table(found: Evaluation) -> None:
     open_console(sys.stdout).print(draw_table(title, rows, columns=["run", *found.runs[0].measures]))
 
 
-def _format(value: float, p: float | None) -> str:
+def _format_measure(value: float, p: float | None) -> str:
     return f"{value:.4f}" if p is None else f"{value:.4f} (p {p:.3f})"
 
 

@@ -126,8 +126,7 @@ def flash_attention(
     assert type(max_q) is int
     assert type(max_k) is int
     assert max_q > 0
-    made = torch.ops.aten._flash_attention_forward.default(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *rest)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), *made[1:]
+    return torch.ops.aten._flash_attention_forward.default(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *rest)
 
 
 class Strict(TorchDispatchMode):  # type: ignore[no-untyped-call]

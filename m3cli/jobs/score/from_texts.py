@@ -35,6 +35,7 @@ WINDOW_LIMITS = {
     "cuda": WindowLimits(pairs=200_000, text_bytes=32 << 20, side_bytes=1 << 20),
 }
 "256 KiB of text are about 64,000 tokens: 256 MiB of ColBERT vectors of 1,024 float32"
+EXPLAINED_LIMITS = WindowLimits(pairs=256, text_bytes=64 << 10, side_bytes=64 << 10)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,9 +185,6 @@ def _lighter(sides: tuple[list[str], list[str]]) -> int:
     return int(sizes[1] < sizes[0])
 
 
-LIMITS = WindowLimits(pairs=256, text_bytes=64 << 10, side_bytes=64 << 10)
-
-
 def explain_pairs(
     request: ScoreRequest, *, progress: Progress, stdin: PeekableStream | None = None
 ) -> Iterator[dict[str, Any]]:
@@ -204,7 +202,7 @@ def explain_pairs(
     modes = resolve_modes(request, scorer.outputs)
     check_weights(modes, request.weights)
     scorer.load(parts_of(modes))
-    for window in cut_windows(pairs.read(ids=False, stdin=stdin), LIMITS):
+    for window in cut_windows(pairs.read(ids=False, stdin=stdin), EXPLAINED_LIMITS):
         scores, faults = finish_scores(scorer.score_window(window), modes, weights=request.weights)
         sides = _Sides(scorer, [pair for pair, fault in zip(window, faults, strict=True) if not fault])
         for index, (pair, fault) in enumerate(zip(window, faults, strict=True)):
