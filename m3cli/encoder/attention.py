@@ -2,7 +2,7 @@
 
 There are three implementations. On CUDA, torch's variable-length flash attention reads `cu_seqlens`. On a CPU with AMX,
 neighbouring sequences of equal length go through torch's flash attention for CPUs. Elsewhere neighbouring sequences of
-nearly equal length are gathered into one [H, S, L, D] block. A block goes through two batched matmuls and a softmax. L
+nearly equal length are copied into one [H, S, L, D] block. A block goes through two batched matmuls and a softmax. L
 is a multiple of LENGTH_STEP and S a power of two, because oneDNN keeps a kernel for each shape. Without AMX, flash
 attention is slower than that (scripts/bench_results/LOG.md).
 
@@ -24,17 +24,22 @@ import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
 from numpy.typing import NDArray
 
-from m3cli.encoder.device import AttentionKernel, choose_attention, send
+from m3cli.encoder.device import AttentionKernel, choose_attention
 
 LENGTH_STEP = 16
 "tokens; lengths that round up to the same multiple share a block and are padded to it, for attention only"
 BLOCK_SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
 "limit of the scores [H, S, L, L] of a block of several sequences"
-HELD_SCORES = {"cpu": 1 << 19, "cuda": 1 << 26}
-"""limit of the scores in memory: on a CPU they fit the second level cache. Few heads with many queries each keep keys
-and values in the cache too (scripts/bench_results/LOG.md)"""
+BLOCK_BYTES = {"cpu": 3 << 20, "cuda": 1 << 30}
+"limit of the queries, keys and values [3, H, S, L, D] of such a block: on a CPU they stay in its caches"
+HELD_BYTES = {"cpu": 1 << 21, "cuda": 1 << 27}
+"""limit of the scores in memory. Few heads with many queries each keep keys and values in the cache too
+(scripts/bench_results/LOG.md)"""
 MIN_QUERIES = 64
 "queries of a sequence in one matmul, however many scores that is: fewer are slow"
+
+WIDENED_KEYS = 256
+"keys up to which a CPU's softmax is faster in float32 than in bfloat16, conversions included; the numbers are the same"
 
 flash_attention: Callable[..., tuple[torch.Tensor, ...]] = torch.ops.aten._flash_attention_forward.default  # noqa: SLF001
 """what torch.nn.attention.varlen calls, which comes with torch 2.10 and takes 5 s to import torch._dynamo"""
@@ -44,23 +49,26 @@ _VARLEN_SEQUENCES = 65_535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Neighbouring sequences of equal length."""
+
+    span: slice
+    "of their tokens in the batch"
+    rows: slice
+    "their places among the sequences of the block, or of the batch"
+    length: int
+    "tokens of each"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
     """Neighbouring sequences of a batch that are computed together."""
 
-    first: int
-    "index of their first token"
-    last: int
-    "index after their last token"
     sequences: int
     "S"
     length: int
     "L"
-    tokens: torch.Tensor | None
-    "[S * L] token index of each position, padding repeats the last token; None: no padding"
-    positions: torch.Tensor | None
-    "[last - first] position of each token in the padded block"
-    mask: torch.Tensor | None
-    "[S, 1, LENGTH_STEP] for the last keys, the only ones with padding: 0 for tokens, minus infinity for padding"
+    groups: tuple[Group, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +78,8 @@ class SequenceLayout:
     kernel: AttentionKernel
     blocks: tuple[Block, ...]
     "of `matmul`"
-    groups: tuple[tuple[int, int, int], ...]
-    "of `flash`: neighbours of equal length as (index of the first token, sequences, tokens of each)"
+    groups: tuple[Group, ...]
+    "of `flash`"
     cu_seqlens: torch.Tensor
     "[S + 1] int32 on the device, S >= B: the last border may be repeated (see pad_borders)"
     num_sequences: int
@@ -100,12 +108,14 @@ def lay_out(
     kernel = choose_attention(device, dtype, head_width=head_width)
     if kernel == "varlen" and len(borders) - 1 > _VARLEN_SEQUENCES:
         kernel = "matmul"
-    max_scores = BLOCK_SCORES[device.type] // num_heads
-    blocks = plan_blocks(np.diff(cu_seqlens), max_scores=max_scores) if kernel == "matmul" else []
+    blocks: tuple[Block, ...] = ()
+    if kernel == "matmul":
+        max_tokens = BLOCK_BYTES[device.type] // (3 * num_heads * head_width * dtype.itemsize)
+        blocks = plan_blocks(cu_seqlens, max_scores=BLOCK_SCORES[device.type] // num_heads, max_tokens=max_tokens)
     return SequenceLayout(
         kernel=kernel,
-        blocks=tuple(_build_block(cu_seqlens, *block, device=device, dtype=dtype) for block in blocks),
-        groups=tuple(group_equal(cu_seqlens)) if kernel == "flash" else (),
+        blocks=blocks,
+        groups=group_equal(cu_seqlens) if kernel == "flash" else (),
         cu_seqlens=borders,
         num_sequences=len(cu_seqlens) - 1,
         max_seqlen=max_seqlen,
@@ -113,10 +123,17 @@ def lay_out(
     )
 
 
-def group_equal(cu_seqlens: NDArray[np.int32]) -> list[tuple[int, int, int]]:
-    """Return neighbours of equal length as (index of the first token, sequences, tokens of each)."""
+def group_equal(cu_seqlens: NDArray[np.int32]) -> tuple[Group, ...]:
+    """Return the groups of sequences with these borders."""
     lengths = np.diff(cu_seqlens)
-    return [(int(cu_seqlens[first]), last - first, int(lengths[first])) for first, last in find_stretches(lengths)]
+    return tuple(
+        Group(
+            span=slice(int(cu_seqlens[first]), int(cu_seqlens[last])),
+            rows=slice(first, last),
+            length=int(lengths[first]),
+        )
+        for first, last in find_stretches(lengths)
+    )
 
 
 def find_stretches(lengths: NDArray[np.integer]) -> Iterator[tuple[int, int]]:
@@ -134,47 +151,23 @@ def pad_borders(cu_seqlens: NDArray[np.int32]) -> NDArray[np.int32]:
     return np.pad(cu_seqlens, (0, padded - num_sequences), mode="edge")
 
 
-def plan_blocks(lengths: NDArray[np.int32], *, max_scores: int) -> list[tuple[int, int, int]]:
-    """Return the blocks of sequences: (first sequence, last + 1, L) each.
+def plan_blocks(cu_seqlens: NDArray[np.int32], *, max_scores: int, max_tokens: int) -> tuple[Block, ...]:
+    """Return blocks of the sequences with these borders.
 
-    Neighbours whose lengths round up to the same L share a block. Its size is a power of two, with at most `max_scores`
-    scores a head, but at least one sequence.
+    Neighbours whose lengths round up to the same L share a block. Its number of sequences is a power of two, with at
+    most `max_scores` scores a head and `max_tokens` tokens, padding included, but at least one sequence.
     """
-    padded = -(-lengths.astype(np.int64) // LENGTH_STEP) * LENGTH_STEP
+    padded = -(-np.diff(cu_seqlens).astype(np.int64) // LENGTH_STEP) * LENGTH_STEP
     blocks = []
     for first, last in find_stretches(padded):
         length = int(padded[first])
-        limit = max(1, max_scores // length**2)
+        limit = max(1, min(max_scores // length**2, max_tokens // length))
         while first < last:
             count = 1 << (min(last - first, limit).bit_length() - 1)
-            blocks.append((first, first + count, length))
+            groups = group_equal(cu_seqlens[first : first + count + 1])
+            blocks.append(Block(sequences=count, length=length, groups=groups))
             first += count  # noqa: PLW2901  the rest
-    return blocks
-
-
-def _build_block(
-    cu_seqlens: NDArray[np.int32], first: int, last: int, length: int, *, device: torch.device, dtype: torch.dtype
-) -> Block:
-    begins = cu_seqlens[first:last].astype(np.int64)
-    lengths = np.diff(cu_seqlens[first : last + 1]).astype(np.int64)
-    token = np.arange(length)
-    real = token < lengths[:, None]
-    tokens = positions = mask = None
-    if not real.all():
-        # Padding repeats a token of the same sequence: NaN stays in its sequence.
-        padded = begins[:, None] + np.minimum(token, lengths[:, None] - 1)
-        tokens, positions, ends = send(device, padded.reshape(-1), np.flatnonzero(real), lengths)
-        is_padding = torch.arange(length - LENGTH_STEP, length, device=device) >= ends[:, None]
-        mask = torch.zeros(is_padding.shape, dtype=dtype, device=device).masked_fill_(is_padding, -math.inf)[:, None]
-    return Block(
-        first=int(begins[0]),
-        last=int(cu_seqlens[last]),
-        sequences=last - first,
-        length=length,
-        tokens=tokens,
-        positions=positions,
-        mask=mask,
-    )
+    return tuple(blocks)
 
 
 def attend(qkv: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
@@ -192,39 +185,51 @@ def attend(qkv: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
     num_tokens, _, num_heads, head_width = qkv.shape
     out = torch.empty((num_tokens, num_heads, head_width), dtype=qkv.dtype, device=qkv.device)
     out[layout.num_tokens :].zero_()  # padding, see TOKEN_STEP
-    for first, count, length in layout.groups:
-        span = slice(first, first + count * length)
-        q, k, v = qkv[span].view(count, length, 3, num_heads, head_width).permute(2, 0, 3, 1, 4)
+    for group in layout.groups:
+        q, k, v = qkv[group.span].view(-1, group.length, 3, num_heads, head_width).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        out[span] = attended.reshape(-1, num_heads, head_width)
-    by_head = qkv.permute(1, 2, 0, 3)
+        out[group.span] = attended.reshape(-1, num_heads, head_width)
     for block in layout.blocks:
-        span = slice(block.first, block.last)
-        gathered = by_head[:, :, span].contiguous() if block.tokens is None else by_head.index_select(2, block.tokens)
-        shape = (3, num_heads * block.sequences, block.length, head_width)
-        attended = _attend_block(gathered.view(shape), block, num_heads=num_heads)
-        attended = attended.view(num_heads, -1, head_width).transpose(0, 1)
-        if block.positions is not None:
-            attended = attended.contiguous().index_select(0, block.positions)
-        out[span] = attended
+        attended = _attend_block(_pad(qkv, block), block)
+        for group in block.groups:
+            by_sequence = attended[:, group.rows, : group.length].permute(1, 2, 0, 3)
+            out[group.span].view(-1, group.length, num_heads, head_width).copy_(by_sequence)
     return out.view(num_tokens, num_heads * head_width)
 
 
-def _attend_block(qkv: torch.Tensor, block: Block, *, num_heads: int) -> torch.Tensor:
-    """Return [H * S, L, D] from queries, keys and values [3, H * S, L, D], a slice of the queries at a time."""
+def _pad(qkv: torch.Tensor, block: Block) -> torch.Tensor:
+    """Return a block's queries, keys and values [3, H, S, L, D] from [N, 3, H, D], padding zero."""
+    _, _, num_heads, head_width = qkv.shape
+    padded = qkv.new_empty((3, num_heads, block.sequences, block.length, head_width))
+    for group in block.groups:
+        tokens = qkv[group.span].view(-1, group.length, 3, num_heads, head_width)
+        padded[:, :, group.rows, : group.length] = tokens.permute(2, 3, 0, 1, 4)
+        padded[:, :, group.rows, group.length :].zero_()
+    return padded
+
+
+def _attend_block(qkv: torch.Tensor, block: Block) -> torch.Tensor:
+    """Return [H, S, L, D] from queries, keys and values [3, H, S, L, D], a slice of the queries at a time."""
     out = torch.empty_like(qkv[0])
-    zero, scale = qkv.new_zeros(1, 1, 1), qkv.shape[-1] ** -0.5
-    heads, rows = plan_slices(block, num_heads=num_heads, max_scores=HELD_SCORES[qkv.device.type])
-    step = heads * block.sequences
-    for first in range(0, num_heads * block.sequences, step):
-        q, k, v = qkv[:, first : first + step]
+    heads, rows = plan_slices(block, num_heads=len(out), max_scores=HELD_BYTES[qkv.device.type] // qkv.itemsize)
+    for first in range(0, len(out), heads):
+        q, k, v = qkv[:, first : first + heads]
         for start in range(0, block.length, rows):
-            scores = torch.baddbmm(zero, q[:, start : start + rows], k.transpose(1, 2), beta=0, alpha=scale)
-            if block.mask is not None:
-                last_keys = scores.view(-1, block.sequences, scores.shape[1], block.length)[..., -LENGTH_STEP:]
-                last_keys.add_(block.mask)
-            out[first : first + step, start : start + rows] = torch.bmm(torch.softmax(scores, -1), v)
+            span = slice(start, start + rows)
+            out[first : first + heads, :, span] = _attend_queries(q[:, :, span], k, v, block)
     return out
+
+
+def _attend_queries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: Block) -> torch.Tensor:
+    """Return [H, S, Q, D] from Q queries of each sequence, and keys and values [H, S, L, D]."""
+    keys, unused = k.flatten(0, 1).transpose(1, 2), q.new_zeros(1, 1, 1)
+    scores = torch.baddbmm(unused, q.flatten(0, 1), keys, beta=0, alpha=q.shape[-1] ** -0.5)
+    scores = scores.view(*q.shape[:3], block.length)
+    for group in block.groups:
+        scores[:, group.rows, :, group.length :].fill_(-math.inf)
+    widen = q.device.type == "cpu" and block.length <= WIDENED_KEYS
+    shares = torch.softmax(scores, -1, dtype=torch.float32 if widen else None).to(q.dtype)
+    return torch.bmm(shares.flatten(0, 1), v.flatten(0, 1)).view(q.shape)
 
 
 def plan_slices(block: Block, *, num_heads: int, max_scores: int) -> tuple[int, int]:

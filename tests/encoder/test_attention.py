@@ -40,16 +40,22 @@ def attend_one_by_one(qkv: torch.Tensor, borders: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @settings(deadline=None, max_examples=40)
-@given(lengths=LENGTHS, max_scores=st.integers(1, 40_000), max_held=st.integers(1, 40_000))
+@given(
+    lengths=LENGTHS,
+    max_scores=st.integers(1, 40_000),
+    max_bytes=st.integers(1, 400_000),
+    max_held=st.integers(1, 160_000),
+)
 def test_attention_equals_one_sequence_after_the_other(
-    lengths: list[int], max_scores: int, max_held: int, kernel: AttentionKernel
+    lengths: list[int], max_scores: int, max_bytes: int, max_held: int, kernel: AttentionKernel
 ) -> None:
     borders = to_borders(lengths)
     generator = torch.Generator().manual_seed(sum(lengths))
     qkv = torch.randn(int(borders[-1]) + 3, 3, 2, 8, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(attention.BLOCK_SCORES, "cpu", max_scores)
-        patch.setitem(attention.HELD_SCORES, "cpu", max_held)
+        patch.setitem(attention.BLOCK_BYTES, "cpu", max_bytes)
+        patch.setitem(attention.HELD_BYTES, "cpu", max_held)
         patch.setattr(attention, "MIN_QUERIES", LENGTH_STEP)
         layout = lay(borders, max_seqlen=lengths[0], kernel=kernel)
         out = attend(qkv, layout)
@@ -57,16 +63,40 @@ def test_attention_equals_one_sequence_after_the_other(
     assert not out[borders[-1] :].any()
 
 
-@given(lengths=st.lists(st.integers(1, 8192), min_size=1, max_size=200), max_scores=st.integers(1, 1 << 20))
-def test_blocks_hold_every_sequence_once_in_few_shapes(lengths: list[int], max_scores: int) -> None:
-    blocks = plan_blocks(np.array(lengths, np.int32), max_scores=max_scores)
-    assert [index for first, last, _ in blocks for index in range(first, last)] == list(range(len(lengths)))
-    for first, last, length in blocks:
-        count = last - first
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 8192), min_size=1, max_size=200),
+    max_scores=st.integers(1, 1 << 20),
+    max_tokens=st.integers(1, 1 << 14),
+)
+def test_blocks_hold_every_sequence_once_in_few_shapes(lengths: list[int], max_scores: int, max_tokens: int) -> None:
+    borders = to_borders(lengths)
+    blocks = plan_blocks(borders, max_scores=max_scores, max_tokens=max_tokens)
+    groups = [group for block in blocks for group in block.groups]
+    held = [group.length for group in groups for _ in range(group.rows.start, group.rows.stop)]
+    assert held == lengths
+    assert [group.span for group in groups] == [
+        slice(*pair) for pair in pairwise([*(g.span.start for g in groups), borders[-1]])
+    ]
+    for block in blocks:
+        count, length = block.sequences, block.length
+        assert count == block.groups[-1].rows.stop
         assert count & (count - 1) == 0
         assert length % LENGTH_STEP == 0
-        assert count == 1 or count * length**2 <= max_scores
-        assert all(length - LENGTH_STEP < one <= length for one in lengths[first:last])
+        assert count == 1 or (count * length**2 <= max_scores and count * length <= max_tokens)
+        assert all(length - LENGTH_STEP < group.length <= length for group in block.groups)
+
+
+@settings(deadline=None, max_examples=40)
+@given(LENGTHS)
+def test_a_cpu_softmax_gives_the_same_numbers_in_float32(lengths: list[int]) -> None:
+    borders = to_borders(lengths)
+    qkv = torch.randn(int(borders[-1]), 3, 2, 8, generator=torch.Generator().manual_seed(len(lengths))).bfloat16()
+    layout = lay(borders, max_seqlen=lengths[0], kernel="matmul")
+    widened = attend(qkv, layout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "WIDENED_KEYS", 0)
+        assert torch.equal(widened.view(torch.int16), attend(qkv, layout).view(torch.int16))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

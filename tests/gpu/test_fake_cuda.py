@@ -77,7 +77,7 @@ def checkpoint(tensors: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Checkp
     def lift(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
 
-    for module in (models, attention, heads):
+    for module in (models, heads):
         monkeypatch.setattr(module, "send", send)
     monkeypatch.setattr(models, "_read_weights", lambda _: lift(weights))
     monkeypatch.setattr(models, "read_pickled", lambda path: lift(pickled[path]))
