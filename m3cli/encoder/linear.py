@@ -132,17 +132,19 @@ class Int8Linear:
     zero: torch.Tensor
     "[out] int32, the zero points of the weight's rows: all 0"
     bias: torch.Tensor
-    "[out] in the states' dtype"
+    "[out] in the dtype of the result, bfloat16 or float32"
     shift: float
-    "added to x before it is quantised, and subtracted by the bias; 0 unless x comes from gelu"
+    """added to x before it is quantised, and subtracted by the bias; 0 unless x comes from gelu, and is overwritten if
+    it is float32"""
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Map [N, in] to [N, out], both bfloat16 or float32."""
         quantised, scale, zero_point = self._quantise(states)
+        dtype = self.bias.dtype
         out = torch.ops.onednn.qlinear_pointwise(
-            quantised, 1.0, zero_point, self.weight, self.scale, self.zero, None, 1.0, 0, states.dtype, "none", [], ""
+            quantised, 1.0, zero_point, self.weight, self.scale, self.zero, None, 1.0, 0, dtype, "none", [], ""
         )
-        mapped: torch.Tensor = torch.addcmul(self.bias, out, scale.to(states.dtype), out=out)
+        mapped: torch.Tensor = torch.addcmul(self.bias, out, scale.to(dtype), out=out)
         return mapped
 
     def apply_gelu(self, states: torch.Tensor) -> torch.Tensor:
@@ -159,10 +161,11 @@ class Int8Linear:
         zero_point = 0 if self.shift else ZERO_POINT
         quantised, scale = torch.empty(states.shape, dtype=torch.uint8), torch.empty((len(states), 1))
         step = max(1, QUANTISED_NUMBERS // states.shape[1])
+        overwrite = self.shift > 0 and states.dtype == torch.float32
         buffer = torch.empty((min(step, len(states)), states.shape[1]))
         for start in range(0, len(states), step):
             rows = slice(start, start + step)
-            levels = buffer[: len(states) - start].copy_(states[rows])
+            levels = states[rows] if overwrite else buffer[: len(states) - start].copy_(states[rows])
             if self.shift:
                 largest = levels.add_(self.shift).amax(-1, keepdim=True).div_(2 * LEVELS + 1)
             else:
@@ -174,7 +177,7 @@ class Int8Linear:
 
 
 def make_int8_linear(weight: torch.Tensor, bias: torch.Tensor, *, dtype: torch.dtype, after_gelu: bool) -> Int8Linear:
-    """Return a quantised affine map [out, in] for states of `dtype`."""
+    """Return a quantised affine map [out, in] to `dtype`."""
     exact = weight.float()
     scale = (exact.abs().amax(1) / LEVELS).clamp(min=_SMALLEST)
     quantised = (exact / scale[:, None]).round().to(torch.int8)

@@ -56,16 +56,16 @@ TOKEN_STEP = 128
 """Batches are padded to a multiple of this many tokens. oneDNN prepares and keeps a kernel for each number of rows, so
 without steps memory grows, and a small model spends more time on preparing kernels than on running them."""
 
-SMALL_STEP = 16
+SMALL_STEP = 4
 "the same on a CPU up to TOKEN_STEP tokens, where padding is most of the time of a query"
 
 OCTAVE_STEPS = 8
 """Padded sizes between one power of two and the next on CUDA, where kernels are chosen by shape. Full batches have the
 budget if it is a power of two, as automatic ones are. The last batch of a window grows by an eighth at most."""
 
-INNER_ROWS = 1024
-"""Tokens that go through a layer's widest tensor at once on a CPU: [1024, 4096] in float32 are 16 MiB. glibc maps new
-pages for tensors of 32 MiB or more, and zeroing them is slow (scripts/bench_results/LOG.md)."""
+INNER_ROWS = 512
+"""Tokens that go through a layer's widest tensor at once on a CPU: [512, 4096] in float32 are 8 MiB. glibc maps new
+pages for large tensors, and zeroing them is slow (scripts/bench_results/LOG.md)."""
 
 _PREFIXES = ("roberta.", "model.", "encoder_model.", "")
 _ZIP = b"PK"
@@ -150,11 +150,13 @@ def _load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
     def put(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device=target, dtype=kind).contiguous()
 
-    def linear(names: list[str], *shape: int | None, after_gelu: bool = False) -> AnyLinear:
+    def linear(names: list[str], *shape: int | None, before_gelu: bool = False, after_gelu: bool = False) -> AnyLinear:
         weight = torch.cat([tensors.take(f"{name}.weight", *shape) for name in names])
         bias = torch.cat([tensors.take(f"{name}.bias", shape[0]) for name in names])
         if dtype == "int8":
-            return make_int8_linear(weight, bias, dtype=kind, after_gelu=after_gelu)
+            # Gelu and the quantising after it take float32 as it is.
+            result = torch.float32 if before_gelu else kind
+            return make_int8_linear(weight, bias, dtype=result, after_gelu=after_gelu)
         if dtype == "nf4":
             return make_nf4_linear(put(weight), put(bias))
         if can_fuse(target, kind):
@@ -172,7 +174,7 @@ def _load_model(checkpoint: Checkpoint, *, device: str, dtype: Dtype) -> Model:
                 qkv=linear([f"{at}.attention.self.{part}" for part in ("query", "key", "value")], width, width),
                 attention_out=linear([f"{at}.attention.output.dense"], width, width),
                 attention_norm=norm(f"{at}.attention.output.LayerNorm"),
-                intermediate=linear([f"{at}.intermediate.dense"], inner, width),
+                intermediate=linear([f"{at}.intermediate.dense"], inner, width, before_gelu=True),
                 output=linear([f"{at}.output.dense"], width, inner, after_gelu=True),
                 output_norm=norm(f"{at}.output.LayerNorm"),
             )
