@@ -134,8 +134,7 @@ class Int8Linear:
     bias: torch.Tensor
     "[out] in the dtype of the result, bfloat16 or float32"
     shift: float
-    """added to x before it is quantised, and subtracted by the bias; 0 unless x comes from gelu, and is overwritten if
-    it is float32"""
+    "added to x before it is quantised, and subtracted by the bias; 0 unless x comes from gelu"
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Map [N, in] to [N, out], both bfloat16 or float32."""
@@ -161,14 +160,15 @@ class Int8Linear:
         zero_point = 0 if self.shift else ZERO_POINT
         quantised, scale = torch.empty(states.shape, dtype=torch.uint8), torch.empty((len(states), 1))
         step = max(1, QUANTISED_NUMBERS // states.shape[1])
-        overwrite = self.shift > 0 and states.dtype == torch.float32
         buffer = torch.empty((min(step, len(states)), states.shape[1]))
         for start in range(0, len(states), step):
             rows = slice(start, start + step)
-            levels = states[rows] if overwrite else buffer[: len(states) - start].copy_(states[rows])
+            levels = buffer[: len(states) - start]
             if self.shift:
-                largest = levels.add_(self.shift).amax(-1, keepdim=True).div_(2 * LEVELS + 1)
+                torch.add(states[rows].float(), self.shift, out=levels)
+                largest = levels.amax(-1, keepdim=True).div_(2 * LEVELS + 1)
             else:
+                levels.copy_(states[rows])
                 largest = torch.maximum(levels.amax(-1, keepdim=True), -levels.amin(-1, keepdim=True)).div_(LEVELS)
             scale[rows] = largest.clamp_(min=_SMALLEST)
             levels.mul_(largest.reciprocal_()).add_(ROUNDING + zero_point)
