@@ -20,7 +20,7 @@ from m3cli.encoder.model import Model, load_model
 from m3cli.encoder.tokenizer import Tokenizer, load_tokenizer
 from m3cli.errors import ForeignFolder, ModelError
 from m3cli.jobs.encode.pipeline import EncodedBatch, TokenisedShard, finish_windows, make_encoder
-from m3cli.jobs.encode.resolve import check_same_checkpoint, check_same_tokenizer, open_checkpoint
+from m3cli.jobs.encode.resolve import check_same_checkpoint, check_same_tokenizer, open_checkpoint_of
 from m3cli.jobs.reread import find_input, read_texts
 from m3cli.records import Document, DoneEntry, Embeddings, LexicalWeights, Origins, ShardText, TokenMatrices
 from m3cli.requests import CheckRequest
@@ -62,7 +62,7 @@ def sample_rows(
     """
     chosen = _choose_rows(entries, number=request.sample, seed=request.seed)
     run = find_input(run, root, otherwise="check without --sample")
-    checkpoint = open_checkpoint(request.model, request.revision)
+    checkpoint = open_checkpoint_of(request, run)
     check_same_checkpoint(run, checkpoint, out=root.name)
     tokenizer = load_tokenizer(checkpoint)
     check_same_tokenizer(run, tokenizer.serialisation_hash, out=root.name)

@@ -365,6 +365,14 @@ def test_sample_encodes_rows_again(
     assert (found.sampled, found.exit_code) == (found.rows, 3)
 
 
+def test_sample_finds_the_checkpoint_of_the_folder(
+    tmp_path: Path, encode_with: EncodeWith, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert encode_with(write_corpus(tmp_path / "corpus.jsonl", bad_every=1000), out=tmp_path / "out") == 0
+    assert run(["check", str(tmp_path / "out"), "--sample", "3", "--device", "cpu"]) == 0
+    assert "3 rows encoded again; complete, no damage" in capsys.readouterr().out
+
+
 def test_sample_finds_vectors_of_another_model(
     tmp_path: Path, encode_with: EncodeWith, tiny_m3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
