@@ -172,8 +172,22 @@ def replace_leaves(kind: Any, replace: Callable[[Any], Any]) -> Any:
     return replace(kind)
 
 
-def can_be_kept(kind: Any, *, inside: bool = False) -> bool:
-    """Return whether pyarrow can take, write and read values of a type; `inside`: it is part of a nested type.
+def can_be_kept(kind: Any) -> bool:
+    """Return whether pyarrow can take values of a type, write them to Parquet and read them.
+
+    An Arrow file may have types that Parquet has not, and older versions write fewer of them: decimal32 from 22 on.
+    """
+    if not _is_read_as_written(kind, inside=False):
+        return False
+    try:
+        pq.write_table(pa.schema([("", without_views(kind))]).empty_table(), pa.BufferOutputStream())
+    except pa.ArrowNotImplementedError:
+        return False
+    return True
+
+
+def _is_read_as_written(kind: Any, *, inside: bool) -> bool:
+    """Return whether values of a type are equal after writing and reading; `inside`: it is part of a nested type.
 
     pyarrow confuses values of list views and of extensions of views, and does not write an extension inside another
     type. Reading a struct with duplicate names is an error.
@@ -183,10 +197,10 @@ def can_be_kept(kind: Any, *, inside: bool = False) -> bool:
     if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
         return False
     if pa.types.is_dictionary(kind):
-        return can_be_kept(kind.value_type, inside=True)
+        return _is_read_as_written(kind.value_type, inside=True)
     fields = [kind.field(i) for i in range(kind.num_fields)]
     return len({field.name for field in fields}) == len(fields) and all(
-        can_be_kept(field.type, inside=True) for field in fields
+        _is_read_as_written(field.type, inside=True) for field in fields
     )
 
 
@@ -389,7 +403,7 @@ def _list_any(column: Any) -> list[Any]:
     if replace_leaves(kind, lambda leaf: pa.null() if getattr(leaf, "unit", "") == "ns" else leaf) == kind:
         try:
             return column.to_pylist()  # type: ignore[no-any-return]
-        except (ValueError, OverflowError):
+        except (ValueError, OverflowError, KeyError):  # KeyError: an unknown time zone, from an older pyarrow
             pass
     plain = replace_leaves(kind, lambda leaf: _make_number(BYTES_OF.get(leaf, leaf)))
     return column.cast(plain).to_pylist()  # type: ignore[no-any-return]
