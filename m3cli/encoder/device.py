@@ -37,9 +37,9 @@ _log = logging.getLogger(__name__)
 TORCH_VERSION = str(torch.__version__)
 
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
-FLOAT16 = ("avx512_fp16", "amx_fp16", "fp16_arith")
+FLOAT16 = ("avx512_fp16", "amx_fp16", "fp16_arith", "asimdhp")
 INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm")
-"instruction sets that multiply a dtype"
+"instruction sets that multiply a dtype, by the names of torch and Linux"
 AMX = ("amx_tile",)
 AttentionKernel = Literal["varlen", "flash", "matmul"]
 "see attention.py"
@@ -206,9 +206,11 @@ def peak_device_bytes(device: str) -> int:
 
 
 def cpu_has(names: Collection[str]) -> bool:
-    """Return whether the CPU has one of the instruction sets, by torch's names."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(capabilities.get(name) for name in names)
+    """Return whether the CPU has one of the instruction sets; an older torch tells none, then Linux does."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in names)
+    return not {*names}.isdisjoint(f"{_read_cpuinfo('flags')} {_read_cpuinfo('Features')}".split())
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype, *, head_width: int) -> AttentionKernel:
@@ -314,7 +316,7 @@ def list_devices() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [
         {
             "device": "cpu",
-            "name": _name_cpu(),
+            "name": name_device("cpu"),
             "cores": _count_cores(),
             "threads": auto_threads(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -408,16 +410,19 @@ def expect_tokens_per_second(flops_per_second: float, flops_per_token: float, *,
 
 def name_device(device: str) -> str:
     """Return the name of a CPU or GPU."""
-    return str(torch.cuda.get_device_name(device)) if device.startswith("cuda") else _name_cpu()
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name(device))
+    return _read_cpuinfo("model name") or platform.processor() or platform.machine()
 
 
-def _name_cpu() -> str:
+@cache
+def _read_cpuinfo(key: str) -> str:
+    """Return what Linux tells of the first core: its name; its instruction sets are `flags`, on ARM `Features`."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
 
 
 def _count_cores() -> int:

@@ -18,9 +18,14 @@ from m3cli.encoder import device
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.device import (
     ALIGNMENT,
+    AMX,
+    BFLOAT16,
+    FLOAT16,
+    INT8,
     MAX_PARALLEL,
     _allocate,
     auto_dtype,
+    cpu_has,
     fetch,
     is_emulated,
     lacks_memory,
@@ -86,6 +91,15 @@ def test_int8_needs_a_cpu_whose_products_do_not_overflow(has: dict[str, bool], m
     else:
         with pytest.raises(UsageError, match="--dtype int8: "):
             resolve_dtype("int8", "cpu")
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="this torch tells nothing of the CPU")
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="not Linux")
+def test_an_old_torch_computes_in_the_same_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = (*BFLOAT16, *FLOAT16, *INT8, *AMX)
+    told = {name: cpu_has([name]) for name in sets}
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert {name: cpu_has([name]) for name in sets} == told
 
 
 @given(st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=3 * ALIGNMENT), min_size=1, max_size=5))
