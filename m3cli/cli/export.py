@@ -9,6 +9,7 @@ import typer
 
 from m3cli.cli.options import takes
 from m3cli.cli.terminal import show_run, stop
+from m3cli.errors import count_noun
 from m3cli.requests import ConvertRequest, ExportRequest, LoadRequest
 
 
@@ -24,7 +25,8 @@ def export(request: ExportRequest) -> None:
 
     quiet = request.progress == "none"
     done = export_folder(request, meter=FileMeter(quiet=quiet))
-    words = f"{request.out}: {done.rows:,} rows in {done.parts:,} parts, {format_bytes(done.bytes)}"
+    size = format_bytes(done.bytes)
+    words = f"{request.out}: {count_noun(done.rows, 'row')} in {count_noun(done.parts, 'part')}, {size}"
     print_summary(words, done.rows_left_out, done.left_out, where=f"{request.out}/left-out.jsonl", quiet=quiet)
     raise typer.Exit(done.exit_code)
 
@@ -35,8 +37,8 @@ def print_summary(words: str, rows: int, reasons: dict[str, int], *, where: str,
         return
     lines = [words]
     if reasons:
-        lines[0] += f"; {rows:,} rows left out; {where} lists all that is not as it was:"
-        lines += [f"  {count:,} {reason}" for reason, count in reasons.items()]
+        lines[0] += f"; {count_noun(rows, 'row')} left out; {where} lists all that is not as it was:"
+        lines += [f"  {reason}: {count:,}" for reason, count in reasons.items()]
     sys.stderr.writelines(f"m3: {line}\n" for line in lines)
 
 
@@ -52,7 +54,7 @@ def load(request: LoadRequest) -> None:
     quiet = request.progress == "none"
     listed = Path(request.left_out or f"{Path(request.folder).resolve().stem}.left-out.jsonl")
     done = load_folder(request, since=request.since, left_out=listed, meter=FileMeter(quiet=quiet), stop=stop)
-    words = f"{done.name}: {done.rows:,} rows written"
+    words = f"{done.name}: {count_noun(done.rows, 'row')} written"
     if request.since is not None:
         words += f", {done.unchanged:,} unchanged, {done.deleted:,} deleted"
     print_summary(words, done.rows_left_out, done.left_out, where=str(listed), quiet=quiet)

@@ -158,7 +158,8 @@ def make_shape(folder: OutputFolder, request: TransferRequest, target: Target) -
     names = [name for name in rows.column_names if name not in RESERVED_COLUMNS or name == TEXT_COLUMN]
     for name in request.fields or ():
         if name not in names:
-            raise UsageError(f"--fields {name!r}: {request.folder} has only {', '.join(names) or 'no kept fields'}")
+            held = f"only {', '.join(names)}" if names else "no kept fields"
+            raise UsageError(f"--fields {name!r}: {request.folder} has {held}")
     chosen = [name for name in names if request.fields is None or name in request.fields]
     shape = Shape(
         name=request.name or _make_name(request.folder),
@@ -225,6 +226,13 @@ def drop_repeats(part: Part, repeats: Repeats, lost: LeftOut | None) -> Part:
     """Return a part without the rows whose key an earlier row has."""
     dropped = np.flatnonzero(np.isin(part.embeddings.rows, repeats.get(part.shard, ())))
     return drop_rows(part, dropped, lost, "an earlier row has this key")
+
+
+def _drop_repeats(part: Part, repeats: Repeats, lost: LeftOut | None) -> Iterator[Part]:
+    """Yield a part without those rows, if there are others: no target has to take an empty one."""
+    kept = drop_repeats(part, repeats, lost)
+    if kept.num_rows:
+        yield kept
 
 
 @contextmanager
@@ -371,7 +379,7 @@ class _Stream:
             if part is None:
                 return
             self._writer.count(part)
-            yield drop_repeats(part, self._repeats, self._writer.lost)
+            yield from _drop_repeats(part, self._repeats, self._writer.lost)
 
 
 class _Reader:
@@ -408,7 +416,7 @@ class _Reader:
                     continue
                 if not again:
                     self._writer.count(part)
-                yield drop_repeats(part, self._repeats, None if again else self._writer.lost)
+                yield from _drop_repeats(part, self._repeats, None if again else self._writer.lost)
 
     def _size(self, index: int) -> int:
         return sum(file.length for file in self._folder.entries[index].files)

@@ -101,7 +101,26 @@ def test_parquet_has_every_row_and_number(
     assert [(line["key"], line["field"]) for line in left_out(tmp_path / "out")] == [("a", None), ("b#1", None)]
     summary = json.loads((tmp_path / "out/export.json").read_bytes())
     assert (summary["rows"], summary["rows_left_out"]) == (ROWS, 2)
-    assert "2 row left out: an earlier row has this key" in done.stderr
+    assert "  row left out: an earlier row has this key: 2\n" in done.stderr
+
+
+@pytest.mark.parametrize("outputs", ["dense,sparse,colbert", "sparse"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_shards_of_which_no_row_is_left(
+    tmp_path: Path, export: Callable[..., Completed], target: str, outputs: Any
+) -> None:
+    if target == "faiss" and outputs == "sparse":
+        pytest.skip("faiss holds dense vectors only")
+    unfit = Doc("long" * 20_000, "no key of an engine", weights=0)
+    shards = [[Doc("a", "first")], [Doc("a", "again")], [unfit], [Doc("b", "second")], [Doc("b"), Doc("a")]]
+    folder = write_folder(tmp_path / "c.m3", shards, outputs=outputs.split(","))
+    done = export(folder, "--to", target, "--out", tmp_path / "out")
+    assert done.returncode == 3, done.stderr
+    summary = json.loads((tmp_path / "out/export.json").read_bytes())
+    keys = {line["key"][:4] for line in left_out(tmp_path / "out") if line["field"] is None}
+    assert keys - {"long"} == {"a", "b"}
+    assert summary["rows"] == 2 + ("long" not in keys)
+    assert summary["rows"] + summary["rows_left_out"] == 6
 
 
 def test_npy_opens_with_numpy_and_scipy(tmp_path: Path, folder: Path, export: Callable[..., Completed]) -> None:
