@@ -92,7 +92,7 @@ def _find_near(folder: OutputFolder, document_id: str) -> list[str]:
     near: list[str] = []
     for ids, _ in iter_ids(folder.path, folder.entries):
         begun = [name for name in ids.to_pylist() if _begins_alike(name.casefold(), wanted)]
-        near = difflib.get_close_matches(document_id, [*near, *begun], n=_NEAR_IDS, cutoff=0.6)
+        near = difflib.get_close_matches(document_id, dict.fromkeys([*near, *begun]), n=_NEAR_IDS, cutoff=0.6)
     return near
 
 
