@@ -9,6 +9,7 @@ from scipy.sparse import csr_array
 
 from m3cli.api.model import load_model
 from m3cli.config import DEFAULT_MODEL
+from m3cli.errors import UsageError
 
 
 class SparseRows(csr_array):  # type: ignore[misc]  # scipy has no types
@@ -36,23 +37,30 @@ class BGEM3EmbeddingFunction:
     Args:
         model_name: folder or hub id.
         batch_size: ignored; texts are batched by their tokens.
-        device: cpu, cuda or cuda:N; empty: a GPU if there is one.
+        device: cpu, cuda or cuda:N; None: a GPU if there is one.
+        normalize_embeddings: True; m3's dense vectors have norm 1.
         use_fp16: 16-bit floating point where the device is fast with it; False: float32.
         return_dense: whether dense vectors are returned.
         return_sparse: whether sparse vectors are returned.
         return_colbert_vecs: whether ColBERT matrices are returned.
+
+    Raises:
+        UsageError: the device does not exist, or vectors would not be normalised.
     """
 
     def __init__(
         self,
         model_name: str = DEFAULT_MODEL,
         batch_size: int = 16,  # noqa: ARG002
-        device: str = "",
+        device: str | None = None,
+        normalize_embeddings: bool = True,
         use_fp16: bool = True,
         return_dense: bool = True,
         return_sparse: bool = True,
         return_colbert_vecs: bool = False,
     ) -> None:
+        if not normalize_embeddings:
+            raise UsageError("normalize_embeddings=False: m3's dense and ColBERT vectors have norm 1; leave it out")
         self._model = load_model(model_name, device=device or "auto", dtype="auto" if use_fp16 else "float32")
         wanted = {"dense": return_dense, "sparse": return_sparse, "colbert": return_colbert_vecs}
         self._outputs = [output for output, returned in wanted.items() if returned]

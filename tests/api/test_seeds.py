@@ -5,12 +5,14 @@ Milvus' pages on BGE-M3, the BGE documentation, and the model card: keys, shapes
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from m3cli.errors import UsageError
 from m3cli.flagembedding import BGEM3FlagModel
 from m3cli.milvus import BGEM3EmbeddingFunction
 
@@ -79,6 +81,50 @@ def test_bge_documentation(model: BGEM3FlagModel) -> None:
     assert [type(weights) for weights in sparse] == [dict, dict]
     assert all(isinstance(token, str) and token.isdecimal() for token in sparse[0])
     assert [matrix.shape for matrix in multiv] == [(8, DIM), (7, DIM)]
+
+
+def test_constructors_take_their_arguments_in_the_originals_order(demo_m3: Path, model: BGEM3FlagModel) -> None:
+    queries = [f"query: {text}" for text in SENTENCES_1]
+    made = BGEM3FlagModel(
+        str(demo_m3), True, True, False, "query: ", "{}{}", ["cpu"], query_max_length=6, return_sparse=True
+    )
+    found = made.encode_queries(SENTENCES_1)
+    assert np.array_equal(found["dense_vecs"], model.encode(queries, max_length=6)["dense_vecs"])
+    assert len(found["lexical_weights"]) == 2
+    assert found["colbert_vecs"] is None
+    one = made.encode_queries(SENTENCES_1[0], max_length=512, return_sparse=False)
+    assert np.array_equal(one["dense_vecs"], model.encode(queries[:1])["dense_vecs"][0])
+    assert one["lexical_weights"] is None
+    for encode in (made.encode_corpus, made.encode):
+        found = encode(SENTENCES_2, return_dense=False, return_colbert_vecs=True)
+        assert found["dense_vecs"] is None
+        assert len(found["lexical_weights"]) == len(found["colbert_vecs"]) == 2
+    cut = model.compute_score([SENTENCES_1[0], SENTENCES_2[0]], max_query_length=6)
+    assert made.compute_score([SENTENCES_1[0], SENTENCES_2[0]]) == cut
+
+    ef = BGEM3EmbeddingFunction(str(demo_m3), 16, "cpu", True, False, True, False)
+    assert list(ef(DOCS)) == ["dense"]
+
+
+def test_every_argument_of_the_original_is_at_its_place() -> None:
+    from FlagEmbedding import BGEM3FlagModel as Original  # noqa: PLC0415  6 s, only where this runs
+
+    for method in ("__init__", "encode", "encode_queries", "encode_corpus", "compute_score"):
+        mine, its = (list(signature(getattr(kind, method)).parameters.values()) for kind in (BGEM3FlagModel, Original))
+        places = [each.name for each in mine if each.kind is each.POSITIONAL_OR_KEYWORD]
+        assert places == [each.name for each in its][: len(places)], method
+        named = {each.name: each.default for each in its}
+        for each in mine:
+            if each.name in named and each.name != "batch_size":
+                assert each.default == named[each.name], (method, each.name)
+
+
+def test_what_the_original_does_and_m3_does_not_is_an_error() -> None:
+    with pytest.raises(UsageError, match="this model runs on one device; name one"):
+        BGEM3FlagModel("nowhere", devices=["cuda:0", "cuda:1"])
+    for make in (BGEM3FlagModel, BGEM3EmbeddingFunction):
+        with pytest.raises(UsageError, match="normalize_embeddings=False: "):
+            make("nowhere", normalize_embeddings=False)
 
 
 def test_model_card_dense(model: BGEM3FlagModel) -> None:
