@@ -90,8 +90,10 @@ def open_table(
             writer = JsonTable(file, columns, score_names)
         else:
             writer = ParquetTable(file, columns, schema, score_names)
-        yield writer
-        writer.finish()
+        try:
+            yield writer
+        finally:  # after an error too: pyarrow's writer must be closed before its file
+            writer.finish()
 
 
 class TsvTable:

@@ -87,6 +87,21 @@ def test_what_is_refused_ends_in_one_line(
     assert written.out == ""
 
 
+@pytest.mark.parametrize("ending", ["tsv", "jsonl", "parquet"])
+def test_a_damaged_folder_ends_in_one_line(
+    m3_here: Callable[..., Completed], tiny_m3: Path, tmp_path: Path, ending: str
+) -> None:
+    (tmp_path / "c.jsonl").write_text('{"id": "a", "text": "a fox"}\n{"id": "b", "text": "a dog"}\n')
+    assert m3_here("encode", "c.jsonl", "--model", tiny_m3, "--quiet").returncode == 0
+    (tmp_path / "p.tsv").write_text("query\tpassage\na\tb\n")
+    rows = tmp_path / "c.m3/rows/shard-0000000.parquet"
+    rows.unlink()
+    rows.touch()
+    done = m3_here("score", "p.tsv", "--queries", "c.m3", "--corpus", "c.m3", "--out", f"s.{ending}")
+    assert (done.returncode, done.stderr.count("\n")) == (12, 1), done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "c.m3", "p.tsv"]
+
+
 def test_ids_load_no_model_and_no_torch(tiny_m3: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "c.jsonl"
     corpus.write_text("".join(f'{{"id":"{n}","text":"text number {n}"}}\n' for n in range(4)), encoding="utf-8")
