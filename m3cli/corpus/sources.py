@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import get_args
@@ -209,7 +209,7 @@ def find_sources(
     input_format: str = "auto",
     stdin: PeekableStream | None = None,
     format_flag: str | None = "--input-format",
-    own: Container[str] = (),
+    own: Collection[str] = (),
 ) -> tuple[Source, ...]:
     """Return the sources of the inputs; standard input is only peeked at.
 
@@ -244,7 +244,7 @@ def find_sources(
     return _check_any_bytes(sources, inputs)
 
 
-def _find_folder(inputs: Sequence[str], own: Container[str]) -> Source:
+def _find_folder(inputs: Sequence[str], own: Collection[str]) -> Source:
     """Return a folder as one source, of which each text file is a document."""
     folder = Path(os.path.abspath(inputs[0]))  # noqa: PTH100 -- Path.resolve would follow links
     if len(inputs) > 1 or is_remote(inputs[0]) or not folder.is_dir():
@@ -252,7 +252,7 @@ def _find_folder(inputs: Sequence[str], own: Container[str]) -> Source:
     if is_written_by_m3(folder):
         raise CorpusError(f"{inputs[0]} is a folder that m3 writes: give the corpus")
     files = list_text_files(str(folder))
-    if written := next((file.path for file in files if os.path.realpath(folder / file.path) in own), None):
+    if own and (written := next((file.path for file in files if os.path.realpath(folder / file.path) in own), None)):
         raise UsageError(f"this run writes {folder / written}, which --per-file would read: write it elsewhere")
     if not files:
         raise CorpusError(f"{inputs[0]}: nothing to read in this folder; --per-file reads {' '.join(TEXT_ENDINGS)}")
@@ -287,12 +287,12 @@ def count_unread(inputs: Sequence[str], input_format: str = "auto") -> dict[str,
     paths: set[str] = set()
     for name in inputs:
         if is_remote(name):
-            paths.update(list_objects(name)[0])
+            paths.update(path for path in list_objects(name)[0] if not is_read(path))
         elif Path(name).is_dir():
-            paths.update(os.path.realpath(path) for path in walk(Path(name)))
+            paths.update(os.path.realpath(path) for path in walk(name) if not is_read(path))
         elif glob.has_magic(name) and not Path(name).exists():
-            paths.update(os.path.realpath(path) for path in _match(name)[0])
-    endings = Counter(name_endings(path) or "without ending" for path in paths if not is_read(path))
+            paths.update(os.path.realpath(path) for path in _match(name)[0] if not is_read(path.name))
+    endings = Counter(name_endings(path) or "without ending" for path in paths)
     return dict(sorted(endings.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -300,7 +300,7 @@ def list_files(name: str) -> list[Path]:
     """Return the files that an input may have; none if it is invalid, which `find_sources` reports."""
     try:
         if Path(name).is_dir():
-            return [path for path in walk(Path(name)) if has_known_ending(path.name) or is_text_file(path.name)]
+            return [Path(path) for path in walk(name) if has_known_ending(path) or is_text_file(path)]
         return [path for path, _ in _find_files(name)]
     except (CorpusError, OSError):
         return []
@@ -352,7 +352,7 @@ def _find_files(name: str) -> list[tuple[Path, Path]]:
     if path.is_dir():
         if is_written_by_m3(path):
             raise CorpusError(f"{name} is a folder that m3 writes: give the corpus")
-        files = _skip_notes(file for file in walk(path) if has_known_ending(file.name))
+        files = _skip_notes(Path(file) for file in walk(str(path)) if has_known_ending(file))
         found = sorted(files, key=lambda file: file.relative_to(path).as_posix())
         if not found:
             raise CorpusError(f"{name}: nothing to read in this folder; {_hint(path)}")
