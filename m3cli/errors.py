@@ -4,10 +4,10 @@
     |- UsageError      2   invalid or contradictory options
     |- CorpusError     4   the corpus cannot be read as planned
     |- ModelError      5   model missing, misshapen, or out of memory with one single chunk
-    |- OutputError     6   disk full, permission, not durable
+    |- OutputError     6   disk full, permission, not durable, or damage where a run would write
     |- ForeignFolder  10   the folder belongs to another run
     |- FolderLocked   11   another run is in the folder
-    |- DamageFound    12   check found damage
+    |- DamageFound    12   damage where a folder is read or checked
     |- Stopped        75   stopped with work remaining; the same command resumes
     '- Interrupted   130   Ctrl-C
 
@@ -119,7 +119,7 @@ class FolderLocked(M3Error):
 
 
 class DamageFound(M3Error):
-    """Check found damage."""
+    """A folder that is read or checked is damaged."""
 
     exit_code: ClassVar[int] = 12
 
