@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,8 +133,11 @@ class Folder:
         Returns:
             records with `rows`, a pyarrow.Table without vectors, and `embeddings` of the same rows.
         """
+        chosen: tuple[Any, ...] = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+        for output in chosen:
+            check_choice("outputs", output, Output)
         names = None if columns is None else (columns or ("num_tokens",))  # a table without columns has no rows
-        return reader.iter_parts(self._folder, outputs=tuple(outputs), columns=names)
+        return reader.iter_parts(self._folder, outputs=chosen, columns=names)
 
     def to_arrow(self) -> Any:
         """Return all rows as a pyarrow.Table, with the columns of the parquet format; all is in memory."""
@@ -164,11 +168,20 @@ class Folder:
             the hits of each query, in the order of `queries`: `ids`, `scores` [H], `parts` (scores by output), spans.
 
         Raises:
-            UsageError: the folder lacks what the mode needs.
+            ValueError: a query is empty or has a lone surrogate.
+            UsageError: the folder lacks what the mode needs, or an argument is not one of its values.
             ForeignFolder: the model is not the folder's.
             ModelError: a query cannot be encoded.
         """
+        if mode is not None:
+            check_choice("mode", mode, Mode)
+        check_choice("level", level, Level)
+        check_least("top_k", top_k, 1)
+        if weights is not None:
+            check_weights_given(weights)
         texts = (queries,) if isinstance(queries, str) else tuple(queries)
+        for index, text in enumerate(texts):
+            check_text(text, f"query {index}")
         if not texts or not len(self):
             return [_no_hits(index, text) for index, text in enumerate(texts)]
         request = SearchRequest(
@@ -242,6 +255,36 @@ def to_csr(weights: LexicalWeights, *, vocabulary: int) -> Any:
     """Return lexical weights as scipy.sparse.csr_array [N, V] float32."""
     shape = len(weights.indptr) - 1, vocabulary
     return csr_array((weights.values, weights.indices.astype(np.int32), weights.indptr), shape=shape)
+
+
+def check_choice(name: str, value: object, kind: Any) -> None:
+    """Raise UsageError unless an argument is one of a Literal's values."""
+    if value not in get_args(kind):
+        raise UsageError(f"{name}={value!r}: expected one of {', '.join(get_args(kind))}")
+
+
+def check_least(name: str, value: object, least: int) -> None:
+    """Raise UsageError unless an argument is an integer of at least `least`."""
+    if not isinstance(value, Integral) or int(value) < least:
+        raise UsageError(f"{name}={value!r}: expected an integer of at least {least}")
+
+
+def check_weights_given(weights: Sequence[float]) -> None:
+    """Raise UsageError unless there are three weights."""
+    if len(weights) != 3:
+        raise UsageError(f"weights={weights!r}: expected three numbers, of dense, sparse and colbert")
+
+
+def check_text(text: object, name: str) -> None:
+    """Raise TypeError or ValueError unless a text can be encoded."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name} is of type {type(text).__name__}, expected a string")
+    if not text or text.isspace():
+        raise ValueError(f"{name} is empty; leave it out")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} has a lone surrogate at character {error.start}; replace it") from error
 
 
 def _no_hits(index: int, text: str) -> QueryHits:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from m3cli.api.folder import to_csr
+from m3cli.api.folder import check_choice, check_least, check_text, check_weights_given, to_csr
 from m3cli.concurrency import take_turn
 from m3cli.config import ALL_OUTPUTS, MAX_LENGTH_CEILING, Dtype, LongDocs
 from m3cli.corpus.pairs import Pair, cut_windows
@@ -32,6 +32,8 @@ from m3cli.retrieval.scores import check_weights, modes_of, parts_of
 
 BLOCK_BYTES = {"cpu": 128 << 10, "cuda": 1 << 20}
 "of text from an iterator that are encoded together; on a CPU their ColBERT vectors take about 128 MiB"
+SHORTEST = 3
+"<s>, a token, </s>"
 Texts = Sequence[str]
 Pairs = Iterable[tuple[str, str] | Sequence[str]]
 Weights = tuple[float, float, float] | Sequence[float]
@@ -89,6 +91,10 @@ def load_model(
         ModelError: the checkpoint is missing, damaged, or does not fit memory.
         UsageError: the device does not exist, or cannot run the dtype.
     """
+    if dtype != "auto":
+        check_choice("dtype", dtype, Dtype)
+    if max_batch_tokens is not None:
+        check_least("max_batch_tokens", max_batch_tokens, 1)
     with take_turn(), _unchanged_environment():
         checkpoint = open_checkpoint(None if model is None else str(model), revision)
         resolved = machine.resolve_device(device)
@@ -184,7 +190,7 @@ class EmbeddingModel:
         Args:
             texts: a sequence, whose rows are returned together; or an iterator, which is read as far as its rows are
                 consumed and gives them block by block, so that memory does not grow with it.
-            outputs: some of dense, sparse and colbert; None: all that the checkpoint has.
+            outputs: one or some of dense, sparse and colbert; None: all that the checkpoint has.
             max_length: most tokens of a row, `<s>` and `</s>` included; the checkpoint's own limit holds too.
             long_docs: a longer text is cut (truncate: `truncated` tells), becomes several rows (chunk), one row made
                 of its chunks (merge), or both.
@@ -192,12 +198,13 @@ class EmbeddingModel:
         Raises:
             ValueError: a text is empty or has a lone surrogate; the message has its index.
             TypeError: a text is not a string.
+            UsageError: an argument is not one of its values.
             ModelError: the checkpoint has no head for an output, or a text cannot be encoded.
         """
         if isinstance(texts, str):
             raise TypeError("texts is one string: give a list of strings")
-        if max_length < 3:
-            raise UsageError(f"max_length {max_length}: a row holds <s>, </s> and at least one token; give 3 or more")
+        check_least("max_length", max_length, SHORTEST)
+        check_choice("long_docs", long_docs, LongDocs)
         encoder = self.encoder.select(self._choose_outputs(outputs))
         length = min(max_length, self.max_length)
         if isinstance(texts, Iterator):
@@ -205,9 +212,9 @@ class EmbeddingModel:
         return self._encode(encoder, list(texts), length, long_docs)
 
     def _choose_outputs(self, outputs: Collection[str] | None) -> tuple[Output, ...]:
-        chosen = self.outputs if outputs is None else tuple(each for each in ALL_OUTPUTS if each in outputs)
-        unknown = [each for each in outputs or () if each not in ALL_OUTPUTS]
-        if unknown or not chosen:
+        asked = self.outputs if outputs is None else [outputs] if isinstance(outputs, str) else outputs
+        chosen = tuple(each for each in ALL_OUTPUTS if each in asked)
+        if not chosen or any(each not in ALL_OUTPUTS for each in asked):
             raise UsageError(f"outputs {outputs!r}: expected some of {', '.join(ALL_OUTPUTS)}")
         check_outputs(chosen, self.encoder.checkpoint)
         return chosen
@@ -231,7 +238,7 @@ class EmbeddingModel:
         self, encoder: TextEncoder, texts: list[str], max_length: int, long_docs: LongDocs, *, first: int = 0
     ) -> TextEmbeddings:
         for index, text in enumerate(texts, first):
-            _check_text(text, f"text {index}")
+            check_text(text, f"text {index}")
         embeddings, rows = encode_texts(encoder, texts, max_length=max_length, long_docs=long_docs)
         return self._to_public(embeddings, rows, first=first)
 
@@ -271,8 +278,13 @@ class EmbeddingModel:
 
         Raises:
             ValueError: a text is empty or has a lone surrogate.
+            TypeError: a pair is not two strings.
+            UsageError: there are not three weights, or a length is less than 3.
             ModelError: a text cannot be encoded.
         """
+        check_weights_given(weights)
+        check_least("max_query_length", max_query_length, SHORTEST)
+        check_least("max_passage_length", max_passage_length, SHORTEST)
         dense, sparse, colbert = weights
         modes, longest = modes_of(self.outputs), self.encoder.checkpoint.max_length
         check_weights(modes, (dense, sparse, colbert))
@@ -312,19 +324,11 @@ class EmbeddingModel:
         return self.encoder.format_token(token_id)
 
 
-def _check_text(text: str, name: str) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"{name} is of type {type(text).__name__}, expected a string")
-    if not text or text.isspace():
-        raise ValueError(f"{name} is empty; leave it out")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} has a lone surrogate at character {error.start}; replace it") from error
-
-
 def _make_pairs(pairs: Pairs) -> Iterator[Pair]:
-    for number, (query, passage) in enumerate(pairs, 1):
-        _check_text(query, f"the query of pair {number - 1}")
-        _check_text(passage, f"the passage of pair {number - 1}")
+    for number, pair in enumerate(pairs, 1):
+        if isinstance(pair, str) or len(pair) != 2:
+            raise TypeError(f"pair {number - 1} is {pair!r:.80}, expected a query and a passage")
+        query, passage = pair
+        check_text(query, f"the query of pair {number - 1}")
+        check_text(passage, f"the passage of pair {number - 1}")
         yield Pair(number=number, query=query, passage=passage, fault="", row={}, raw=b"", batch=None)

@@ -100,6 +100,24 @@ def test_missing_outputs_texts_and_folders_are_errors(tmp_path: Path) -> None:
         m3cli.open_folder(tmp_path / "missing.m3")
 
 
+def test_wrong_arguments_are_errors(tmp_path: Path) -> None:
+    folder = m3cli.open_folder(write_folder(tmp_path / "c.m3", SHARDS))
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"mode": "vectors"}, "mode='vectors': expected one of dense, sparse"),
+        ({"level": "rows"}, "level='rows': expected one of document, chunk"),
+        ({"top_k": 0}, "top_k=0: expected an integer of at least 1"),
+        ({"weights": (1, 2)}, "expected three numbers, of dense, sparse and colbert"),
+    ]
+    for arguments, words in wrong:
+        with pytest.raises(UsageError, match=words):
+            folder.search(["a"], **arguments)
+    with pytest.raises(ValueError, match="query 1 is empty"):
+        folder.search(["a", " "])
+    vectors: Any = ["dense_vecs"]
+    with pytest.raises(UsageError, match="outputs='dense_vecs': expected one of dense, sparse, colbert"):
+        folder.parts(outputs=vectors)
+
+
 def test_reading_arrays_loads_no_torch(tmp_path: Path) -> None:
     path = write_folder(tmp_path / "c.m3", SHARDS)
     code = (

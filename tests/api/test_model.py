@@ -105,6 +105,12 @@ def test_shapes_types_and_members(tiny: m3cli.EmbeddingModel) -> None:
     assert (some.lexical_weights != encoded.lexical_weights).nnz == 0
 
 
+def test_one_output_may_be_its_name(tiny: m3cli.EmbeddingModel) -> None:
+    encoded = tiny.encode(["a"], outputs="sparse")
+    assert encoded.dense_vecs is None
+    assert encoded.lexical_weights.shape == (1, tiny.vocabulary)
+
+
 def test_no_texts_give_empty_arrays(tiny: m3cli.EmbeddingModel) -> None:
     encoded = tiny.encode([])
     assert encoded["dense_vecs"].shape == (0, 64)
@@ -147,8 +153,24 @@ def test_bad_texts_are_errors_with_their_index(
 def test_bad_options_are_errors(tiny: m3cli.EmbeddingModel, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="expected some of dense, sparse, colbert"):
         tiny.encode(["a"], outputs=["dense", "vectors"])
-    with pytest.raises(UsageError, match="max_length 2"):
-        tiny.encode(["a"], max_length=2)
+    lengths: list[Any] = [2, 3.5, "9"]
+    for length in lengths:
+        with pytest.raises(UsageError, match=f"max_length={length!r}: expected an integer of at least 3"):
+            tiny.encode(["a"], max_length=length)
+        with pytest.raises(UsageError, match=f"max_query_length={length!r}: "):
+            tiny.compute_score([("a", "b")], max_query_length=length)
+    wrong: Any = "cut"
+    with pytest.raises(UsageError, match="long_docs='cut': expected one of chunk, merge, both, truncate"):
+        tiny.encode(["a"], long_docs=wrong)
+    with pytest.raises(UsageError, match="dtype='cut': expected one of float32"):
+        m3cli.load_model(tmp_path, dtype=wrong)
+    with pytest.raises(UsageError, match="max_batch_tokens=0: "):
+        m3cli.load_model(tmp_path, max_batch_tokens=0)
+    with pytest.raises(UsageError, match=r"weights=\(1, 2\): expected three numbers"):
+        tiny.compute_score([("a", "b")], weights=(1, 2))
+    for pair in ("ab", ("a", "b", "c")):
+        with pytest.raises(TypeError, match=r"pair 1 is .*, expected a query and a passage"):
+            tiny.compute_score([("a", "b"), pair])
     with pytest.raises(UsageError, match="sum to 0"):
         tiny.compute_score([("a", "b")], weights=(0, 0, 0))
     with pytest.raises(ValueError, match="the passage of pair 0 is empty"):
