@@ -25,6 +25,9 @@ class CheckRequest(ModelChoice):
     """Options of `m3 check`."""
 
     folder: str = required("A folder that m3 encode wrote.", "Input", metavar="DIR", argument=True)
+    model: str | None = option(
+        "Checkpoint folder or hub id.", "Model", default="$M3_MODEL or that of DIR", metavar="PATH|ID"
+    )
     repair: bool = option(
         "Remove the files of damaged shards, so that the next m3 encode writes them again. Other files than m3's stay.",
         "Check",
@@ -39,6 +42,9 @@ class SearchRequest(RunOptions):
     """Options of `m3 search`."""
 
     folder: str = required("A folder that m3 encode wrote.", "Input", metavar="DIR", argument=True)
+    model: str | None = option(
+        "Checkpoint folder or hub id.", "Model", default="$M3_MODEL or that of DIR", metavar="PATH|ID"
+    )
     words: str | None = option(
         "The words of a query; without them and --queries, queries are typed on the terminal.",
         "Input",

@@ -97,7 +97,7 @@ def _print_row(results: BinaryIO, row: Sequence[object], *, as_json: bool, names
 
 @takes(CheckRequest)
 def check(request: CheckRequest, *, as_json: AsJson = False) -> None:
-    """Read a finished or broken folder back and list every error; no model is needed.
+    """Read a finished or broken folder back and list every error. Only --sample needs the model.
 
     Exit code 12: there is damage; 75: none, but work remains; 3: complete, and rows were skipped; 0: complete.
     """
