@@ -134,8 +134,9 @@ class FirstRows:
             TOO_LARGE: "",  # it is in the detail
         }
         remedy = remedies.get(reason, "check the format and the fields (--text-field, --input-format)")
+        rows = f"all of the first {self._count:,} rows" if self._count > 1 else "the first row"
         raise (ModelError if reason == OUT_OF_MEMORY else CorpusError)(
-            f"all of the first {self._count:,} rows, from {self._first.source} on, would be skipped: "
+            f"{rows}, from {self._first.source} on, would be skipped: "
             f"{reason}{f' ({detail})' if detail else ''}{'; ' if remedy else ''}{remedy}"
         )
 
