@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from m3cli.config import MAX_ROW_BYTES
-from m3cli.corpus.parquet import open_parquet, parquet_errors, read_parquet_schema
+from m3cli.corpus.parquet import list_rows, open_parquet, parquet_errors, read_parquet_schema
 from m3cli.corpus.rows import INVALID_UTF8, TOO_LONG, WRONG_COLUMNS, Fault, name_type, parse_json_line, split_cells
 from m3cli.corpus.sources import check_local_input, find_sources, split_endings
 from m3cli.corpus.streams import BOM, ByteStream, LineStream, PeekableStream, read_head
@@ -359,7 +359,7 @@ def _decode_lines(stream: ByteStream) -> Iterator[str]:
 def _read_parquet(source: PairSource) -> Iterator[ReadRow]:
     with open_parquet(source.source) as file, parquet_errors(source.source):
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-            for index, row in enumerate(batch.to_pylist()):
+            for index, row in enumerate(list_rows(batch)):
                 yield ReadRow(row=row, batch=(batch, index))
 
 

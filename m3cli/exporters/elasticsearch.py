@@ -109,7 +109,7 @@ def write(read: Read, open_file: OpenFile, shape: Shape, lost: LeftOut) -> None:
 def make_lines(part: Part, shape: Shape, lost: LeftOut) -> list[bytes]:
     """Return what is to be done with a row and the row, two lines each; an output that a row lacks is not written."""
     part = drop_long_keys(part, MAX_ID, lost)
-    rows = drop_infinite(part, plain_columns(part.rows), lost).to_pylist()
+    rows = drop_infinite(part, plain_columns(part, lost), lost).to_pylist()
     embeddings = part.embeddings
     outputs: dict[str, Callable[[int], Any]] = {}
     if embeddings.dense_vecs is not None:

@@ -18,12 +18,12 @@ _UNUSED = 1 << 20
 _INNER_PRODUCT = 0
 
 
-def write(read: Read, open_file: OpenFile, shape: Shape, lost: LeftOut) -> None:  # noqa: ARG001  it can hold all
+def write(read: Read, open_file: OpenFile, shape: Shape, lost: LeftOut) -> None:
     """Write the index and the keys."""
     index, keys = open_file(INDEX_NAME), open_file(KEYS_NAME)
     index.write(make_header(dim=shape.dim, rows=shape.rows))
     for part in read(None):
-        write_keys(keys, part)
+        write_keys(keys, part, lost)
         assert part.embeddings.dense_vecs is not None
         index.write(widen(part.embeddings.dense_vecs).data)
 

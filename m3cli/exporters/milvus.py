@@ -113,7 +113,7 @@ def _fit(part: Part, lost: LeftOut) -> tuple[Part, Any]:
         empty = np.flatnonzero(np.diff(part.embeddings.lexical_weights.indptr) == 0)
         part = drop_rows(part, empty, lost, "no lexical weights")
     part = cut_matrices(drop_long_keys(part, MAX_TEXT, lost), MAX_VECTORS, lost)
-    return part, cut_texts(part, plain_columns(part.rows), MAX_TEXT, lost)
+    return part, cut_texts(part, plain_columns(part, lost), MAX_TEXT, lost)
 
 
 def write(read: Read, open_file: OpenFile, shape: Shape, lost: LeftOut) -> None:

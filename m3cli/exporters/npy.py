@@ -17,11 +17,14 @@ from m3cli.exporters.rows import (
     README_NAME,
     LeftOut,
     OpenFile,
+    Part,
     Read,
     Shape,
     Sink,
     Target,
     decode_vectors,
+    drop_infinite,
+    drop_unreadable,
     fill_template,
 )
 from m3cli.records import LexicalWeights, TokenMatrices
@@ -29,7 +32,7 @@ from m3cli.records import LexicalWeights, TokenMatrices
 KEYS_NAME = "keys.jsonl"
 
 
-def write(read: Read, open_file: OpenFile, shape: Shape, lost: LeftOut) -> None:  # noqa: ARG001  it can hold all
+def write(read: Read, open_file: OpenFile, shape: Shape, lost: LeftOut) -> None:
     """Write a folder's arrays."""
     keys = open_file(KEYS_NAME)
     dense = _Array(open_file("dense.npy"), shape.dense_dtype, shape.dim) if "dense" in shape.outputs else None
@@ -39,7 +42,7 @@ def write(read: Read, open_file: OpenFile, shape: Shape, lost: LeftOut) -> None:
         colbert = _Array(open_file("colbert.npy"), width or "float16", shape.dim)
     lexical_ends, colbert_ends = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)]
     for part in read(None):
-        write_keys(keys, part)
+        write_keys(keys, part, lost)
         embeddings = part.embeddings
         if dense is not None:
             dense.append(embeddings.dense_vecs)
@@ -60,9 +63,10 @@ def write(read: Read, open_file: OpenFile, shape: Shape, lost: LeftOut) -> None:
         _write_csr(read, open_file("sparse.npz"), shape, np.concatenate(lexical_ends))
 
 
-def write_keys(sink: Sink, part: Any) -> None:
+def write_keys(sink: Sink, part: Part, lost: LeftOut) -> None:
     """Append a line a row: a JSON object with its key and the plain columns."""
-    rows = zip(part.keys.to_pylist(), part.rows.to_pylist(), strict=True)
+    columns = drop_infinite(part, drop_unreadable(part, lost), lost)
+    rows = zip(part.keys.to_pylist(), columns.to_pylist(), strict=True)
     option = orjson.OPT_APPEND_NEWLINE
     sink.write(b"".join(orjson.dumps({"key": key, **row}, default=str, option=option) for key, row in rows))
 

@@ -82,7 +82,7 @@ def make_tuples(part: Part, shape: Shape, lost: LeftOut) -> list[bytes]:
     nul = np.flatnonzero(_has_nul(part.keys))
     part = drop_long_keys(drop_rows(part, nul, lost, "NUL in the key"), MAX_KEY, lost)
     words = ("NUL removed", "NUL in a text")
-    rows = change_texts(part, plain_columns(part.rows), _has_nul, lambda text: text.replace("\0", ""), lost, words)
+    rows = change_texts(part, plain_columns(part, lost), _has_nul, lambda text: text.replace("\0", ""), lost, words)
     kinds = list_columns(shape)
     texts = [_field(key.encode()) for key in part.keys.to_pylist()]
     columns = [texts, *(_encode(rows.column(name).to_pylist(), kinds[name]) for name in rows.column_names)]

@@ -24,6 +24,7 @@ from m3cli.exporters.rows import (
     cut_matrices,
     decode_vectors,
     drop_infinite,
+    drop_unreadable,
     widen,
 )
 
@@ -60,7 +61,7 @@ def make_config(shape: Shape) -> dict[str, Any]:
 def make_points(part: Part, shape: Shape, lost: LeftOut) -> list[bytes]:
     """Return rows as points; what Qdrant cannot hold is left out."""
     part = cut_matrices(part, MAX_MATRIX // shape.dim, lost)
-    rows = drop_infinite(part, part.rows, lost).to_pylist()
+    rows = drop_infinite(part, drop_unreadable(part, lost), lost).to_pylist()
     embeddings = part.embeddings
     dense = None if embeddings.dense_vecs is None else widen(embeddings.dense_vecs)
     lexical, colbert = embeddings.lexical_weights, embeddings.colbert_vecs

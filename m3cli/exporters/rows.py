@@ -303,9 +303,10 @@ def is_plain(kind: Any) -> bool:
     return bool(text or pa.types.is_boolean(kind) or integer or pa.types.is_floating(kind))
 
 
-def plain_columns(rows: Any) -> Any:
-    """Return a table whose columns are text, int64, float64 or bool: what is none of them becomes its JSON text."""
+def plain_columns(part: Part, lost: LeftOut) -> Any:
+    """Return a part's rows as text, int64, float64 and bool: what is none of them becomes its JSON text."""
     columns = {}
+    rows = drop_unreadable(part, lost)
     for name in rows.column_names:
         column = rows.column(name).combine_chunks()
         kind = column.type
@@ -332,13 +333,54 @@ def kind_of(kind: Any) -> str:
     return "float" if is_plain(kind) and pa.types.is_floating(kind) else "text"
 
 
+def drop_unreadable(part: Part, lost: LeftOut) -> Any:
+    """Return a part's rows with null for dates and times that Python cannot represent."""
+    rows, changed = null_unreadable(part.rows)
+    for name, row in changed:
+        lost.field(part.keys[row].as_py(), name, "field left out", "a date or time that Python cannot represent")
+    return rows
+
+
+def null_unreadable(rows: Any) -> tuple[Any, list[tuple[str, int]]]:
+    """Return a table with null for dates outside the years 1 to 9999 and of zones that this machine does not know.
+
+    Returns:
+        the table, and the column and row of each value.
+    """
+    changed: list[tuple[str, int]] = []
+    for place, name in enumerate(rows.column_names):
+        column = rows.column(name)
+        if not _has_times(column.type) or _is_readable(column):
+            continue
+        kept = [row if _is_readable(column.slice(row, 1)) else None for row in range(len(column))]
+        changed += [(name, row) for row, found in enumerate(kept) if found is None]
+        rows = rows.set_column(place, name, column.take(pa.array(kept, pa.int64())))
+    return rows, changed
+
+
+def _has_times(kind: Any) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        return _has_times(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return _has_times(kind.value_type)
+    return bool(pa.types.is_temporal(kind)) or any(_has_times(kind.field(each).type) for each in range(kind.num_fields))
+
+
+def _is_readable(column: Any) -> bool:
+    try:
+        column.to_pylist()
+    except (ValueError, OverflowError, KeyError):  # KeyError: an unknown time zone, from an older pyarrow
+        return False
+    return True
+
+
 def drop_infinite(part: Part, rows: Any, lost: LeftOut) -> Any:
     """Replace NaN and infinity in plain columns by null: JSON has no word for them."""
     for place, name in enumerate(rows.column_names):
         column = rows.column(name)
         if not pa.types.is_floating(column.type):
             continue
-        bad = pc.fill_null(pc.invert(pc.is_finite(column)), fill_value=False)
+        bad = pc.fill_null(pc.invert(pc.is_finite(column.cast(pa.float64()))), fill_value=False)
         for row in np.flatnonzero(bad.to_numpy()).tolist():
             lost.field(part.keys[row].as_py(), name, "field left out", "not a finite number")
         rows = rows.set_column(place, name, pc.if_else(bad, None, column))

@@ -72,7 +72,7 @@ def make_lines(part: Part, shape: Shape, lost: LeftOut) -> list[bytes]:
     part = drop_long_keys(part, MAX_KEY, lost)
     words = ("control characters removed", "control character in a text")
     rows = change_texts(
-        part, plain_columns(part.rows), _has_control, lambda text: re.sub(_NO_TEXT, "", text), lost, words
+        part, plain_columns(part, lost), _has_control, lambda text: re.sub(_NO_TEXT, "", text), lost, words
     )
     rows = drop_infinite(part, rows, lost).to_pylist()
     embeddings = part.embeddings

@@ -34,6 +34,7 @@ from m3cli.exporters.rows import (
     find_engine,
     hash_keys,
     list_keys,
+    null_unreadable,
     pick,
 )
 from m3cli.jobs.encode.increment import MAY_DIFFER
@@ -318,7 +319,7 @@ def _sign_rows(folder: OutputFolder, kept: Sequence[str]) -> _Signed:
         numbers = document - 1 + np.cumsum(piece.rows.column("chunk_index").to_numpy() == 0)
         document = int(numbers[-1]) + 1
         texts = hashes[numbers].tolist()
-        rows = piece.rows.select(columns).to_pylist()
+        rows = null_unreadable(piece.rows.select(columns))[0].to_pylist()
         signs = (
             xxhash.xxh3_64_intdigest(orjson.dumps([text, list(row.values())], default=str), seed=seed)
             for text, row in zip(texts, rows, strict=True)

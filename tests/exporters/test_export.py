@@ -123,6 +123,25 @@ def test_shards_of_which_no_row_is_left(
     assert summary["rows"] + summary["rows_left_out"] == 6
 
 
+@pytest.mark.parametrize("target", [each for each in TARGETS if each != "parquet"])
+def test_dates_that_python_cannot_represent_are_listed(
+    tmp_path: Path, export: Callable[..., Completed], target: str
+) -> None:
+    day = pa.struct([("day", pa.list_(pa.date32()))])
+    kept = pa.schema([("far", pa.timestamp("ms")), ("zone", pa.timestamp("s", "Mars/Base")), ("in", day)])
+    near = {"far": 1 << 40, "zone": None, "in": {"day": [1, 2]}}
+    far = {"far": 1 << 60, "zone": 1, "in": {"day": [1, 1 << 30]}}
+    shards = [[Doc("a", "first", kept=near), Doc("b", "second", kept=far)]]
+    folder = write_folder(tmp_path / "c.m3", shards, kept=kept)
+    done = export(folder, "--to", target, "--out", tmp_path / "out")
+    assert done.returncode == 3, done.stderr
+    lines = left_out(tmp_path / "out")
+    assert [(line["key"], line["field"]) for line in lines] == [("b", "far"), ("b", "zone"), ("b", "in")]
+    assert json.loads((tmp_path / "out/export.json").read_bytes())["rows"] == 2
+    written = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file())
+    assert b"2004-11-03" in written or target == "milvus"  # whose Parquet is compressed
+
+
 def test_npy_opens_with_numpy_and_scipy(tmp_path: Path, folder: Path, export: Callable[..., Completed]) -> None:
     from scipy.sparse import load_npz  # noqa: PLC0415
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from m3cli.cli.app import run
@@ -180,6 +181,18 @@ def test_since_sends_changes_and_deletes_what_is_gone(
     assert "4 rows written, 35 unchanged, 3 deleted" in done.stderr
     assert engine.rows is not None
     assert engine.rows.keys() == {*map(str, range(3, 40)), "40#0", "40#1"}
+
+
+def test_since_compares_rows_with_dates_that_python_cannot_represent(
+    tmp_path: Path, engine: FakeEngine, load: Callable[..., Completed]
+) -> None:
+    kept = pa.schema([("when", pa.timestamp("ms"))])
+    docs = [[Doc("a", "one", kept={"when": 1 << 60}), Doc("b", "two", kept={"when": 7})]]
+    old = write_folder(tmp_path / "old.m3", docs, kept=kept)
+    assert load(old).returncode == 0
+    docs[0][1] = Doc("b", "two", kept={"when": 8})
+    done = load(write_folder(tmp_path / "new.m3", docs, kept=kept), "--since", old)
+    assert "1 row written, 1 unchanged, 0 deleted" in done.stderr
 
 
 @pytest.mark.parametrize(

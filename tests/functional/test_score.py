@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from m3cli.cli.app import run
@@ -100,6 +102,20 @@ def test_a_damaged_folder_ends_in_one_line(
     done = m3_here("score", "p.tsv", "--queries", "c.m3", "--corpus", "c.m3", "--out", f"s.{ending}")
     assert (done.returncode, done.stderr.count("\n")) == (12, 1), done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "c.m3", "p.tsv"]
+
+
+@pytest.mark.parametrize("ending", ["tsv", "jsonl", "parquet"])
+def test_dates_that_python_cannot_represent_are_kept(
+    m3_here: Callable[..., Completed], tiny_m3: Path, tmp_path: Path, ending: str
+) -> None:
+    far, zone = pa.array([1 << 60], pa.timestamp("ms")), pa.array([7], pa.timestamp("s", "Mars/Base"))
+    pq.write_table(pa.table({"query": ["a"], "passage": ["b"], "far": far, "zone": zone}), tmp_path / "p.parquet")
+    done = m3_here("score", "p.parquet", "--model", tiny_m3, "--out", f"s.{ending}")
+    assert done.returncode == 0, done.stderr
+    if ending == "parquet":
+        assert pq.read_table(tmp_path / "s.parquet").column("far").equals(pa.chunked_array([far]))
+    else:
+        assert str(1 << 60) in (tmp_path / f"s.{ending}").read_text()
 
 
 def test_ids_load_no_model_and_no_torch(tiny_m3: Path, tmp_path: Path) -> None:
