@@ -106,6 +106,7 @@ def test_constructors_take_their_arguments_in_the_originals_order(demo_m3: Path,
     assert list(ef(DOCS)) == ["dense"]
 
 
+@pytest.mark.slow
 def test_every_argument_of_the_original_is_at_its_place() -> None:
     from FlagEmbedding import BGEM3FlagModel as Original  # noqa: PLC0415  6 s, only where this runs
 
