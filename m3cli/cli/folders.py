@@ -211,7 +211,9 @@ def _machine_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in found["matmul_flops_per_second"].items())
     lines.append(("matmul", f"{rates} GFLOP/s on {found['device']}"))
     lines.append(("attention", found["attention"]))
-    lines.append(("disk", f"{format_bytes(found['disk_bytes_per_second'])}/s written to {found['disk_folder']}"))
+    rate = found["disk_bytes_per_second"]
+    written = "64 MiB cannot be written" if rate is None else f"{format_bytes(rate)}/s written"
+    lines.append(("disk", f"{written} to {found['disk_folder']}"))
     return lines
 
 

@@ -21,7 +21,7 @@ from m3cli.errors import ModelError
 from m3cli.jobs.encode.resolve import open_checkpoint
 from m3cli.records import Embeddings, LexicalWeights, Output
 from m3cli.retrieval.scores import combine_scores, modes_of, score_rows, score_sparse
-from m3cli.store.commit import output_errors, remove, sync_file
+from m3cli.store.commit import remove, sync_file
 
 _MEASURED = ("float32", "bfloat16", "float16")
 _PASSAGE_TOKENS = 256
@@ -236,16 +236,18 @@ _BYTES = 64 << 20
 _PIECE = os.urandom(1 << 20)
 
 
-def measure_write_rate(folder: Path) -> float:
-    """Return the bytes/s of writing 64 MiB durably; raise OutputError if the folder is not writable."""
+def measure_write_rate(folder: Path) -> float | None:
+    """Return the bytes/s of writing 64 MiB durably; None: it cannot be written."""
     path = folder / f".m3-doctor-{os.getpid()}.tmp"
     try:
-        with output_errors(path), path.open("wb") as file:
+        with path.open("wb") as file:
             began = time.perf_counter()
             for _ in range(_BYTES // len(_PIECE)):
                 file.write(_PIECE)
             file.flush()
             sync_file(file.fileno())
             return _BYTES / (time.perf_counter() - began)
+    except OSError:
+        return None
     finally:
         remove(path)

@@ -41,9 +41,10 @@ def test_report_to_read_and_no_model(m3: Callable[..., Completed], tiny_m3: Path
     assert done.returncode == 0
     for words in ("matmul", "GFLOP/s", "max length", "recommendation", "tokens/s", "model card: 3 of 3 pass"):
         assert words in done.stdout
-    bare = m3("doctor", HF_HOME="/nonexistent")
+    bare = m3("doctor", HF_HOME="/nonexistent", cwd=Path("/proc"))  # where not even root can write
     assert bare.returncode == 0
     assert "matmul" in bare.stdout
+    assert "64 MiB cannot be written to /proc" in bare.stdout
     assert m3("doctor", "--model", "nowhere").returncode == 5
 
 
