@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from m3cli.config import DEFAULT_RERANKER, ModelChoice, RunOptions, option, required
 from m3cli.records import Output
@@ -20,14 +20,16 @@ HITS_SHOWN = 10
 "of a query, in a table"
 
 
+def _model_of_folder() -> Any:
+    return option("Checkpoint folder or hub id.", "Model", default="$M3_MODEL or that of DIR", metavar="PATH|ID")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckRequest(ModelChoice):
     """Options of `m3 check`."""
 
     folder: str = required("A folder that m3 encode wrote.", "Input", metavar="DIR", argument=True)
-    model: str | None = option(
-        "Checkpoint folder or hub id.", "Model", default="$M3_MODEL or that of DIR", metavar="PATH|ID"
-    )
+    model: str | None = _model_of_folder()
     repair: bool = option(
         "Remove the files of damaged shards, so that the next m3 encode writes them again. Other files than m3's stay.",
         "Check",
@@ -42,9 +44,7 @@ class SearchRequest(RunOptions):
     """Options of `m3 search`."""
 
     folder: str = required("A folder that m3 encode wrote.", "Input", metavar="DIR", argument=True)
-    model: str | None = option(
-        "Checkpoint folder or hub id.", "Model", default="$M3_MODEL or that of DIR", metavar="PATH|ID"
-    )
+    model: str | None = _model_of_folder()
     words: str | None = option(
         "The words of a query; without them and --queries, queries are typed on the terminal.",
         "Input",
