@@ -72,6 +72,10 @@ def count_noun(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
+UNREADABLE_DATE = (ValueError, OverflowError, KeyError)
+"what pyarrow raises for a date outside Python's years and for an unknown time zone (KeyError: older versions)"
+
+
 class M3Error(Exception):
     """Base of all errors that a user can cause."""
 

@@ -25,15 +25,13 @@ from m3cli.config import ENCODE_FLAGS, FieldFlags
 from m3cli.corpus.remote import RemoteFile, is_remote
 from m3cli.corpus.rows import INVALID_UTF8, TOO_LONG, Fault, RawRow
 from m3cli.corpus.streams import corpus_errors
-from m3cli.errors import CorpusError, first_line
+from m3cli.errors import UNREADABLE_DATE, CorpusError, first_line
 from m3cli.records import Fields, Source
 
 BATCH_BYTES = 4 << 20
 "of text, decoded at once"
 MAX_BATCH_ROWS = 1 << 16
 BYTES_OF = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
-UNREADABLE = (ValueError, OverflowError, KeyError)
-"errors of pyarrow for a date outside Python's years and an unknown time zone; KeyError from older versions"
 
 
 @contextmanager
@@ -391,12 +389,12 @@ def _canonical_bytes(column: Any) -> Any:
     if pa.types.is_null(column.type) or pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
         return column.cast(pa.string()).cast(pa.large_binary())
     # repr is distinct for every value, nested ones and floats too, and independent of the memory layout.
-    texts = [None if value is None else repr(value) for value in list_any(column)]
+    texts = [None if value is None else repr(value) for value in _list_any(column)]
     return pa.chunked_array([pa.array(texts, pa.string()).cast(pa.large_binary())])
 
 
 def list_rows(batch: Any) -> list[dict[str, Any]]:
-    """Return the rows of a batch; a column with dates that Python cannot represent as `list_any` does.
+    """Return the rows of a batch; a column with dates that Python cannot represent as `_list_any` does.
 
     Raises:
         UnicodeDecodeError: a string is not UTF-8.
@@ -405,12 +403,12 @@ def list_rows(batch: Any) -> list[dict[str, Any]]:
         return batch.to_pylist()  # type: ignore[no-any-return]
     except UnicodeDecodeError:
         raise
-    except UNREADABLE:
-        columns = {name: list_any(batch.column(name)) for name in batch.schema.names}
+    except UNREADABLE_DATE:
+        columns = {name: _list_any(batch.column(name)) for name in batch.schema.names}
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def list_any(column: Any) -> list[Any]:
+def _list_any(column: Any) -> list[Any]:
     """Return a column's values as Python values, with numbers and bytes for those that Python cannot represent.
 
     These are nanoseconds (which become pandas values if pandas is installed), dates after the year 9999, unknown time
@@ -420,7 +418,7 @@ def list_any(column: Any) -> list[Any]:
     if replace_leaves(kind, lambda leaf: pa.null() if getattr(leaf, "unit", "") == "ns" else leaf) == kind:
         try:
             return column.to_pylist()  # type: ignore[no-any-return]
-        except UNREADABLE:
+        except UNREADABLE_DATE:
             pass
     plain = replace_leaves(kind, lambda leaf: _make_number(BYTES_OF.get(leaf, leaf)))
     return column.cast(plain).to_pylist()  # type: ignore[no-any-return]

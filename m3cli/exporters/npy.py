@@ -23,9 +23,8 @@ from m3cli.exporters.rows import (
     Sink,
     Target,
     decode_vectors,
-    drop_infinite,
-    drop_unreadable,
     fill_template,
+    list_rows,
 )
 from m3cli.records import LexicalWeights, TokenMatrices
 
@@ -65,8 +64,7 @@ def write(read: Read, open_file: OpenFile, shape: Shape, lost: LeftOut) -> None:
 
 def write_keys(sink: Sink, part: Part, lost: LeftOut) -> None:
     """Append a line a row: a JSON object with its key and the plain columns."""
-    columns = drop_infinite(part, drop_unreadable(part, lost), lost)
-    rows = zip(part.keys.to_pylist(), columns.to_pylist(), strict=True)
+    rows = zip(part.keys.to_pylist(), list_rows(part, lost), strict=True)
     option = orjson.OPT_APPEND_NEWLINE
     sink.write(b"".join(orjson.dumps({"key": key, **row}, default=str, option=option) for key, row in rows))
 

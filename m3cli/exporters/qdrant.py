@@ -23,8 +23,7 @@ from m3cli.exporters.rows import (
     check_names,
     cut_matrices,
     decode_vectors,
-    drop_infinite,
-    drop_unreadable,
+    list_rows,
     widen,
 )
 
@@ -61,7 +60,7 @@ def make_config(shape: Shape) -> dict[str, Any]:
 def make_points(part: Part, shape: Shape, lost: LeftOut) -> list[bytes]:
     """Return rows as points; what Qdrant cannot hold is left out."""
     part = cut_matrices(part, MAX_MATRIX // shape.dim, lost)
-    rows = drop_infinite(part, drop_unreadable(part, lost), lost).to_pylist()
+    rows = list_rows(part, lost)
     embeddings = part.embeddings
     dense = None if embeddings.dense_vecs is None else widen(embeddings.dense_vecs)
     lexical, colbert = embeddings.lexical_weights, embeddings.colbert_vecs

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import xxhash
 from numpy.typing import NDArray
 
-from m3cli.errors import UsageError
+from m3cli.errors import UNREADABLE_DATE, UsageError
 from m3cli.records import Embeddings, LexicalWeights, Output, TokenMatrices
 
 Rows = NDArray[np.int64]
@@ -306,15 +306,13 @@ def is_plain(kind: Any) -> bool:
 def plain_columns(part: Part, lost: LeftOut) -> Any:
     """Return a part's rows as text, int64, float64 and bool: what is none of them becomes its JSON text."""
     columns = {}
-    rows = drop_unreadable(part, lost)
-    for name in rows.column_names:
-        column = rows.column(name).combine_chunks()
+    for name in part.rows.column_names:
+        column = part.rows.column(name).combine_chunks()
         kind = column.type
         if not is_plain(kind):
-            columns[name] = pa.array(
-                [None if value is None else orjson.dumps(value, default=str).decode() for value in column.to_pylist()],
-                pa.large_string(),
-            )
+            values = list_column(part, name, column, lost)
+            texts = [None if value is None else orjson.dumps(value, default=str).decode() for value in values]
+            columns[name] = pa.array(texts, pa.large_string())
         elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
             columns[name] = column.cast(pa.large_string())
         elif pa.types.is_floating(kind):
@@ -333,45 +331,40 @@ def kind_of(kind: Any) -> str:
     return "float" if is_plain(kind) and pa.types.is_floating(kind) else "text"
 
 
-def drop_unreadable(part: Part, lost: LeftOut) -> Any:
-    """Return a part's rows with null for dates and times that Python cannot represent."""
-    rows, changed = null_unreadable(part.rows)
-    for name, row in changed:
-        lost.field(part.keys[row].as_py(), name, "field left out", "a date or time that Python cannot represent")
-    return rows
+def list_values(column: Any, note: Callable[[int], object]) -> list[Any]:
+    """Return a column's values in Python, None for a date or time that Python cannot represent.
 
+    Such are years outside 1 to 9999, and time zones that this machine does not know.
 
-def null_unreadable(rows: Any) -> tuple[Any, list[tuple[str, int]]]:
-    """Return a table with null for dates outside the years 1 to 9999 and of zones that this machine does not know.
-
-    Returns:
-        the table, and the column and row of each value.
+    Args:
+        column: an array of Arrow.
+        note: called with the row of each such value.
     """
-    changed: list[tuple[str, int]] = []
-    for place, name in enumerate(rows.column_names):
-        column = rows.column(name)
-        if not _has_times(column.type) or _is_readable(column):
-            continue
-        kept = [row if _is_readable(column.slice(row, 1)) else None for row in range(len(column))]
-        changed += [(name, row) for row, found in enumerate(kept) if found is None]
-        rows = rows.set_column(place, name, column.take(pa.array(kept, pa.int64())))
-    return rows, changed
-
-
-def _has_times(kind: Any) -> bool:
-    if isinstance(kind, pa.BaseExtensionType):
-        return _has_times(kind.storage_type)
-    if pa.types.is_dictionary(kind):
-        return _has_times(kind.value_type)
-    return bool(pa.types.is_temporal(kind)) or any(_has_times(kind.field(each).type) for each in range(kind.num_fields))
-
-
-def _is_readable(column: Any) -> bool:
     try:
-        column.to_pylist()
-    except (ValueError, OverflowError, KeyError):  # KeyError: an unknown time zone, from an older pyarrow
-        return False
-    return True
+        return column.to_pylist()  # type: ignore[no-any-return]
+    except UNREADABLE_DATE:
+        pass
+    values = []
+    for row, value in enumerate(column):
+        try:
+            values.append(value.as_py())
+        except UNREADABLE_DATE:  # noqa: PERF203  only where the quick way failed
+            note(row)
+            values.append(None)
+    return values
+
+
+def list_column(part: Part, name: str, column: Any, lost: LeftOut) -> list[Any]:
+    """Return the values of a column of a part's rows; those that Python cannot represent are left out."""
+    why = "a date or time that Python cannot represent"
+    return list_values(column, lambda row: lost.field(part.keys[row].as_py(), name, "field left out", why))
+
+
+def list_rows(part: Part, lost: LeftOut) -> list[dict[str, Any]]:
+    """Return a part's rows for JSON, by column; what JSON or Python cannot represent is left out."""
+    rows = drop_infinite(part, part.rows, lost)
+    columns = [list_column(part, name, rows.column(name), lost) for name in rows.column_names]
+    return [dict(zip(rows.column_names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def drop_infinite(part: Part, rows: Any, lost: LeftOut) -> Any:

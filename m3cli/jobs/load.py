@@ -34,7 +34,7 @@ from m3cli.exporters.rows import (
     find_engine,
     hash_keys,
     list_keys,
-    null_unreadable,
+    list_values,
     pick,
 )
 from m3cli.jobs.encode.increment import MAY_DIFFER
@@ -319,12 +319,12 @@ def _sign_rows(folder: OutputFolder, kept: Sequence[str]) -> _Signed:
         numbers = document - 1 + np.cumsum(piece.rows.column("chunk_index").to_numpy() == 0)
         document = int(numbers[-1]) + 1
         texts = hashes[numbers].tolist()
-        rows = null_unreadable(piece.rows.select(columns))[0].to_pylist()
+        rows = zip(*(list_values(piece.rows.column(name), lambda _: None) for name in columns), strict=True)
         signs = (
-            xxhash.xxh3_64_intdigest(orjson.dumps([text, list(row.values())], default=str), seed=seed)
+            xxhash.xxh3_64_intdigest(orjson.dumps([text, row], default=str), seed=seed)
             for text, row in zip(texts, rows, strict=True)
         )
-        count = len(rows)
+        count = len(texts)
         parts.append(
             (hash_keys(piece.rows), np.fromiter(signs, np.uint64, count), np.full(count, shard), piece.embeddings.rows)
         )
