@@ -228,8 +228,8 @@ def drop_repeats(part: Part, repeats: Repeats, lost: LeftOut | None) -> Part:
     return drop_rows(part, dropped, lost, "an earlier row has this key")
 
 
-def _drop_repeats(part: Part, repeats: Repeats, lost: LeftOut | None) -> Iterator[Part]:
-    """Yield a part without those rows, if there are others: no target has to take an empty one."""
+def _keep_first(part: Part, repeats: Repeats, lost: LeftOut | None) -> Iterator[Part]:
+    """Yield a part without repeats, unless nothing is left: no target has to take an empty part."""
     kept = drop_repeats(part, repeats, lost)
     if kept.num_rows:
         yield kept
@@ -379,7 +379,7 @@ class _Stream:
             if part is None:
                 return
             self._writer.count(part)
-            yield from _drop_repeats(part, self._repeats, self._writer.lost)
+            yield from _keep_first(part, self._repeats, self._writer.lost)
 
 
 class _Reader:
@@ -416,7 +416,7 @@ class _Reader:
                     continue
                 if not again:
                     self._writer.count(part)
-                yield from _drop_repeats(part, self._repeats, None if again else self._writer.lost)
+                yield from _keep_first(part, self._repeats, None if again else self._writer.lost)
 
     def _size(self, index: int) -> int:
         return sum(file.length for file in self._folder.entries[index].files)
