@@ -411,17 +411,22 @@ def list_rows(batch: Any) -> list[dict[str, Any]]:
 def _list_any(column: Any) -> list[Any]:
     """Return a column's values as Python values, with numbers and bytes for those that Python cannot represent.
 
-    These are nanoseconds (which become pandas values if pandas is installed), dates after the year 9999, unknown time
-    zones and strings that are not UTF-8.
+    These are dates after the year 9999 and strings that are not UTF-8. Numbers stand also for nanoseconds (which become
+    pandas values if pandas is installed) and times in zones (whose text depends on the machine's time zone database).
     """
     kind = column.type
-    if replace_leaves(kind, lambda leaf: pa.null() if getattr(leaf, "unit", "") == "ns" else leaf) == kind:
+    if replace_leaves(kind, lambda leaf: pa.null() if _is_local(leaf) else leaf) == kind:
         try:
             return column.to_pylist()  # type: ignore[no-any-return]
         except UNREADABLE_DATE:
             pass
     plain = replace_leaves(kind, lambda leaf: _make_number(BYTES_OF.get(leaf, leaf)))
     return column.cast(plain).to_pylist()  # type: ignore[no-any-return]
+
+
+def _is_local(leaf: Any) -> bool:
+    """Return whether Python's value of a time depends on the machine."""
+    return getattr(leaf, "unit", "") == "ns" or getattr(leaf, "tz", None) is not None
 
 
 def _make_number(leaf: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import decimal
+import os
+import zoneinfo
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,3 +205,16 @@ def test_a_row_whose_kept_string_is_not_utf8_is_skipped(tmp_path: Path, encode_w
     (skipped,) = read_skipped(tmp_path / "o.m3")
     assert (skipped["position"], skipped["reason"]) == (1, "invalid UTF-8")
     assert skipped["detail"] == "in kept field 'k'"
+
+
+def test_a_run_goes_on_where_a_time_zone_is_unknown(tmp_path: Path, encode_with: EncodeWith) -> None:
+    times = pa.array([1, None, 1 << 40], pa.int64()).cast(pa.timestamp("us", "Europe/Berlin"))
+    corpus, out = _write(tmp_path / "c.parquet", {"at": times}), tmp_path / "out.m3"
+    assert encode_with(corpus, out=out, outputs=("dense",), keep_fields=("at",)) == 0
+    zoneinfo.reset_tzpath(to=[])
+    zoneinfo.ZoneInfo.clear_cache()
+    try:
+        os.utime(corpus)
+        assert encode_with(corpus, out=out, outputs=("dense",), keep_fields=("at",)) == 0
+    finally:
+        zoneinfo.reset_tzpath()
