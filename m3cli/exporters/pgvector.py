@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import shlex
 import struct
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -46,6 +46,7 @@ _END = struct.pack(">h", -1)
 _NULL = struct.pack(">i", -1)
 _TYPES = {"text": "text", "int": "bigint", "float": "double precision", "bool": "boolean"}
 _FORMATS = {"integer": ">ii", "bigint": ">iq", "double precision": ">id", "boolean": ">i?"}
+_SYSTEM_COLUMNS = ("tableoid", "xmin", "cmin", "xmax", "cmax", "ctid")
 _ANY_TYPE = 16_384
 """In place of halfvec's number, which is another in each database: PostgreSQL 14 and newer takes any number that is not
 one of its own types'."""
@@ -174,6 +175,11 @@ $$;
 """
 
 
+def make_copy_sql(shape: Shape, table: str) -> str:
+    """Return the statement that reads binary COPY; columns are named, as those of a table may be in another order."""
+    return f"COPY {table} ({', '.join(map(quote, list_columns(shape)))}) FROM STDIN (FORMAT binary)"
+
+
 def make_index_sql(shape: Shape) -> str:
     """Return the statements that create the indexes, once the rows are there."""
     kind, wanted = _dense_type(shape), []
@@ -191,7 +197,9 @@ def make_index_sql(shape: Shape) -> str:
 def describe(shape: Shape) -> Mapping[str, bytes]:
     """Write the SQL and the README."""
     values = {"kind": _dense_type(shape), "dim": shape.dim, "vocabulary": shape.vocabulary, "most": MAX_INDEXED}
-    readme = fill_template("pgvector.md", table=quote(shape.name), **values)
+    table = quote(shape.name)
+    copy = shlex.quote(make_copy_sql(shape, table))
+    readme = fill_template("pgvector.md", table=table, copy=copy, **values)
     sql = {"table.sql": make_table_sql(shape), "indexes.sql": make_index_sql(shape)}
     return {README_NAME: readme, **{name: text.encode() for name, text in sql.items()}}
 
@@ -202,13 +210,13 @@ def check(shape: Shape) -> None:
         raise UsageError(f"{shape.dim} numbers a vector: pgvector holds at most {MAX_DIM:,}; use another target")
     if not 0 < len(shape.name.encode()) <= 50:
         raise UsageError(f"--name {shape.name!r}: a table's name has 1 to 50 bytes")
-    taken = ("key", "nnz", "dense_vecs", "lexical_weights", "colbert_vecs")
+    taken = ("key", "nnz", "dense_vecs", "lexical_weights", "colbert_vecs", *_SYSTEM_COLUMNS)
     check_names(shape, taken, lambda name: 0 < len(name.encode()) < 64 and "\0" not in name, "a PostgreSQL table")
 
 
 def quote(name: str) -> str:
-    """Return a name as SQL takes it."""
-    return name if re.fullmatch(r"[a-z_][a-z0-9_]*", name) and name != "end" else '"' + name.replace('"', '""') + '"'
+    """Return a name as SQL takes it, its own words too."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 TARGET = Target(
@@ -273,7 +281,7 @@ class _Pgvector:
         connection = self._open()
         with connection.transaction():
             connection.execute(f"CREATE TEMPORARY TABLE m3_incoming (LIKE {self._table}) ON COMMIT DROP")
-            with connection.cursor().copy("COPY m3_incoming FROM STDIN (FORMAT binary)") as copy:
+            with connection.cursor().copy(make_copy_sql(self._shape, "m3_incoming")) as copy:
                 copy.write(batch)
             connection.execute(
                 f"INSERT INTO {self._table} SELECT * FROM m3_incoming ON CONFLICT (key) DO UPDATE SET {changed}"  # noqa: S608
@@ -281,9 +289,9 @@ class _Pgvector:
 
     def delete(self, keys: Sequence[str]) -> None:
         held = [key for key in keys if "\0" not in key]
-        connection = self._open()
+        connection, table = self._open(), self._table.replace("%", "%%")
         with connection.transaction():
-            connection.execute(f"DELETE FROM {self._table} WHERE key = ANY(%s)", (held,))  # noqa: S608
+            connection.execute(f"DELETE FROM {table} WHERE key = ANY(%s)", (held,))  # noqa: S608
 
     def finish(self) -> None:
         connection = self._open()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from tests.conftest import ROOT
@@ -118,6 +119,18 @@ def test_every_hostile_row_is_equal_or_listed(engine: Any, tmp_path: Path) -> No
     left_out = load(engine, folder, codes=(3,))
     assert {"key": "twice", "field": None, "done": "row left out", "why": "an earlier row has this key"} in left_out
     check_rows(engine, folder, left_out)
+
+
+def test_kept_fields_are_loaded_by_their_names(engine: Any, tmp_path: Path) -> None:
+    names = ["order", "user", "Größe"][: 2 if "milvus" in engine.to else 3]  # words of SQL, and no plain ones
+    for number, some in enumerate((names, names[::-1])):
+        kept = pa.schema([(name, pa.string()) for name in some])
+        docs = [Doc(f"{number}-{row}", kept={name: f"{name} {row}" for name in names}) for row in range(3)]
+        load(engine, write_folder(tmp_path / f"{number}.m3", [docs], kept=kept))
+    rows = engine.rows()
+    assert len(rows) == 6
+    for key, row in rows.items():
+        assert {name: row[name] for name in names} == {name: f"{name} {key[-1]}" for name in names}
 
 
 def test_a_load_that_was_killed_is_done_by_the_same_command(engine: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -138,8 +139,10 @@ def test_pgvector_files_load_as_their_readme_says(tmp_path: Path) -> None:
     out = export(folder, "pgvector", codes=(3,))
     with engines.PgVector(tmp_path) as engine, psycopg.connect(engine.to.partition(":")[2]) as connection:
         connection.execute((out / "table.sql").read_text(encoding="utf-8"))
+        readme = (out / "README.md").read_text(encoding="utf-8")
+        copy_sql = shlex.split(readme.partition("psql DATABASE -c")[2].splitlines()[0])[0]
         for part in sorted(out.glob("part-*.copy")):
-            with connection.cursor().copy(f"COPY {engines.NAME} FROM STDIN (FORMAT binary)") as copy:
+            with connection.cursor().copy(copy_sql) as copy:
                 copy.write(part.read_bytes())
         connection.execute((out / "indexes.sql").read_text(encoding="utf-8"))
         connection.commit()
