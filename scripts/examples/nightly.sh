@@ -1,21 +1,40 @@
 #!/usr/bin/env bash
 # Encodes what is new in a corpus, loads it into a database, and drops the folder of the night before. Files of shards
-# that did not change are linked, so a night costs what is new. The folder is in current.m3; the first night makes it.
+# that did not change are linked, so a night costs what is new. current.m3 is what the database holds; the first night
+# makes it. Where a load fails, the next night begins with it, or the rows that it left could stay for ever.
 #
-#   30 22 * * *  cd /srv/corpus && M3_MODEL=/srv/bge-m3 ./nightly.sh corpus.jsonl qdrant:http://localhost:6333
+#   30 22 * * *  cd /srv/corpus && M3_MODEL=/srv/bge-m3 ./nightly.sh corpus.jsonl qdrant:http://localhost:6333 [NAME]
 set -euo pipefail
-corpus=$1 target=${2:-}
-old=() since=()
-if [ -e current.m3 ]; then old=(--since-run current.m3) since=(--since current.m3); fi
-for attempt in 1 2; do
+corpus=$1 target=${2:-} name=${3:-corpus}
+
+run() { # 3: done, but rows were skipped or left out; they are listed
   code=0
-  m3 encode "$corpus" --out next.m3 "${old[@]}" --progress none || code=$?
-  [ "$code-$attempt" = 10-1 ] || break
-  rm -r next.m3  # begun on a night that did not end; the corpus has changed since then
-done
-[ "$code" = 0 ] || [ "$code" = 3 ] || exit "$code" # 3: rows were skipped
-[ -z "$target" ] || m3 load next.m3 --to "$target" "${since[@]}"
-rm -rf previous.m3
-[ ! -e current.m3 ] || mv current.m3 previous.m3
-mv next.m3 current.m3
-rm -rf previous.m3
+  "$@" || code=$?
+  [ "$code" = 0 ] || [ "$code" = 3 ]
+}
+
+load_ready() {
+  [ -e current.m3 ] || [ ! -e previous.m3 ] || mv previous.m3 current.m3 # ended between the two lines below
+  [ -e ready.m3 ] || return 0
+  if [ -n "$target" ]; then
+    since=()
+    [ ! -e current.m3 ] || since=(--since current.m3)
+    run m3 load ready.m3 --to "$target" --name "$name" "${since[@]}" || exit "$code"
+  fi
+  rm -rf previous.m3
+  [ ! -e current.m3 ] || mv current.m3 previous.m3
+  mv ready.m3 current.m3
+  rm -rf previous.m3
+}
+
+load_ready
+old=()
+[ ! -e current.m3 ] || old=(--since-run current.m3)
+encode=(m3 encode "$corpus" --out next.m3 "${old[@]}" --progress none)
+if ! run "${encode[@]}"; then
+  [ "$code" = 10 ] || exit "$code"
+  rm -r next.m3 # begun on a night that did not end; the corpus has changed since then
+  run "${encode[@]}" || exit "$code"
+fi
+mv next.m3 ready.m3
+load_ready

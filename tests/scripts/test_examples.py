@@ -36,7 +36,8 @@ class Scheduler:
         self.folder, self.calls = folder, folder / "calls"
         settings = " ".join(map(str, ("--model", model, *SETTINGS, "--outputs", "dense")))
         scripts = {
-            "m3": f'[ $1 != load ] || exec echo "$@" >>{self.calls}\nexec {sys.executable} -m m3cli "$@" {settings}',
+            "m3": f'if [ $1 = load ]; then echo "$@" >>{self.calls}; exit "${{LOAD_CODE:-0}}"; fi\n'
+            f'exec {sys.executable} -m m3cli "$@" {settings}',
             "scontrol": f'echo "$@" >>{self.calls}',
             "aws": AWS,
         }
@@ -106,11 +107,37 @@ def test_every_night_encodes_and_loads_what_is_new(scheduler: Scheduler, tmp_pat
     second = {path.name: path.stat().st_ino for path in (current / "rows").iterdir()}
     assert set(first.values()) & set(second.values())
     assert scheduler.run("m3", "encode", "corpus.jsonl", "--out", "current.m3") == 3  # complete; rows are bad
-    load = "load next.m3 --to qdrant:http://localhost"
+    load = "load ready.m3 --to qdrant:http://localhost --name corpus"
     assert scheduler.calls.read_text().splitlines() == [load, *[f"{load} --since current.m3"] * 2]
     corpus.unlink()
     assert night() == 4
     assert current.exists()
+
+
+@pytest.mark.slow
+def test_a_load_that_failed_is_done_before_the_next_night(scheduler: Scheduler, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    lines = corpus.read_text(encoding="utf-8").splitlines(keepends=True)[:40]
+    load = "load ready.m3 --to qdrant:http://localhost --name corpus"
+
+    def night(text: str, **environment: str) -> int:
+        corpus.write_text(text, encoding="utf-8")
+        scheduler.calls.write_text("")
+        return scheduler.run(EXAMPLES / "nightly.sh", "corpus.jsonl", "qdrant:http://localhost", given=environment)
+
+    def folders() -> list[str]:
+        return sorted(path.name for path in tmp_path.glob("*.m3"))
+
+    assert night("".join(lines), LOAD_CODE="3") == 0  # rows that the database cannot hold
+    assert folders() == ["current.m3"]
+    first = folder_bytes(tmp_path / "current.m3")
+    assert night("".join(lines[:30]), LOAD_CODE="7") == 7
+    assert folders() == ["current.m3", "ready.m3"]
+    assert folder_bytes(tmp_path / "current.m3") == first
+    (tmp_path / "current.m3").rename(tmp_path / "previous.m3")  # as if it had ended right there
+    assert night("".join(lines[5:])) == 0
+    assert scheduler.calls.read_text().splitlines() == [f"{load} --since current.m3"] * 2
+    assert folders() == ["current.m3"]
 
 
 @pytest.mark.slow
