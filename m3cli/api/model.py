@@ -209,7 +209,7 @@ class EmbeddingModel:
         length = min(max_length, self.max_length)
         if isinstance(texts, Iterator):
             return self._encode_blocks(encoder, texts, length, long_docs)
-        return self._encode(encoder, list(texts), length, long_docs)
+        return self._encode(encoder, list(_check_texts(texts)), length, long_docs)
 
     def _choose_outputs(self, outputs: Collection[str] | None) -> tuple[Output, ...]:
         asked = self.outputs if outputs is None else [outputs] if isinstance(outputs, str) else outputs
@@ -225,7 +225,7 @@ class EmbeddingModel:
         most, first = BLOCK_BYTES["cuda" if self.device.startswith("cuda") else "cpu"], 0
         block: list[str] = []
         size = 0
-        for text in texts:
+        for text in _check_texts(texts):
             block.append(text)
             size += len(text)
             if size >= most:
@@ -237,8 +237,6 @@ class EmbeddingModel:
     def _encode(
         self, encoder: TextEncoder, texts: list[str], max_length: int, long_docs: LongDocs, *, first: int = 0
     ) -> TextEmbeddings:
-        for index, text in enumerate(texts, first):
-            check_text(text, f"text {index}")
         embeddings, rows = encode_texts(encoder, texts, max_length=max_length, long_docs=long_docs)
         return self._to_public(embeddings, rows, first=first)
 
@@ -322,6 +320,12 @@ class EmbeddingModel:
     def format_token(self, token_id: int) -> str:
         """Return a token as the model card prints it, without the mark for the start of a word."""
         return self.encoder.format_token(token_id)
+
+
+def _check_texts(texts: Iterable[str]) -> Iterator[str]:
+    for index, text in enumerate(texts):
+        check_text(text, f"text {index}")
+        yield text
 
 
 def _make_pairs(pairs: Pairs) -> Iterator[Pair]:

@@ -148,6 +148,9 @@ def test_bad_texts_are_errors_with_their_index(
 ) -> None:
     with pytest.raises(kind, match=words):
         tiny.encode(texts)
+    if isinstance(texts, list):
+        with pytest.raises(kind, match=words):
+            list(tiny.encode(iter(texts)))
 
 
 def test_bad_options_are_errors(tiny: m3cli.EmbeddingModel, tmp_path: Path) -> None:
