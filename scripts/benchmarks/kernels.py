@@ -3,8 +3,8 @@
     PYTHONPATH=scripts:. python -m benchmarks.kernels MODEL [--device cuda] [--tokens 65536] [--seconds 1.0]
 
 Each number is the median of rounds over so many seconds, after a warm-up. On CUDA the forward pass also runs with gelu
-and addition in kernels of their own. A kernel that does not run here is named with its error. One line of JSON is
-printed last.
+and addition in kernels of their own, and with the layer norm of norm.py. A kernel that does not run here is named with
+its error. One line of JSON is printed last.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,8 +22,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own convention
 
+from benchmarks.norm import make_norm
 from m3cli.encoder import model as models
-from m3cli.encoder.attention import flash_attention
+from m3cli.encoder.attention import SequenceLayout, flash_attention
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.encode import BatchEncoder
 from m3cli.encoder.heads import OutputOptions
@@ -33,6 +35,9 @@ from m3cli.records import Batch
 MEANS = (30, 128, 256, 1024, 8192)
 "tokens of a row, in the mean"
 ROUND_SECONDS = 0.05
+WARP_NORM = "layer_norm: a warp a row"
+
+Forward = Callable[[Batch], tuple[torch.Tensor, SequenceLayout]]
 
 
 class Probe:
@@ -125,8 +130,21 @@ def probe_layer(probe: Probe, model: Model, *, tokens: int) -> None:
             probe.note(f"{name}: added in place by addmm_", add_in_place, source, weight, flops=flops)
     scale, shift = probe.random(width), probe.random(width)
     probe.note("layer_norm", F.layer_norm, narrow, (width,), scale, shift, 1e-5, num_bytes=2 * narrow.nbytes)
+    if probe.device.type == "cuda":
+        probe.note(WARP_NORM, run_warp_norm, narrow, (scale, shift), 1e-5, num_bytes=2 * narrow.nbytes)
     probe.note("gelu", F.gelu, wide, num_bytes=2 * wide.nbytes)
     probe.note("add", narrow.add_, residual, num_bytes=3 * narrow.nbytes)
+
+
+def run_warp_norm(states: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor], eps: float) -> torch.Tensor:
+    """Run the layer norm of norm.py, compiled at the first call."""
+    return make_norm(states.shape[-1], states.dtype)(states, norm, eps)
+
+
+def run_with_warp_norm(model: Model, batch: Batch) -> tuple[torch.Tensor, SequenceLayout]:
+    """Run a batch through all layers with the layer norm of norm.py."""
+    with patch.object(models, "_normalise", run_warp_norm):
+        return run_model(model, batch)
 
 
 def probe_attention(probe: Probe, model: Model, *, tokens: int) -> None:
@@ -163,20 +181,20 @@ def count_flops(model: Model, batch: Batch) -> float:
     return shape.num_layers * (per_token * len(batch.input_ids) + 4 * shape.hidden_size * squares)
 
 
-def probe_forward(probe: Probe, variants: dict[str, Model], *, tokens: int) -> None:
-    """Measure the forward pass of each variant, their cosine, and what a launch of the first costs the host."""
+def probe_forward(probe: Probe, model: Model, variants: dict[str, Forward], *, tokens: int) -> None:
+    """Measure the forward pass of each variant, their cosine, and what a launch costs the host."""
     for mean in MEANS:
-        first, states = next(iter(variants.values())), list[torch.Tensor]()
-        batch = pack_random(mean, tokens=tokens, longest=first.checkpoint.max_length)
-        flops, real = count_flops(first, batch), len(batch.input_ids)
-        for name, model in variants.items():
-            probe.note(f"forward {mean}{name}", run_model, model, batch, flops=flops)
+        states = list[torch.Tensor]()
+        batch = pack_random(mean, tokens=tokens, longest=model.checkpoint.max_length)
+        flops, real = count_flops(model, batch), len(batch.input_ids)
+        for name, run in variants.items():
+            probe.note(f"forward {mean}{name}", run, batch, flops=flops)
             found = probe.found[f"forward {mean}{name}"]
             if isinstance(spent := found.get("ms"), float):
                 found["tokens_per_second"] = 1e3 * real / spent
-            states.append(run_model(model, batch)[0][:real].float())
+            states.append(run(batch)[0][:real].float())
             found["least_cosine"] = F.cosine_similarity(states[0], states[-1], dim=-1).min().item()
-        probe_launch(probe, first, batch, name=f"launch {mean}")
+        probe_launch(probe, model, batch, name=f"launch {mean}")
 
 
 def probe_launch(probe: Probe, model: Model, batch: Batch, *, name: str) -> None:
@@ -208,12 +226,15 @@ def main() -> None:
     model = load_model(read_checkpoint(options.model), device=options.device, dtype=dtype)
     probe_ceilings(probe, side=options.side)
     probe_layer(probe, model, tokens=options.tokens)
-    variants = {"": model}
+    variants: dict[str, Forward] = {"": partial(run_model, model)}
     if probe.device.type == "cuda":
         probe_attention(probe, model, tokens=options.tokens)
         with patch.object(models, "can_fuse", lambda *_: False):
-            variants[": not fused"] = load_model(model.checkpoint, device=options.device, dtype=dtype)
-    probe_forward(probe, variants, tokens=options.tokens)
+            plain = load_model(model.checkpoint, device=options.device, dtype=dtype)
+        variants[": not fused"] = partial(run_model, plain)
+        if "ms" in probe.found[WARP_NORM]:
+            variants[": a warp a row"] = partial(run_with_warp_norm, model)
+    probe_forward(probe, model, variants, tokens=options.tokens)
     print(json.dumps(probe.found))
 
 

@@ -30,7 +30,7 @@ from transformers import AutoTokenizer
 from benchmarks.contest import WORK, Contest, Found, Group, encode, open_work, say
 from benchmarks.peers import read_max_length
 from benchmarks.report import EMPTY, draw_table, format_bytes, format_share, make_parser, save_results
-from benchmarks.texts import make_group, mix_rows, read_texts, split_sentences
+from benchmarks.texts import cut_texts, make_group, mix_rows, read_texts, split_sentences
 from m3cli.encoder.device import INT8, cpu_has
 
 REFERENCE = "FlagEmbedding"
@@ -229,6 +229,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:i]")
     parser.add_argument("--documents", type=int, help="default: 600 on a CPU, 60,000 on a GPU")
     parser.add_argument("--paragraphs", action="store_true", help="measure on paragraphs of the documents")
+    parser.add_argument("--length", type=int, help="measure on pieces of the documents of about so many tokens")
     parser.add_argument("--rounds", type=int, default=1, help="the fastest run of each setting counts")
     parser.add_argument("--only", help="contenders whose name has one of these words, comma-separated")
     parser.add_argument("--cache", type=Path, default=WORK, help="for ONNX exports")
@@ -240,8 +241,10 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def choose_texts(options: argparse.Namespace) -> list[str]:
+def choose_texts(options: argparse.Namespace, backend: Any) -> list[str]:
     """Return texts of the corpus; on a GPU, which needs more, texts mixed of its sentences where it has too few."""
+    if options.length:
+        return cut_texts(read_texts(options.corpus), backend, length=options.length, count=options.documents)
     texts = read_texts(options.corpus, options.documents, paragraphs=options.paragraphs)
     if len(texts) >= options.documents or options.device == "cpu":
         return texts
@@ -265,8 +268,8 @@ def main() -> None:
     options = parse_options()
     words = options.only.split(",") if options.only else [""]
     contenders = [each for each in list_contenders(options.device) if any(word in each.label for word in words)]
-    texts = choose_texts(options)
     backend = AutoTokenizer.from_pretrained(options.model).backend_tokenizer
+    texts = choose_texts(options, backend)
     group = make_group(texts, backend, max_length=read_max_length(options.model))
     shape = read_shape(options.model)
     flops = count_flops(shape, group.lengths)
