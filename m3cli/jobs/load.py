@@ -98,6 +98,8 @@ class LoadSummary:
     rows: int
     deleted: int
     unchanged: int
+    missing: int
+    "rows that the engine had less than the folder of `--since`, which was not loaded whole or lost rows since"
     rows_left_out: int
     left_out: dict[str, int]
     "by what was done and why"
@@ -127,10 +129,10 @@ def load_folder(
         call = _Caller(module.explain, shown=f"{name}:{hide_secrets(address)}", address=address, stop=stop)
         engine: Engine = call(lambda: module.connect(address, shape))
         stack.callback(engine.close)
-        created = call(engine.create)
-        changes = None
-        if since is not None and not created:
+        created, changes, missing = call(engine.create), None, 0
+        if since is not None and not created and (held := call(engine.count)):
             changes = find_changes(open_finished(since), folder, [field.name for field in shape.kept])
+            missing = max(0, changes.old_count - held)
         pending = stack.enter_context(_PendingList(left_out))
         lost = LeftOut(pending.write)
         rows = _send(folder, shape, engine, repeats, changes, lost, call=call, meter=meter)
@@ -145,6 +147,7 @@ def load_folder(
         rows=rows,
         deleted=deleted,
         unchanged=0 if changes is None else changes.count,
+        missing=missing,
         rows_left_out=lost.rows,
         left_out=dict(sorted(lost.reasons.items())),
     )
@@ -262,6 +265,8 @@ class Changes:
     count: int
     "rows that are not"
     old: OutputFolder
+    old_count: int
+    "its rows"
     gone: NDArray[np.uint64]
     "hashes of the keys that the new one lacks, ascending"
 
@@ -289,6 +294,7 @@ def find_changes(old: OutputFolder, new: OutputFolder, kept: Sequence[str]) -> C
         rows={index: np.sort(row[shard == index]) for index in new.entries},
         count=int(same.sum()),
         old=old,
+        old_count=len(before.keys),
         gone=np.setdiff1d(before.keys, after.keys),
     )
 

@@ -183,6 +183,23 @@ def test_since_sends_changes_and_deletes_what_is_gone(
     assert engine.rows.keys() == {*map(str, range(3, 40)), "40#0", "40#1"}
 
 
+def test_since_tells_what_a_load_that_died_did_not_send(
+    tmp_path: Path, folder: Path, engine: FakeEngine, load: Callable[..., Completed]
+) -> None:
+    new = write_folder(tmp_path / "new.m3", [[Doc(str(row), str(row)) for row in range(41)]])
+    engine.errors = [Lasting()]
+    assert load(folder).returncode == 6
+    done = load(new, "--since", folder)  # nothing was sent
+    assert "41 rows written, 0 unchanged, 0 deleted" in done.stderr
+    assert engine.rows is not None
+    for name in ("3", "7"):
+        del engine.rows[name]
+    done = load(folder, "--since", new)
+    assert done.returncode == 0
+    assert f"corpus had 2 rows less than {new}: unless so many were left out, load again without --since" in done.stderr
+    assert "less than" not in load(new).stderr
+
+
 def test_since_compares_rows_with_dates_that_python_cannot_represent(
     tmp_path: Path, engine: FakeEngine, load: Callable[..., Completed]
 ) -> None:
