@@ -138,13 +138,9 @@ class Int8Linear:
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
         """Map [N, in] to [N, out], both bfloat16 or float32."""
-        quantised, scale, zero_point = self._quantise(states)
-        dtype = self.bias.dtype
-        out = torch.ops.onednn.qlinear_pointwise(
-            quantised, 1.0, zero_point, self.weight, self.scale, self.zero, None, 1.0, 0, dtype, "none", [], ""
-        )
-        mapped: torch.Tensor = torch.addcmul(self.bias, out, scale.to(dtype), out=out)
-        return mapped
+        quantised, scale, zero_point = self.quantise(states)
+        out = self.multiply(quantised, zero_point)
+        return torch.addcmul(self.bias, out, scale.to(out.dtype), out=out)
 
     def apply_gelu(self, states: torch.Tensor) -> torch.Tensor:
         """Map [N, in] to [N, out], then gelu (the exact one, with erf)."""
@@ -155,7 +151,15 @@ class Int8Linear:
         """Map [N, in] to [N, out], then add [N, out]."""
         return self.apply(states).add_(addend)
 
-    def _quantise(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def multiply(self, quantised: torch.Tensor, zero_point: int) -> torch.Tensor:
+        """Map states [N, in] uint8 to [N, out], without their scales and the bias."""
+        dtype = self.bias.dtype
+        out: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+            quantised, 1.0, zero_point, self.weight, self.scale, self.zero, None, 1.0, 0, dtype, "none", [], ""
+        )
+        return out
+
+    def quantise(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Return states [N, in] as uint8, the scale [N, 1] float32 of each row, and the zero point of all."""
         zero_point = 0 if self.shift else ZERO_POINT
         quantised, scale = torch.empty(states.shape, dtype=torch.uint8), torch.empty((len(states), 1))

@@ -1,6 +1,6 @@
 """Tokens per second by text length, m3 and its peers, in one run; as a table and as a picture.
 
-    scripts/bench lengths --model DIR --corpus FILE.jsonl [--tokens 12288] [--svg FILE.svg]
+    scripts/bench lengths --model DIR --corpus FILE.jsonl [--tokens 49152] [--svg FILE.svg]
 
 For each length pieces of the corpus of about so many tokens are cut, --tokens tokens in all; FlagEmbedding and
 sentence-transformers get them in batches of --peer-batch-tokens tokens. All rows of a run are of nearly one length, so
@@ -85,7 +85,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--tokens", type=int, default=12288)
+    parser.add_argument("--tokens", type=int, default=49152)
     parser.add_argument("--peer-batch-tokens", type=int, default=2048)
     parser.add_argument("--svg", type=Path, help="draw the picture there")
     options = parser.parse_args()

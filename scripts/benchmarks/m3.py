@@ -20,10 +20,19 @@ from m3cli.concurrency import parallel_map
 from m3cli.config import Dtype
 from m3cli.encoder.checkpoint import read_checkpoint
 from m3cli.encoder.chunker import Cutting, chunk_documents
-from m3cli.encoder.device import auto_batch_tokens, auto_threads, measure_matmul, plan_threads, set_threads, time_matmul
+from m3cli.encoder.device import (
+    INT8,
+    auto_batch_tokens,
+    auto_threads,
+    cpu_has,
+    plan_threads,
+    set_threads,
+    time_matmul,
+)
 from m3cli.encoder.embeddings import restore_order
 from m3cli.encoder.encode import BatchEncoder, FailedRow, batch_rows, pack_rows
 from m3cli.encoder.heads import OutputOptions
+from m3cli.encoder.linear import make_int8_linear, make_linear
 from m3cli.encoder.model import load_model, padded_num_tokens, run_model
 from m3cli.encoder.tokenizer import load_tokenizer
 from m3cli.jobs.texts import plan_at_once
@@ -97,16 +106,38 @@ def make_documents(texts: list[str]) -> list[Document]:
 def measure_rates(device: str) -> dict[str, float]:
     """Return FLOP/s by dtype of [4096 x 1024] . [1024 x 4096], BGE-M3's widest matmul.
 
-    On a GPU it has the rows of a full batch and runs for a second, and a square one too, as their rates differ.
+    On a CPU the weights are laid out once, as the encoder's are, and the best round counts. On a GPU it has the rows of
+    a full batch and runs for a second, and a square one too, as their rates differ.
     """
     if device == "cpu":
-        return {dtype: measure_matmul(device, dtype) for dtype in cast("tuple[Dtype, ...]", ("float32", "bfloat16"))}
+        dtypes = ("float32", "bfloat16", *(("int8",) if cpu_has(INT8) else ()))
+        return {dtype: measure_linear(dtype) for dtype in dtypes}
     sustained = partial(time_matmul, device, seconds=1.0, calls=10, best=False)
     return {
         "bfloat16": sustained("bfloat16", rows=65536),
         "float16": sustained("float16", rows=65536),
         SQUARE: sustained("float16", rows=8192, width=8192, columns=8192),
     }
+
+
+@torch.inference_mode()
+def measure_linear(dtype: str, *, tokens: int = 4096, width: int = 1024, inner: int = 4096) -> float:
+    """Return FLOP/s of the best round in a second of a linear map alone; in int8, of states that are quantised."""
+    states, weight, bias = torch.randn(tokens, width), torch.randn(inner, width) / width**0.5, torch.zeros(inner)
+    if dtype == "int8":
+        quantised = make_int8_linear(weight, bias, dtype=torch.bfloat16, after_gelu=False)
+        levels, _, zero_point = quantised.quantise(states)
+        call = partial(quantised.multiply, levels, zero_point)
+    else:
+        kind = getattr(torch, dtype)
+        call = partial(make_linear(weight.to(kind), bias.to(kind)).apply, states.to(kind))
+    call()
+    rounds = list[float]()
+    while sum(rounds) < 1:
+        began = time.perf_counter()
+        call()
+        rounds.append(time.perf_counter() - began)
+    return 2.0 * tokens * width * inner / min(rounds)
 
 
 def measure_tokenizer(model: Path, texts: list[str]) -> float:

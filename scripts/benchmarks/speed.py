@@ -92,7 +92,7 @@ def list_contenders(device: str) -> tuple[Contender, ...]:
     if on_cpu and not cpu_has(INT8):
         dtypes = ("float32", "bfloat16")
     peer_dtypes = ("float32", "bfloat16") if on_cpu else ("bfloat16", "float16")
-    peer_batches = (16, 32) if on_cpu else (32, 128)
+    peer_batches = (2, 4, 8, 16, 32) if on_cpu else (32, 128)
     reference = "float32" if on_cpu else "float16"
     exports = (("onnxruntime", "int8"), *(("OpenVINO", dtype) for dtype in dtypes)) if on_cpu else ()
     return (
@@ -109,7 +109,7 @@ def list_contenders(device: str) -> tuple[Contender, ...]:
         Contender(
             label=f"{REFERENCE} {reference}",
             dtype=reference,
-            settings=tuple(f"FlagEmbedding {batch}" for batch in ((8, 16, 32, 64) if on_cpu else (16, 64, 256))),
+            settings=tuple(f"FlagEmbedding {batch}" for batch in (peer_batches if on_cpu else (16, 64, 256))),
             outputs="all three",
         ),
         *(
