@@ -60,7 +60,7 @@ def load(request: LoadRequest) -> None:
     print_summary(words, done.rows_left_out, done.left_out, where=str(listed), quiet=quiet)
     if done.missing:
         # Not an error: rows that the engine cannot hold are missing too.
-        words = f"{done.name} had {count_noun(done.missing, 'row')} less than {request.since}"
+        words = f"{done.name} had {count_noun(done.missing, 'row')} fewer than {request.since}"
         sys.stderr.write(f"m3: {words}: unless so many were left out, load again without --since\n")
     raise typer.Exit(done.exit_code)
 
