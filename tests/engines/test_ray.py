@@ -225,7 +225,9 @@ def test_a_worker_killed_five_times_costs_nothing(
     for kills in range(5):
         run.wait_for_shards(tmp_path / "o.m3", 20 + 60 * kills)
         time.sleep(draw.random())
-        os.kill(min(run.find("ray::Worker")), signal.SIGKILL)  # the oldest, which has finished a shard
+        workers = run.find("ray::Worker")
+        assert workers, run.wait()
+        os.kill(min(workers), signal.SIGKILL)  # the oldest, which has finished a shard
     code, shown = run.wait()
     assert code == 3, shown
     assert shown.count("was lost, another one takes its place") == 5
