@@ -388,8 +388,11 @@ def _canonical_bytes(column: Any) -> Any:
         return as_binary(column)
     if pa.types.is_null(column.type) or pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
         return column.cast(pa.string()).cast(pa.large_binary())
+    # As numbers, since the text of a time in a zone depends on the machine's time zone database.
+    plain = replace_leaves(column.type, lambda leaf: pa.int64() if getattr(leaf, "tz", None) is not None else leaf)
+    values = _list_any(column if plain == column.type else column.cast(plain))
     # repr is distinct for every value, nested ones and floats too, and independent of the memory layout.
-    texts = [None if value is None else repr(value) for value in _list_any(column)]
+    texts = [None if value is None else repr(value) for value in values]
     return pa.chunked_array([pa.array(texts, pa.string()).cast(pa.large_binary())])
 
 
@@ -411,22 +414,17 @@ def list_rows(batch: Any) -> list[dict[str, Any]]:
 def _list_any(column: Any) -> list[Any]:
     """Return a column's values as Python values, with numbers and bytes for those that Python cannot represent.
 
-    These are dates after the year 9999 and strings that are not UTF-8. Numbers stand also for nanoseconds (which become
-    pandas values if pandas is installed) and times in zones (whose text depends on the machine's time zone database).
+    These are nanoseconds (which become pandas values if pandas is installed), dates after the year 9999, unknown time
+    zones and strings that are not UTF-8.
     """
     kind = column.type
-    if replace_leaves(kind, lambda leaf: pa.null() if _is_local(leaf) else leaf) == kind:
+    if replace_leaves(kind, lambda leaf: pa.null() if getattr(leaf, "unit", "") == "ns" else leaf) == kind:
         try:
             return column.to_pylist()  # type: ignore[no-any-return]
         except UNREADABLE_DATE:
             pass
     plain = replace_leaves(kind, lambda leaf: _make_number(BYTES_OF.get(leaf, leaf)))
     return column.cast(plain).to_pylist()  # type: ignore[no-any-return]
-
-
-def _is_local(leaf: Any) -> bool:
-    """Return whether Python's value of a time depends on the machine."""
-    return getattr(leaf, "unit", "") == "ns" or getattr(leaf, "tz", None) is not None
 
 
 def _make_number(leaf: Any) -> Any:
