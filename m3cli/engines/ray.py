@@ -243,22 +243,26 @@ class _Driver:
         """Return when no shard is left that a worker can do, or the run was stopped and the workers have ended."""
         for number in range(self._request.ray_workers or 0):
             self._start((number, 0))
-        stop, started, deadline = self._work.stop, time.monotonic(), None
+        stop, begun, deadline = self._work.stop, time.monotonic(), None
         while self._tasks:
             for task in self._ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=0)[0]:
                 self._finish(task)
             totals, silent = self._ray.get(self._counter.look.remote())
             self._show(totals)
-            self._check_silence(silent, time.monotonic() - started)
+            unstarted = all(key not in silent for key, _ in self._tasks.values())
+            begun = begun if unstarted else time.monotonic()
+            self._check_silence(silent, time.monotonic() - begun)
             if stop.reason is not None and deadline is None:
                 self._ray.get(self._counter.stop.remote())
                 deadline = time.monotonic() + STOP_SECONDS
-            unstarted = all(key not in silent for key, _ in self._tasks.values())
-            if (deadline and (time.monotonic() > deadline or stop.at_once or unstarted)) or (
-                self.summaries and unstarted
-            ):
+            if deadline and (time.monotonic() > deadline or stop.at_once or unstarted):
+                return
+            if unstarted and self.summaries and not self._has_free():
                 return
             time.sleep(POLL_SECONDS)
+
+    def _has_free(self) -> bool:
+        return bool(self._ray.get(self._counter.has_free.remote(self.num_shards)))
 
     def _start(self, key: Key, actor: Any = None) -> None:
         if actor is None:
@@ -285,7 +289,7 @@ class _Driver:
         if result is not None:
             self.summaries.append(result)
             self.num_shards = max(self.num_shards or 0, result.num_shards)
-        if self._work.stop.reason is None and self._ray.get(self._counter.has_free.remote(self.num_shards)):
+        if self._work.stop.reason is None and self._has_free():
             self._start(key, actor)
 
     def _replace(self, key: Key, error: Exception) -> None:
@@ -311,16 +315,16 @@ class _Driver:
             self._work.progress.advance(documents=int(documents), tokens=int(tokens), shards=shards)
 
     def _check_silence(self, silent: dict[Key, float], seconds: float) -> None:
-        """Raise M3Error if a worker has shown no sign of life for long, or none has begun."""
+        """Raise M3Error if a worker has shown no sign of life for long, or for `seconds` none of them has begun."""
         for key, _ in self._tasks.values():
             if silent.get(key, 0.0) > SILENCE:
                 raise M3Error(
                     f"worker {key[0]} has finished, claimed and reported nothing for {SILENCE / 60:g} minutes; "
                     "see its machine, and run the same command again"
                 )
-        if not silent and seconds > SILENCE:
+        if seconds > SILENCE:
             raise M3Error(
-                f"worker 0 has not begun within {SILENCE / 60:g} minutes, nor has any other; "
+                f"no worker has begun within {SILENCE / 60:g} minutes; "
                 "see `ray status` for free CPUs and GPUs, and run the same command again"
             )
 

@@ -88,7 +88,7 @@ def test_silence_names_the_worker() -> None:
     driver._check_silence({(3, 0): 599.0}, 0.0)
     with pytest.raises(M3Error, match="worker 3 has finished, claimed and reported nothing for 10 minutes"):
         driver._check_silence({(3, 0): 601.0}, 0.0)
-    with pytest.raises(M3Error, match="worker 0 has not begun within 10 minutes"):
+    with pytest.raises(M3Error, match="no worker has begun within 10 minutes"):
         driver._check_silence({}, 601.0)
 
 
@@ -231,6 +231,28 @@ def test_a_worker_killed_five_times_costs_nothing(
     code, shown = run.wait()
     assert code == 3, shown
     assert shown.count("was lost, another one takes its place") == 5
+    run.check_nothing_is_left()
+    assert folder_bytes(tmp_path / "o.m3") == plain(corpus)
+
+
+@pytest.mark.live
+@pytest.mark.slow
+def test_a_worker_lost_after_the_others_have_ended_is_replaced(
+    start: Callable[..., Run], plain: Callable[[Path], dict[str, bytes]], tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "c.jsonl", rows=3000, bad_every=500)
+    run = start("c.jsonl", "--out", "o.m3")
+    run.wait_for_shards(tmp_path / "o.m3", 20)
+    held = max(run.find("ray::Worker.encode"))
+    os.kill(held, signal.SIGSTOP)
+    until = time.monotonic() + 200
+    while run.find("ray::Worker.encode") != [held]:
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    os.kill(held, signal.SIGKILL)
+    code, shown = run.wait()
+    assert code == 3, shown
+    assert shown.count("was lost, another one takes its place") == 1
     run.check_nothing_is_left()
     assert folder_bytes(tmp_path / "o.m3") == plain(corpus)
 
