@@ -14,7 +14,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -192,7 +192,10 @@ def _make_worker_request(request: EncodeRequest, opened: OpenRun, device: str) -
 
 @contextmanager
 def _cluster(ray: Any, request: EncodeRequest, stop: Stop) -> Iterator[None]:
-    """Connect to a cluster, or start one of this machine; SIGTERM inside is noted in `stop`."""
+    """Connect to a cluster, or start one of this machine; SIGTERM inside is noted in `stop`.
+
+    Ray prints a page for each lost worker, which `_Driver` reports in a line: standard output is closed to it.
+    """
     address = request.address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
@@ -201,10 +204,11 @@ def _cluster(ray: Any, request: EncodeRequest, stop: Stop) -> Iterator[None]:
         options |= {"num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
     before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, **options)
-        # Raised inside of Ray's own code, an exception would be lost.
-        signal.signal(signal.SIGTERM, lambda *_: _note(stop, "stopped by SIGTERM"))
-        yield
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+            ray.init(address=address, **options)
+            # Raised inside of Ray's own code, an exception would be lost.
+            signal.signal(signal.SIGTERM, lambda *_: _note(stop, "stopped by SIGTERM"))
+            yield
     except ConnectionError as error:
         raise UsageError(f"--address {address}: there is no Ray cluster; start one, or leave the option out") from error
     except SystemExit as error:  # by ray's own handler, while it starts
@@ -294,16 +298,17 @@ class _Driver:
 
     def _replace(self, key: Key, error: Exception) -> None:
         number, losses = key
+        why = first_line(error)[:300]
         done = self._opened.folder.list_done()
         progressed = self._ray.get(self._counter.release.remote(key, done))
         self._losses[number] = 1 if progressed else self._losses[number] + 1
         if self._losses[number] == MAX_LOSSES:
             raise M3Error(
                 f"worker {number} was lost {MAX_LOSSES} times in a row without finishing a shard "
-                f"({first_line(error)[:300]}); give it more memory and run the same command again"
+                f"({why}); give it more memory and run the same command again"
             ) from error
         if self._work.stop.reason is None:
-            self._work.progress.say(f"worker {number} was lost, another one takes its place")
+            self._work.progress.say(f"worker {number} was lost ({why.rstrip('.')}); another one takes its place")
             self._start((number, losses + 1))
 
     def _show(self, totals: tuple[int, int, float]) -> None:

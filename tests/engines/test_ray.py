@@ -127,7 +127,13 @@ class Run:
         command = [sys.executable, "-m", "m3cli", "encode", *map(str, words)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
 
     def find(self, what: str = "") -> list[int]:
@@ -143,7 +149,8 @@ class Run:
 
     def wait(self) -> tuple[int, str]:
         """Wait for the end; return exit code and standard error."""
-        _, shown = self.process.communicate(timeout=400)
+        printed, shown = self.process.communicate(timeout=400)
+        assert not printed
         return self.process.returncode, shown
 
     def wait_for_shards(self, out: Path, count: int) -> None:
@@ -220,17 +227,17 @@ def test_two_workers_write_the_bytes_of_a_plain_run(
 def test_a_worker_killed_five_times_costs_nothing(
     start: Callable[..., Run], plain: Callable[[Path], dict[str, bytes]], tmp_path: Path
 ) -> None:
-    corpus, draw = write_corpus(tmp_path / "c.jsonl", rows=9000, bad_every=500), random.Random(3)
+    corpus, draw = write_corpus(tmp_path / "c.jsonl", rows=20_000, bad_every=1000), random.Random(3)
     run = start("c.jsonl", "--out", "o.m3")
     for kills in range(5):
         run.wait_for_shards(tmp_path / "o.m3", 20 + 60 * kills)
-        time.sleep(draw.random())
+        time.sleep(draw.random() / 4)
         workers = run.find("ray::Worker")
         assert workers, run.wait()
         os.kill(min(workers), signal.SIGKILL)  # the oldest, which has finished a shard
     code, shown = run.wait()
     assert code == 3, shown
-    assert shown.count("was lost, another one takes its place") == 5
+    assert shown.count("another one takes its place") == 5
     run.check_nothing_is_left()
     assert folder_bytes(tmp_path / "o.m3") == plain(corpus)
 
@@ -252,7 +259,7 @@ def test_a_worker_lost_after_the_others_have_ended_is_replaced(
     os.kill(held, signal.SIGKILL)
     code, shown = run.wait()
     assert code == 3, shown
-    assert shown.count("was lost, another one takes its place") == 1
+    assert shown.count("another one takes its place") == 1
     run.check_nothing_is_left()
     assert folder_bytes(tmp_path / "o.m3") == plain(corpus)
 
