@@ -17,9 +17,9 @@ load_ready() {
   [ -e current.m3 ] || [ ! -e previous.m3 ] || mv previous.m3 current.m3 # ended between the two lines below
   [ -e ready.m3 ] || return 0
   if [ -n "$target" ]; then
-    since=()
-    [ ! -e current.m3 ] || since=(--since current.m3)
-    run m3 load ready.m3 --to "$target" --name "$name" "${since[@]}" || exit "$code"
+    load=(m3 load ready.m3 --to "$target" --name "$name")
+    [ ! -e current.m3 ] || load+=(--since current.m3)
+    run "${load[@]}" || exit "$code"
   fi
   rm -rf previous.m3
   [ ! -e current.m3 ] || mv current.m3 previous.m3
@@ -28,9 +28,8 @@ load_ready() {
 }
 
 load_ready
-old=()
-[ ! -e current.m3 ] || old=(--since-run current.m3)
-encode=(m3 encode "$corpus" --out next.m3 "${old[@]}" --progress none)
+encode=(m3 encode "$corpus" --out next.m3 --progress none)
+[ ! -e current.m3 ] || encode+=(--since-run current.m3)
 if ! run "${encode[@]}"; then
   [ "$code" = 10 ] || exit "$code"
   rm -r next.m3 # begun on a night that did not end; the corpus has changed since then
