@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -71,7 +72,7 @@ def plot(rates: Mapping[str, Sequence[float]], lengths: Sequence[int], path: Pat
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.set_yticks([1000, 2000, 5000], ["1,000", "2,000", "5,000"])
+    axes.set_yticks([1000, 2000, 5000, 10000], ["1,000", "2,000", "5,000", "10,000"])
     axes.minorticks_off()
     axes.set(xlabel="tokens per text (log scale)", ylabel="tokens per second (log scale)")
     axes.set_title("All texts of one length, 4 layers of BGE-M3's width, 2-core CPU")
@@ -89,6 +90,8 @@ def main() -> None:
     parser.add_argument("--peer-batch-tokens", type=int, default=2048)
     parser.add_argument("--svg", type=Path, help="draw the picture there")
     options = parser.parse_args()
+    if options.svg and find_spec("matplotlib") is None:
+        parser.error(f"--svg {options.svg} needs matplotlib; install it with: pip install matplotlib")
     groups = make_groups(options)
     contest = Contest(options.model, groups, cache=WORK)
     contenders = list_contenders(options.dtype)
@@ -100,8 +103,6 @@ def main() -> None:
     }
     say("")
     print(draw(rates, groups, markdown=options.markdown))
-    if options.svg:
-        plot(rates, options.lengths[: len(groups)], options.svg)
     if options.json:
         sizes = [
             {"length": length, "texts": len(group.texts), "tokens": group.tokens}
@@ -111,6 +112,8 @@ def main() -> None:
             options.json,
             {"groups": sizes, "runs": {name: [asdict(one) for one in each] for name, each in runs.items()}},
         )
+    if options.svg:
+        plot(rates, options.lengths[: len(groups)], options.svg)
 
 
 if __name__ == "__main__":
