@@ -121,7 +121,8 @@ def _encode_with_workers(
     gpus = (device == "cuda") if request.gpus_per_worker is None else request.gpus_per_worker
     shown = f"{device}, {request.ray_workers} Ray workers"
     _, previous, unread = prepare_run(opened, request, fresh=fresh, device=shown, work=work)
-    with _cluster(ray, request, work.stop):
+    # Ray prints a page for each lost worker, which `_Driver` reports in a line.
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), _cluster(ray, request, work.stop):
         work.progress.start(shards_todo=todo)
         driver = _Driver(ray, _make_worker_request(request, opened, device), opened, work, gpus=int(gpus))
         try:
@@ -192,10 +193,7 @@ def _make_worker_request(request: EncodeRequest, opened: OpenRun, device: str) -
 
 @contextmanager
 def _cluster(ray: Any, request: EncodeRequest, stop: Stop) -> Iterator[None]:
-    """Connect to a cluster, or start one of this machine; SIGTERM inside is noted in `stop`.
-
-    Ray prints a page for each lost worker, which `_Driver` reports in a line: standard output is closed to it.
-    """
+    """Connect to a cluster, or start one of this machine; SIGTERM inside is noted in `stop`."""
     address = request.address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
@@ -204,11 +202,10 @@ def _cluster(ray: Any, request: EncodeRequest, stop: Stop) -> Iterator[None]:
         options |= {"num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-            ray.init(address=address, **options)
-            # Raised inside of Ray's own code, an exception would be lost.
-            signal.signal(signal.SIGTERM, lambda *_: _note(stop, "stopped by SIGTERM"))
-            yield
+        ray.init(address=address, **options)
+        # Raised inside of Ray's own code, an exception would be lost.
+        signal.signal(signal.SIGTERM, lambda *_: _note(stop, "stopped by SIGTERM"))
+        yield
     except ConnectionError as error:
         raise UsageError(f"--address {address}: there is no Ray cluster; start one, or leave the option out") from error
     except SystemExit as error:  # by ray's own handler, while it starts
