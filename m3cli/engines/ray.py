@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -42,6 +43,15 @@ STOP_SECONDS = 60.0
 "that workers have for the shard in hand after SIGTERM"
 LOCK_SECONDS = 60.0
 "that a worker waits for the lock of the one that it replaces"
+ANSWER_SECONDS = 10.0
+"that the host of a cluster has to accept a connection"
+_NO_CLUSTER = "there is no Ray cluster; start one, or leave the option out"
+_REFUSALS = {
+    "AuthToken": "the Ray cluster asks for its token; set RAY_AUTH_MODE=token, and have the token of its head node in "
+    "~/.ray/auth_token or RAY_AUTH_TOKEN",
+    "Version mismatch": "the cluster has another version of Ray or Python; install its versions here",
+}
+"by a word of what Ray says"
 OBJECT_STORE_BYTES = 100 << 20
 "nothing is put into it"
 
@@ -76,6 +86,7 @@ def encode_on_ray(request: EncodeRequest, *, progress: Progress, stop: Stop) -> 
         M3Error: of a worker; or a worker is lost again and again, or shows no sign of life.
     """
     ray = _import_ray()
+    _check_address(_address_of(request))
     if request.gpus_per_worker == 0:
         request = replace(request, device=request.device or "cpu")
     elif request.gpus_per_worker:
@@ -94,6 +105,7 @@ def encode_on_ray(request: EncodeRequest, *, progress: Progress, stop: Stop) -> 
 
 def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # of its C++ part, on standard error
     before = signal.getsignal(signal.SIGTERM)
     try:
         import ray  # noqa: PLC0415  only here and in the workers
@@ -194,7 +206,7 @@ def _make_worker_request(request: EncodeRequest, opened: OpenRun, device: str) -
 @contextmanager
 def _cluster(ray: Any, request: EncodeRequest, stop: Stop) -> Iterator[None]:
     """Connect to a cluster, or start one of this machine; SIGTERM inside is noted in `stop`."""
-    address = request.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = _address_of(request)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         os.environ.setdefault("RAY_worker_niceness", "0")  # as without Ray; it would be 15
@@ -202,17 +214,45 @@ def _cluster(ray: Any, request: EncodeRequest, stop: Stop) -> Iterator[None]:
         options |= {"num_cpus": cpus, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
     before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, **options)
+        _connect(ray, address, options)
         # Raised inside of Ray's own code, an exception would be lost.
         signal.signal(signal.SIGTERM, lambda *_: _note(stop, "stopped by SIGTERM"))
         yield
-    except ConnectionError as error:
-        raise UsageError(f"--address {address}: there is no Ray cluster; start one, or leave the option out") from error
     except SystemExit as error:  # by ray's own handler, while it starts
         raise Stopped("stopped by SIGTERM with work left; run the same command again to resume") from error
     finally:
         ray.shutdown()
         signal.signal(signal.SIGTERM, before)
+
+
+def _address_of(request: EncodeRequest) -> str:
+    return request.address or os.environ.get("RAY_ADDRESS") or "local"
+
+
+def _check_address(address: str) -> None:
+    """Raise UsageError if nothing listens at an address, where Ray itself would try for more than ten minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise UsageError(f"--address {address}: {_NO_CLUSTER}") from error
+
+
+def _connect(ray: Any, address: str, options: dict[str, Any]) -> None:
+    """Connect to a cluster, or start one.
+
+    Raises:
+        UsageError: there is none, or it refuses this client.
+    """
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError) as error:
+        said = f"{error} {error.__cause__}"
+        reason = next((reason for word, reason in _REFUSALS.items() if word in said), None)
+        if reason is None and not isinstance(error, ConnectionError):
+            raise
+        raise UsageError(f"--address {address}: {reason or _NO_CLUSTER}") from error
 
 
 def _note(stop: Stop, reason: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import os
 import random
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -120,12 +122,21 @@ def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch, capfd: pytest.
     assert "--gpus-per-worker 1: there is no CUDA device here" in capfd.readouterr().err
 
 
+def test_an_address_where_nothing_listens(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{reserved.getsockname()[1]}"
+        assert m3(["encode", "c.jsonl", *map(str, ON_RAY), "--address", address]) == 2
+    assert f"--address {address}: there is no Ray cluster" in capfd.readouterr().err
+
+
 class Run:
     """A command on Ray in a session of its own, which all processes that it starts are in."""
 
-    def __init__(self, folder: Path, *words: object) -> None:
+    def __init__(self, folder: Path, *words: object, **environment: str) -> None:
         command = [sys.executable, "-m", "m3cli", "encode", *map(str, words)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         self.process = subprocess.Popen(
             command,
             cwd=folder,
@@ -176,8 +187,9 @@ def start(tmp_path: Path, tiny_m3: Path) -> Iterator[Callable[..., Run]]:
         pytest.skip("workers of Ray are not tested live: ray is not installed")
     runs: list[Run] = []
 
-    def begin(*words: object, options: tuple[object, ...] = ON_RAY) -> Run:
-        runs.append(Run(tmp_path, *words, "--model", tiny_m3, *SETTINGS, *options, "--progress", "log"))
+    def begin(*words: object, options: tuple[object, ...] = ON_RAY, **environment: str) -> Run:
+        words = (*words, "--model", tiny_m3, *SETTINGS, *options, "--progress", "log")
+        runs.append(Run(tmp_path, *words, **environment))
         return runs[-1]
 
     yield begin
@@ -305,6 +317,48 @@ def test_a_worker_that_dies_again_and_again_ends_the_run(start: Callable[..., Ru
     assert code == 1, shown
     assert "worker 0 was lost 3 times in a row without finishing a shard" in shown.splitlines()[-1]
     run.check_nothing_is_left()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[str]:
+    """The address of a cluster with two CPUs, which asks for a token in `tmp_path`."""
+    if find_spec("ray") is None:
+        pytest.skip("a cluster of Ray is not tested live: ray is not installed")
+    token = tmp_path / "token"
+    token.write_text(secrets.token_hex(32))
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray = Path(sys.executable).with_name("ray")
+    words = ("start", "--head", "--num-cpus=2", f"--port={port}", "--include-dashboard=false", "--disable-usage-stats")
+    head = subprocess.Popen([ray, *words, "--block"], env=environment, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while True:
+        with suppress(OSError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            break
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    yield f"127.0.0.1:{port}"
+    head.terminate()
+    head.wait(60)
+
+
+@pytest.mark.live
+@pytest.mark.slow
+def test_a_cluster_that_asks_for_a_token(
+    start: Callable[..., Run], plain: Callable[[Path], dict[str, bytes]], tmp_path: Path, cluster: str
+) -> None:
+    corpus = write_corpus(tmp_path / "c.jsonl", rows=300, bad_every=50)
+    more_than_fit = ("--engine", "ray", "--num-workers", 3, "--address", cluster)
+    code, shown = start("c.jsonl", "--out", "o.m3", options=more_than_fit).wait()
+    assert code == 2, shown
+    assert shown.splitlines()[-1].startswith(f"m3: --address {cluster}: the Ray cluster asks for its token")
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    code, shown = start("c.jsonl", "--out", "o.m3", options=more_than_fit, **token).wait()
+    assert code == 3, shown
+    assert folder_bytes(tmp_path / "o.m3") == plain(corpus)
 
 
 @pytest.mark.live
