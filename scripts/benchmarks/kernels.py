@@ -148,16 +148,18 @@ def run_with_warp_norm(model: Model, batch: Batch) -> tuple[torch.Tensor, Sequen
 
 
 def probe_attention(probe: Probe, model: Model, *, tokens: int) -> None:
-    """Measure variable-length attention by flash attention and by cuDNN."""
+    """Measure attention by flash attention and by cuDNN, by its borders and as a batch of equal lengths."""
     heads, width = model.checkpoint.num_heads, model.checkpoint.hidden_size
     q, k, v = probe.random(tokens, 3, heads, width // heads).unbind(1)
-    cudnn = torch.ops.aten._cudnn_attention_forward
+    cudnn, equal = torch.ops.aten._cudnn_attention_forward, torch.ops.aten._scaled_dot_product_cudnn_attention
     for length in (32, 128, 256, 512, 2048, 8192):
         borders = torch.arange(0, tokens + 1, length, dtype=torch.int32, device=probe.device)
         sizes = (borders, borders, length, length)
         flops = 4.0 * tokens * length * width
         probe.note(f"attention {length}: flash", flash_attention, q, k, v, *sizes, 0.0, False, False, flops=flops)
         probe.note(f"attention {length}: cuDNN", cudnn, q, k, v, None, *sizes, False, 0.0, False, False, flops=flops)
+        batch = [each[: borders[-1]].view(-1, length, heads, width // heads).transpose(1, 2) for each in (q, k, v)]
+        probe.note(f"attention {length}: cuDNN, a batch", equal, *batch, None, False, flops=flops)
 
 
 def pack_random(mean: int, *, tokens: int, longest: int) -> Batch:
