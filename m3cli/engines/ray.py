@@ -105,7 +105,6 @@ def encode_on_ray(request: EncodeRequest, *, progress: Progress, stop: Stop) -> 
 
 def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # of its C++ part, on standard error
     before = signal.getsignal(signal.SIGTERM)
     try:
         import ray  # noqa: PLC0415  only here and in the workers
@@ -272,7 +271,11 @@ class _Driver:
         self.began = time.monotonic()
         "when the first worker began to encode"
         self._ray, self._request, self._opened, self._work = ray, request, opened, work
-        self._counter = ray.remote(ShardCounter).options(num_cpus=0).remote(self.num_shards, request.ray_workers)
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+        make_counter = ray.remote(ShardCounter).options(num_cpus=0, scheduling_strategy=here).remote
+        self._counter = make_counter(self.num_shards, request.ray_workers)
         options = {"num_cpus": request.cpus_per_worker or 1, "num_gpus": gpus, "max_restarts": 0}
         self._make_actor = ray.remote(Worker).options(**options).remote
         self._tasks: dict[Any, tuple[Key, Any]] = {}

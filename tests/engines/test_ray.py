@@ -131,6 +131,26 @@ def test_an_address_where_nothing_listens(monkeypatch: pytest.MonkeyPatch, capfd
     assert f"--address {address}: there is no Ray cluster" in capfd.readouterr().err
 
 
+def find_processes(session: int, what: str = "") -> list[int]:
+    """Return the processes of a session that live, those with a word in their command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            if os.getsid(int(folder.name)) == session:
+                command = (folder / "cmdline").read_bytes()  # of a zombie empty
+                if command and what.encode() in command:
+                    found.append(int(folder.name))
+    return found
+
+
+def wait_for(condition: Callable[[], object], *, seconds: float = 60) -> None:
+    """Wait until a condition holds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
 class Run:
     """A command on Ray in a session of its own, which all processes that it starts are in."""
 
@@ -149,14 +169,7 @@ class Run:
 
     def find(self, what: str = "") -> list[int]:
         """Return the processes of this run that live, those with a word in their command line."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has ended
-                if os.getsid(int(folder.name)) == self.process.pid:
-                    command = (folder / "cmdline").read_bytes()  # of a zombie empty
-                    if command and what.encode() in command:
-                        found.append(int(folder.name))
-        return found
+        return find_processes(self.process.pid, what)
 
     def wait(self) -> tuple[int, str]:
         """Wait for the end; return exit code and standard error."""
@@ -264,10 +277,7 @@ def test_a_worker_lost_after_the_others_have_ended_is_replaced(
     run.wait_for_shards(tmp_path / "o.m3", 20)
     held = max(run.find("ray::Worker.encode"))
     os.kill(held, signal.SIGSTOP)
-    until = time.monotonic() + 200
-    while run.find("ray::Worker.encode") != [held]:
-        assert time.monotonic() < until
-        time.sleep(0.2)
+    wait_for(lambda: run.find("ray::Worker.encode") == [held], seconds=200)
     os.kill(held, signal.SIGKILL)
     code, shown = run.wait()
     assert code == 3, shown
@@ -286,10 +296,7 @@ def test_a_killed_or_stopped_driver_is_resumed(
     killed.wait_for_shards(out, 20)
     killed.process.kill()
     killed.wait()
-    until = time.monotonic() + 30
-    while killed.find("ray::Worker") or killed.find("raylet/raylet"):
-        assert time.monotonic() < until
-        time.sleep(0.2)
+    wait_for(lambda: not (killed.find("ray::Worker") or killed.find("raylet/raylet")))
     assert not (out / "_m3/manifest.json").exists()
     stopped = start("c.jsonl", "--out", "o.m3")
     stopped.wait_for_shards(out, len(list((out / "_m3/done").iterdir())) + 5)
@@ -319,45 +326,94 @@ def test_a_worker_that_dies_again_and_again_ends_the_run(start: Callable[..., Ru
     run.check_nothing_is_left()
 
 
+class Cluster:
+    """A cluster of Ray on this machine, which asks for a token."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "token").write_text(secrets.token_hex(32))
+        self.token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+        self.ray = str(Path(sys.executable).with_name("ray"))
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.place = free.getsockname()
+        self.address = f"127.0.0.1:{self.place[1]}"
+        self.start_node("--head", f"--port={self.place[1]}", "--include-dashboard=false")
+        wait_for(self.listens)
+
+    def listens(self) -> bool:
+        """Whether the head node is there."""
+        with socket.socket() as tried:
+            return tried.connect_ex(self.place) == 0
+
+    def count_nodes(self) -> int:
+        """Return how many nodes have joined."""
+        command = [self.ray, "status", f"--address={self.address}"]
+        done = subprocess.run(command, env={**os.environ, **self.token}, capture_output=True, check=False)
+        return done.stdout.count(b" node_")
+
+    def start_node(self, *words: str) -> subprocess.Popen[bytes]:
+        """Start a node with a CPU, in a session of its own."""
+        node = subprocess.Popen(
+            [self.ray, "start", "--num-cpus=1", "--disable-usage-stats", "--block", *words],
+            env={**os.environ, **self.token},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self.nodes.append(node)
+        return node
+
+
+def kill_node(node: subprocess.Popen[bytes]) -> None:
+    """Kill all processes of a node."""
+    for pid in find_processes(node.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    node.wait()
+
+
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[str]:
-    """The address of a cluster with two CPUs, which asks for a token in `tmp_path`."""
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """A cluster of one node, killed at the end."""
     if find_spec("ray") is None:
         pytest.skip("a cluster of Ray is not tested live: ray is not installed")
-    token = tmp_path / "token"
-    token.write_text(secrets.token_hex(32))
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ray = Path(sys.executable).with_name("ray")
-    words = ("start", "--head", "--num-cpus=2", f"--port={port}", "--include-dashboard=false", "--disable-usage-stats")
-    head = subprocess.Popen([ray, *words, "--block"], env=environment, stdout=subprocess.DEVNULL)
-    until = time.monotonic() + 60
-    while True:
-        with suppress(OSError):
-            socket.create_connection(("127.0.0.1", port)).close()
-            break
-        assert time.monotonic() < until
-        time.sleep(0.2)
-    yield f"127.0.0.1:{port}"
-    head.terminate()
-    head.wait(60)
+    started = Cluster(tmp_path)
+    yield started
+    for node in started.nodes:
+        kill_node(node)
 
 
 @pytest.mark.live
 @pytest.mark.slow
-def test_a_cluster_that_asks_for_a_token(
-    start: Callable[..., Run], plain: Callable[[Path], dict[str, bytes]], tmp_path: Path, cluster: str
+def test_a_cluster_with_fewer_places_than_workers(
+    start: Callable[..., Run], plain: Callable[[Path], dict[str, bytes]], tmp_path: Path, cluster: Cluster
 ) -> None:
     corpus = write_corpus(tmp_path / "c.jsonl", rows=300, bad_every=50)
-    more_than_fit = ("--engine", "ray", "--num-workers", 3, "--address", cluster)
-    code, shown = start("c.jsonl", "--out", "o.m3", options=more_than_fit).wait()
+    options = (*ON_RAY, "--address", cluster.address)
+    code, shown = start("c.jsonl", "--out", "o.m3", options=options).wait()
     assert code == 2, shown
-    assert shown.splitlines()[-1].startswith(f"m3: --address {cluster}: the Ray cluster asks for its token")
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
-    code, shown = start("c.jsonl", "--out", "o.m3", options=more_than_fit, **token).wait()
+    assert shown.splitlines()[-1].startswith(f"m3: --address {cluster.address}: the Ray cluster asks for its token")
+    code, shown = start("c.jsonl", "--out", "o.m3", options=options, **cluster.token).wait()
     assert code == 3, shown
+    assert folder_bytes(tmp_path / "o.m3") == plain(corpus)
+
+
+@pytest.mark.live
+@pytest.mark.slow
+def test_a_lost_node_costs_nothing(
+    start: Callable[..., Run], plain: Callable[[Path], dict[str, bytes]], tmp_path: Path, cluster: Cluster
+) -> None:
+    corpus = write_corpus(tmp_path / "c.jsonl", rows=9000, bad_every=500)
+    node = cluster.start_node(f"--address={cluster.address}")
+    wait_for(lambda: cluster.count_nodes() == 2)
+    run = start("c.jsonl", "--out", "o.m3", options=(*ON_RAY, "--address", cluster.address), **cluster.token)
+    wait_for(lambda: find_processes(node.pid, "ray::Worker.encode"))
+    run.wait_for_shards(tmp_path / "o.m3", 20)
+    kill_node(node)
+    code, shown = run.wait()
+    assert code == 3, shown
+    assert "another one takes its place" in shown
     assert folder_bytes(tmp_path / "o.m3") == plain(corpus)
 
 
