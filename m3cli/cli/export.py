@@ -62,6 +62,8 @@ def load(request: LoadRequest) -> None:
         # Not an error: rows that the engine cannot hold are missing too.
         words = f"{done.name} had {count_noun(done.missing, 'row')} fewer than {request.since}"
         sys.stderr.write(f"m3: {words}: unless so many were left out, load again without --since\n")
+    if done.others:
+        sys.stderr.write(f"m3: {done.name} has {count_noun(done.others, 'row')} of another load, too\n")
     raise typer.Exit(done.exit_code)
 
 

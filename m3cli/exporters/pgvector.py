@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -254,9 +255,16 @@ class _Pgvector:
         self._connection.rollback()
         return self._connection
 
-    def create(self) -> bool:
+    @contextmanager
+    def _alone(self, lock: str) -> Iterator[Any]:
+        """Open a transaction that waits for others of m3 with the same lock; IF NOT EXISTS alone does not."""
         connection = self._open()
         with connection.transaction():
+            connection.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", (lock,))
+            yield connection
+
+    def create(self) -> bool:
+        with self._alone("m3 load") as connection:  # of any table: all have one extension and one function
             columns = connection.execute(
                 "SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute "
                 "WHERE attrelid = to_regclass(%s) AND attnum > 0 AND NOT attisdropped",
@@ -294,8 +302,7 @@ class _Pgvector:
             connection.execute(f"DELETE FROM {table} WHERE key = ANY(%s)", (held,))  # noqa: S608
 
     def finish(self) -> None:
-        connection = self._open()
-        with connection.transaction():
+        with self._alone(f"m3 load {self._table}") as connection:
             connection.execute(make_index_sql(self._shape) or "SELECT")
 
     def count(self) -> int:

@@ -100,6 +100,8 @@ class LoadSummary:
     unchanged: int
     missing: int
     "rows that the engine had less than the folder of `--since`, which was not loaded whole or lost rows since"
+    others: int
+    "rows that a collection has that this load has made: of another load at the same time"
     rows_left_out: int
     left_out: dict[str, int]
     "by what was done and why"
@@ -138,9 +140,10 @@ def load_folder(
         rows = _send(folder, shape, engine, repeats, changes, lost, call=call, meter=meter)
         deleted = 0 if changes is None else _delete(engine, changes, call)
         call(engine.finish)
-        if created and (found := call(engine.count)) != rows:
+        others = call(engine.count) - rows if created else 0
+        if others < 0:
             raise OutputError(
-                f"{call.shown}: {shape.name} has {found:,} rows, expected {rows:,}; remove it and load again"
+                f"{call.shown}: {shape.name} has {others + rows:,} rows, expected {rows:,}; remove it and load again"
             )
     return LoadSummary(
         name=shape.name,
@@ -148,6 +151,7 @@ def load_folder(
         deleted=deleted,
         unchanged=0 if changes is None else changes.count,
         missing=missing,
+        others=others,
         rows_left_out=lost.rows,
         left_out=dict(sorted(lost.reasons.items())),
     )

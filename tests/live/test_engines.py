@@ -150,6 +150,24 @@ def test_a_load_that_was_killed_is_done_by_the_same_command(engine: Any, tmp_pat
         check_rows(engine, folder)
 
 
+def test_two_loads_at_once_make_one_collection(engine: Any, tmp_path: Path) -> None:
+    if "lite" in engine.to:
+        pytest.skip("Milvus Lite is one process's")
+    folders = [
+        write_folder(tmp_path / f"{part}.m3", [[Doc(f"{part}-{row}", f"{row}") for row in range(20)]]) for part in "ab"
+    ]
+    command = [sys.executable, "-m", "m3cli", "load", "--to", engine.to, "--name", engines.NAME]
+    load(engine, folders[0])
+    for _ in range(3):
+        engine.clear()
+        both = [
+            subprocess.Popen([*command, str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True) for folder in folders
+        ]
+        said = [process.communicate()[1] for process in both]
+        assert [process.returncode for process in both] == [0, 0], said
+        assert len(engine.rows()) == 40
+
+
 def test_three_nights_since_equal_a_fresh_load(engine: Any, tmp_path: Path) -> None:
     docs = {name: Doc(name, f"text of {name}") for name in "abcdefgh"}
     nights = [
