@@ -101,7 +101,7 @@ class LoadSummary:
     missing: int
     "rows that the engine had less than the folder of `--since`, which was not loaded whole or lost rows since"
     others: int
-    "rows that a collection has that this load has made: of another load at the same time"
+    "rows of another load in the collection that this load has made"
     rows_left_out: int
     left_out: dict[str, int]
     "by what was done and why"

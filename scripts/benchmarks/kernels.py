@@ -158,7 +158,8 @@ def probe_attention(probe: Probe, model: Model, *, tokens: int) -> None:
         flops = 4.0 * tokens * length * width
         probe.note(f"attention {length}: flash", flash_attention, q, k, v, *sizes, 0.0, False, False, flops=flops)
         probe.note(f"attention {length}: cuDNN", cudnn, q, k, v, None, *sizes, False, 0.0, False, False, flops=flops)
-        batch = [each[: borders[-1]].view(-1, length, heads, width // heads).transpose(1, 2) for each in (q, k, v)]
+        whole = tokens // length * length
+        batch = [each[:whole].view(-1, length, heads, width // heads).transpose(1, 2) for each in (q, k, v)]
         probe.note(f"attention {length}: cuDNN, a batch", equal, *batch, None, False, flops=flops)
 
 
