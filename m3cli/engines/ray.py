@@ -86,7 +86,6 @@ def encode_on_ray(request: EncodeRequest, *, progress: Progress, stop: Stop) -> 
         M3Error: of a worker; or a worker is lost again and again, or shows no sign of life.
     """
     ray = _import_ray()
-    _check_address(_address_of(request))
     if request.gpus_per_worker == 0:
         request = replace(request, device=request.device or "cpu")
     elif request.gpus_per_worker:
@@ -205,7 +204,8 @@ def _make_worker_request(request: EncodeRequest, opened: OpenRun, device: str) -
 @contextmanager
 def _cluster(ray: Any, request: EncodeRequest, stop: Stop) -> Iterator[None]:
     """Connect to a cluster, or start one of this machine; SIGTERM inside is noted in `stop`."""
-    address = _address_of(request)
+    address = request.address or os.environ.get("RAY_ADDRESS") or "local"
+    _check_address(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         os.environ.setdefault("RAY_worker_niceness", "0")  # as without Ray; it would be 15
@@ -222,10 +222,6 @@ def _cluster(ray: Any, request: EncodeRequest, stop: Stop) -> Iterator[None]:
     finally:
         ray.shutdown()
         signal.signal(signal.SIGTERM, before)
-
-
-def _address_of(request: EncodeRequest) -> str:
-    return request.address or os.environ.get("RAY_ADDRESS") or "local"
 
 
 def _check_address(address: str) -> None:

@@ -122,13 +122,21 @@ def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch, capfd: pytest.
     assert "--gpus-per-worker 1: there is no CUDA device here" in capfd.readouterr().err
 
 
-def test_an_address_where_nothing_listens(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_address_where_nothing_listens(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, tiny_m3: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    corpus = write_corpus(tmp_path / "c.jsonl", rows=3)
+    words = ["encode", *map(str, (corpus, "--out", tmp_path / "o.m3", "--model", tiny_m3, *SETTINGS))]
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{reserved.getsockname()[1]}"
-        assert m3(["encode", "c.jsonl", *map(str, ON_RAY), "--address", address]) == 2
-    assert f"--address {address}: there is no Ray cluster" in capfd.readouterr().err
+        on_cluster = [*words, *map(str, ON_RAY), "--address", address]
+        assert m3(on_cluster) == 2
+        assert f"--address {address}: there is no Ray cluster" in capfd.readouterr().err
+        assert m3(words) == 0
+        assert m3(on_cluster) == 0  # nothing to do: a cluster is not needed
+    assert "nothing to do" in capfd.readouterr().err
 
 
 def find_processes(session: int, what: str = "") -> list[int]:
