@@ -140,10 +140,10 @@ def load_folder(
         rows = _send(folder, shape, engine, repeats, changes, lost, call=call, meter=meter)
         deleted = 0 if changes is None else _delete(engine, changes, call)
         call(engine.finish)
-        others = call(engine.count) - rows if created else 0
-        if others < 0:
+        found = call(engine.count) if created else rows
+        if found < rows:
             raise OutputError(
-                f"{call.shown}: {shape.name} has {others + rows:,} rows, expected {rows:,}; remove it and load again"
+                f"{call.shown}: {shape.name} has {found:,} rows, expected {rows:,}; remove it and load again"
             )
     return LoadSummary(
         name=shape.name,
@@ -151,7 +151,7 @@ def load_folder(
         deleted=deleted,
         unchanged=0 if changes is None else changes.count,
         missing=missing,
-        others=others,
+        others=found - rows,
         rows_left_out=lost.rows,
         left_out=dict(sorted(lost.reasons.items())),
     )

@@ -193,6 +193,13 @@ class Run:
             assert self.process.poll() is None, self.wait()
             time.sleep(0.05)
 
+    def check_replaced(self, workers: int) -> None:
+        """The run ends whole, after so many workers were lost and replaced, and leaves no process."""
+        code, shown = self.wait()
+        assert code == 3, shown
+        assert shown.count("another one takes its place") == workers
+        self.check_nothing_is_left()
+
     def check_nothing_is_left(self) -> None:
         """Every process of the run ends."""
         until = time.monotonic() + 120
@@ -268,10 +275,7 @@ def test_a_worker_killed_five_times_costs_nothing(
         workers = run.find("ray::Worker")
         assert workers, run.wait()
         os.kill(min(workers), signal.SIGKILL)  # the oldest, which has finished a shard
-    code, shown = run.wait()
-    assert code == 3, shown
-    assert shown.count("another one takes its place") == 5
-    run.check_nothing_is_left()
+    run.check_replaced(5)
     assert folder_bytes(tmp_path / "o.m3") == plain(corpus)
 
 
@@ -287,10 +291,7 @@ def test_a_worker_lost_after_the_others_have_ended_is_replaced(
     os.kill(held, signal.SIGSTOP)
     wait_for(lambda: run.find("ray::Worker.encode") == [held], seconds=200)
     os.kill(held, signal.SIGKILL)
-    code, shown = run.wait()
-    assert code == 3, shown
-    assert shown.count("another one takes its place") == 1
-    run.check_nothing_is_left()
+    run.check_replaced(1)
     assert folder_bytes(tmp_path / "o.m3") == plain(corpus)
 
 
