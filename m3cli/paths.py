@@ -28,6 +28,25 @@ def check_local(path: str | None, option: str) -> None:
         )
 
 
+def exists(path: Path) -> bool:
+    """Whether a path is there.
+
+    Raises:
+        OSError: the system cannot tell (no permission, a network disk that fails), which Path.exists takes for "no"
+            from Python 3.14 on: what is written would be overwritten.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there; raises like `exists`."""
+    return exists(path) and path.is_dir()
+
+
 def is_output_folder(folder: str | os.PathLike[str]) -> bool:
     """Whether a run of m3 has begun to write a folder, whatever its name."""
     return any(os.path.lexists(Path(folder, "_m3", name)) for name in ("run.json", "lock"))

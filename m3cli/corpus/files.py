@@ -27,6 +27,7 @@ FILE_FIELDS = ("id", "title", "text")
 "of a document: the path relative to the folder, the file's name, and its text"
 _INLINE = "a abbr b bdi bdo big cite code del em font i ins kbd mark q s small span strong sub sup u".split()  # noqa: SIM905
 "tags within a line"
+_HIDDEN = ("script", "style", "iframe", "noembed", "noframes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,5 +159,5 @@ class _Page(HTMLParser):
         self.handle_starttag(tag, None)
 
     def handle_data(self, data: str) -> None:
-        if self.cdata_elem is None:  # in a script or a style
+        if self.cdata_elem not in _HIDDEN:  # newer Pythons set it in a title too
             self.parts.append(re.sub(r"\s+", " ", data))

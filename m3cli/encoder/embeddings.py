@@ -15,7 +15,6 @@ Chunks arrive in windows. For a document that continues in the next window, memo
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -122,26 +121,34 @@ def _join_indptr(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
 
 
+class _Loan:
+    """Memory on loan: every array over it, also a part of one, refers to this and keeps it."""
+
+    def __init__(self, memory: NDArray[np.uint8], free: list[NDArray[np.uint8]]) -> None:
+        self.memory, self.free = memory, free
+        self.__array_interface__ = memory.__array_interface__
+
+    def __del__(self) -> None:
+        self.free.append(self.memory)
+
+
 class Buffers:
     """Memory of ColBERT vectors, taken again when nothing refers to it: new pages take longer than the copy to them."""
 
     def __init__(self) -> None:
-        self._held: list[NDArray[np.uint8]] = []
+        self._free: list[NDArray[np.uint8]] = []
 
     def empty(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Return an uninitialised array [V, D]."""
         num_bytes = shape[0] * shape[1] * dtype.itemsize
-        # Arrays over a buffer refer to it, whoever holds them. A free one has the list, `each` and the argument.
-        free = [each for each in self._held if sys.getrefcount(each) == _REFERENCES]
-        buffer = next((each for each in free if len(each) >= num_bytes), None)
-        if buffer is None:
-            buffer = np.empty(num_bytes, np.uint8)
-            # Free ones are too small, and are replaced.
-            self._held = [each for each in self._held if all(each is not other for other in free)] + [buffer]
-        return buffer[:num_bytes].view(dtype).reshape(shape)
-
-
-_REFERENCES = 3
+        memory = np.empty(0, np.uint8)
+        # What is too small is replaced.
+        while self._free and len(memory) < num_bytes:
+            memory = self._free.pop()
+        if len(memory) < num_bytes:
+            memory = np.empty(num_bytes, np.uint8)
+        # numpy refers an array to the object that it was made from, and a part of it to the same object.
+        return np.asarray(_Loan(memory, self._free))[:num_bytes].view(dtype).reshape(shape)
 
 
 def restore_order(

@@ -39,6 +39,7 @@ from m3cli.exporters.rows import (
     make_part,
 )
 from m3cli.jobs.encode.estimate import check_disk_space
+from m3cli.paths import exists, is_folder
 from m3cli.progress import FileMeter
 from m3cli.records import FileRecord, Output
 from m3cli.requests import ExportRequest, TransferRequest
@@ -106,7 +107,7 @@ def export_folder(request: ExportRequest, *, meter: FileMeter) -> ExportSummary:
         _begin(out, folder, request, shape)
         jobs: list[int | None] = [None] if target.whole else list(folder.entries)
         todo = [index for index in jobs if read_entry(out, index) is None]
-        if todo or not (out / EXPORT_NAME).exists():
+        if todo or not exists(out / EXPORT_NAME):
             _check_space(out, folder, shape, target, request, done=len(jobs) - len(todo))
             _write_parts(out, folder, shape, target, todo=todo, meter=meter)
             return _finish(out, folder, shape, target, jobs, request)
@@ -127,7 +128,7 @@ def open_finished(path: str) -> OutputFolder:
         raise UsageError(f"{path} has no rows; encode a corpus that has some")
     for record in (record for entry in folder.entries.values() for record in entry.files):
         file = folder.path / record.name
-        length = file.stat().st_size if file.exists() else None
+        length = file.stat().st_size if exists(file) else None
         if length != record.length:
             found = "missing" if length is None else f"{length:,} bytes long, expected {record.length:,}"
             raise DamageFound(f"{file} is {found}; 'm3 check {path}' lists all damage")
@@ -239,11 +240,11 @@ def _keep_first(part: Part, repeats: Repeats, lost: LeftOut | None) -> Iterator[
 def _open_out(out: Path) -> Iterator[Path]:
     """Create the folder of an export, lock it, and clear what a dead one left in staging."""
     with output_errors(out):
-        if out.exists() and not out.is_dir():
+        if exists(out) and not is_folder(out):
             raise OutputError(f"{out} is a file: choose another --out")
-        if out.exists() and any(out.iterdir()) and not (out / META).is_dir():
+        if exists(out) and any(out.iterdir()) and not is_folder(out / META):
             raise ForeignFolder(f"{out} is not empty and not an export: choose another --out")
-        missing = [folder for folder in out.parents if not folder.exists()]
+        missing = [folder for folder in out.parents if not exists(folder)]
     for folder in (*reversed(missing), out, out / META):
         make_folder(folder)
     with hold_alone(out, out / META / "lock"):
@@ -268,7 +269,7 @@ def _begin(out: Path, folder: OutputFolder, request: ExportRequest, shape: Shape
         ForeignFolder: it was begun from another folder, or with other options.
     """
     now = _identify(folder, request, shape)
-    if not (out / BEGUN_NAME).exists():
+    if not exists(out / BEGUN_NAME):
         publish_json(now, out / BEGUN_NAME, staging=_staging(out))
         return
     before = read_json(out / BEGUN_NAME)
@@ -303,13 +304,13 @@ def _stem(index: int | None) -> str:
 def read_entry(out: Path, index: int | None) -> dict[str, Any] | None:
     """Read the entry of a part; None: it is not written, or a file of it is missing or has another length."""
     path = out / META / f"{_stem(index)}.json"
-    if not path.exists():
+    if not exists(path):
         return None
     with suppress(DamageFound):
         entry = read_json(path)
         files = [out / file["name"] for file in entry["files"]]
         lengths = [file["length"] for file in entry["files"]]
-        if [path.stat().st_size if path.exists() else None for path in files] == lengths:
+        if [path.stat().st_size if exists(path) else None for path in files] == lengths:
             return entry
     return None
 
@@ -460,7 +461,7 @@ class _PartWriter:
         with output_errors(final):
             target.write_folder(read, staged, shape, self.lost)
             for path in sorted(staged.rglob("*"), reverse=True):
-                if path.is_dir():
+                if is_folder(path):
                     sync_folder(path)
                 else:
                     with path.open("rb") as file:
@@ -506,7 +507,7 @@ def _finish(
     longest = max((entry["longest"] for entry in entries), default=0)
     for name, content in target.describe(replace(shape, longest=longest)).items():
         publish_bytes(content, out / name, staging=_staging(out))
-    lists = [path for index in jobs if (path := out / META / f"{_stem(index)}.{LEFT_OUT_NAME}").exists()]
+    lists = [path for index in jobs if exists(path := out / META / f"{_stem(index)}.{LEFT_OUT_NAME}")]
     if lists:
         _join_lists(out, lists)
     summary = _summarise(entries)

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import xxhash
 
 from m3cli.errors import OutputError
-from m3cli.paths import is_stream, open_to_append
+from m3cli.paths import exists, is_folder, is_stream, open_to_append
 from m3cli.records import DoneEntry, FileRecord
 from m3cli.store.documents import dumps_with_checksum, entry_document
 from m3cli.store.layout import done_name, skipped_name
@@ -150,7 +150,7 @@ def check_writable(out: str | None) -> None:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), out)
             return
         final = Path(os.path.realpath(out))
-        if not final.parent.is_dir():
+        if not is_folder(final.parent):
             raise OutputError(f"cannot write {out}: there is no folder {final.parent}; make it, or choose another")
         temp = _temp_path(final)
         temp.unlink(missing_ok=True)
@@ -168,7 +168,7 @@ def commit_shard(root: Path, entry: DoneEntry, *, staging: Path) -> None:
     names = [record.name for record in entry.files]
     leftover = root / skipped_name(index)
     # An attempt that stopped before its entry may have skipped rows that do not fail now (device memory, for example).
-    if skipped_name(index) not in names and leftover.exists():
+    if skipped_name(index) not in names and exists(leftover):
         with output_errors(leftover):
             remove(leftover)
             sync_folder(leftover.parent)

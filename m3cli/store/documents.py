@@ -29,6 +29,7 @@ import xxhash
 import m3cli
 from m3cli.config import RunConfig
 from m3cli.errors import DamageFound, ForeignFolder, OutputError
+from m3cli.paths import exists, is_folder
 from m3cli.records import Between, DoneEntry, Manifest, ShardCounts
 from m3cli.store.layout import (
     DATA_NAMES,
@@ -287,7 +288,7 @@ def read_run(root: Path) -> RunConfig | None:
         ForeignFolder: another version of m3cli wrote it, with other members.
     """
     path = root / RUN_NAME
-    if not path.exists():
+    if not exists(path):
         return None
     document = _read_document(path)
     version, fingerprint = document.get("m3cli_version"), document.pop("fingerprint", None)
@@ -308,10 +309,10 @@ def read_run(root: Path) -> RunConfig | None:
 def read_manifest(root: Path) -> Manifest | None:
     """Read the manifest, None if there is none; damage, or a run.json of another hash, raises DamageFound."""
     path = root / MANIFEST_NAME
-    if not path.exists():
+    if not exists(path):
         return None
     manifest = parse_manifest(path)
-    if not (root / RUN_NAME).exists():
+    if not exists(root / RUN_NAME):
         raise DamageFound(f"{root / RUN_NAME} is missing")
     if manifest.run != hash_file(root / RUN_NAME)[1]:
         raise DamageFound(f"{root / RUN_NAME} is not the one that {MANIFEST_NAME} was written for")
@@ -423,9 +424,9 @@ def list_wrong_lengths(root: Path, entries: Iterable[DoneEntry]) -> Iterator[str
 def is_ours(root: Path) -> bool:
     """Whether the folder is an output folder: `_m3` has a lock or run.json, or `_m3` is empty and the only entry."""
     meta = root / META
-    if not meta.is_dir():
+    if not is_folder(meta):
         return False
-    return (root / LOCK_NAME).exists() or (root / RUN_NAME).exists() or list(root.iterdir()) == [meta]
+    return exists(root / LOCK_NAME) or exists(root / RUN_NAME) or list(root.iterdir()) == [meta]
 
 
 def find_links(root: Path) -> Iterator[str]:
@@ -442,7 +443,7 @@ def find_links(root: Path) -> Iterator[str]:
 
 
 def _list_names(folder: Path, *, links: bool = False) -> list[str]:
-    if not folder.is_dir():
+    if not is_folder(folder):
         return []
     with os.scandir(folder) as listing:
         return sorted(item.name for item in listing if not links or item.is_symlink())

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from m3cli.config import RunConfig
 from m3cli.errors import DamageFound, ForeignFolder, OutputError
+from m3cli.paths import exists, is_folder
 from m3cli.records import Chunks, DoneEntry, Embeddings, Manifest, ShardCounts, ShardText, SkippedRow
 from m3cli.store.commit import (
     StagedFile,
@@ -198,7 +199,7 @@ def open_run_folder(path: Path, *, worker: int = 0, num_workers: int = 1) -> Ite
     root = path.absolute()
     _check_ours(root)
     _check_links(root)
-    if not (root / RUN_NAME).exists():
+    if not exists(root / RUN_NAME):
         _create(root)
     with hold_lock(root, worker=worker, num_workers=num_workers) as lock:
         tmp = root / TMP_FOLDER
@@ -229,9 +230,9 @@ def _check_links(root: Path) -> None:
 
 def _check_ours(root: Path) -> None:
     with output_errors(root):
-        if not root.exists():
+        if not exists(root):
             return
-        if not root.is_dir():
+        if not is_folder(root):
             raise OutputError(f"{root} is a file: choose another --out")
         if any(root.iterdir()) and not is_ours(root):
             raise ForeignFolder(f"{root} is not empty and not an m3 folder: choose another --out")
@@ -240,13 +241,13 @@ def _check_ours(root: Path) -> None:
 def _create(root: Path) -> None:
     """Create the folder and its missing parents; their names are durable before run.json is."""
     with output_errors(root):
-        missing = [folder for folder in root.parents if not folder.exists()]
+        missing = [folder for folder in root.parents if not exists(folder)]
     for folder in (*reversed(missing), root, root / META):
         make_folder(folder)
 
 
 def _clear(folder: Path) -> None:
-    if folder.is_dir():
+    if is_folder(folder):
         shutil.rmtree(folder)
 
 

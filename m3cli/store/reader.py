@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from m3cli.config import ALL_OUTPUTS, RunConfig
 from m3cli.errors import DamageFound, OutputError, UsageError, check_reachable
+from m3cli.paths import exists, is_folder
 from m3cli.records import DoneEntry, Embeddings, LexicalWeights, Manifest, Output, ShardCounts, TokenMatrices
 from m3cli.store.documents import (
     find_misplaced,
@@ -89,7 +90,7 @@ def open_folder(path: Path) -> OutputFolder:
     """
     root = path.absolute()
     check_reachable(root / "_m3", OutputError)
-    if not root.is_dir():
+    if not is_folder(root):
         raise UsageError(f"{path}: no such folder")
     if not is_ours(root):
         raise UsageError(f"{path} is not an m3 folder: it has no _m3/run.json")
@@ -282,22 +283,22 @@ def _view_blobs(array: pa.Array, dtype: np.dtype[Any], *, width: int) -> tuple[N
 
 def _from_files(root: Path, index: int, outputs: Sequence[Output], first: int, stop: int) -> dict[str, Any]:
     vectors: dict[str, Any] = {}
-    if "dense" in outputs and (root / dense_name(index)).exists():
+    if "dense" in outputs and exists(root / dense_name(index)):
         vectors["dense"] = _map_array(root / dense_name(index))[first:stop]
-    if "sparse" in outputs and (root / lexical_name(index)).exists():
+    if "sparse" in outputs and exists(root / lexical_name(index)):
         with np.load(root / lexical_name(index)) as parts:
             indptr = parts["indptr"].astype(np.int64)[first : stop + 1]
             span = slice(indptr[0], indptr[-1])
             indices, values = parts["indices"][span].astype(np.uint32), parts["data"][span]
         vectors["sparse"] = LexicalWeights(indptr=indptr - indptr[0], indices=indices, values=values)
-    if "colbert" in outputs and (root / colbert_name(index)).exists():
+    if "colbert" in outputs and exists(root / colbert_name(index)):
         indptr = np.load(root / indptr_name(index))[first : stop + 1]
         span = slice(indptr[0], indptr[-1])
         scales = root / scales_name(index)
         vectors["colbert"] = TokenMatrices(
             indptr=indptr - indptr[0],
             vectors=_map_array(root / colbert_name(index))[span],
-            scales=np.load(scales)[span] if scales.exists() else None,
+            scales=np.load(scales)[span] if exists(scales) else None,
         )
     return vectors
 

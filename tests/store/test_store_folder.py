@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -193,6 +195,26 @@ def test_unwritable_folder_is_an_output_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(OutputError, match="Permission denied"), open_run_folder(tmp_path / "out"):
         pass
+
+
+@pytest.mark.parametrize("name", ["_m3/run.json", "_m3/done", "_m3/manifest.json"])
+def test_what_cannot_be_looked_at_is_not_taken_for_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    look = os.stat
+
+    def stat(path: Any, **how: Any) -> os.stat_result:
+        if str(path) == str(tmp_path / name):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return look(path, **how)
+
+    with open_run_folder(tmp_path) as folder:
+        write_entry(tmp_path, 0)
+        monkeypatch.setattr(os, "stat", stat)
+        for answer in ("exists", "is_dir"):  # Path's of Python 3.14 and newer
+            monkeypatch.setattr(Path, answer, getattr(os.path, answer.replace("_", "")))
+        with pytest.raises(OSError, match="Input/output error"):
+            _ = folder.run(), folder.done(), folder.manifest()
 
 
 def test_document_is_read_without_its_checksum(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from m3cli.config import RunConfig
 from m3cli.errors import DamageFound
+from m3cli.paths import is_folder
 from m3cli.records import DoneEntry, FileRecord, Manifest, ShardCounts
 from m3cli.store.commit import remove_files
 from m3cli.store.documents import (
@@ -204,7 +205,7 @@ def _read_entries(root: Path) -> tuple[dict[int, DoneEntry], list[Fault]]:
 
 
 def _list_entries(root: Path) -> list[int]:
-    if not (root / DONE_FOLDER).is_dir():
+    if not is_folder(root / DONE_FOLDER):
         return []
     names = [f"{DONE_FOLDER}/{path.name}" for path in (root / DONE_FOLDER).iterdir()]
     numbered = [(int(match[1]), name) for name in names if (match := _STEM.fullmatch(Path(name).name))]
@@ -305,7 +306,7 @@ def _find_stray(name: str, index: int, ledger: Ledger) -> str | None:
 
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:
-    if not folder.is_dir() or folder.is_symlink():
+    if not is_folder(folder) or folder.is_symlink():
         return []
     with os.scandir(folder) as items:
         return sorted(items, key=lambda item: item.name)
