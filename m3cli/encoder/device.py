@@ -38,8 +38,9 @@ TORCH_VERSION = str(torch.__version__)
 
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 FLOAT16 = ("avx512_fp16", "amx_fp16", "fp16_arith", "asimdhp")
-INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm")
-"instruction sets that multiply a dtype, by the names of torch and Linux"
+INT8 = ("avx512_vnni", "avx_vnni", "amx_int8")
+"""instruction sets that multiply a dtype, by the names of torch and Linux; not an ARM's i8mm, for which oneDNN 3.7 has
+only its reference code (40 times as slow as float32, emulated)"""
 AMX = ("amx_tile",)
 AttentionKernel = Literal["varlen", "flash", "matmul"]
 "see attention.py"
@@ -134,8 +135,8 @@ def resolve_dtype(dtype: Dtype | None, device: str) -> Dtype:
         raise UsageError(f"--dtype int8: torch {torch.__version__} comes without oneDNN here; use --dtype float32")
     if dtype == "int8" and not cpu_has(INT8):
         raise UsageError(
-            "--dtype int8: this CPU has no VNNI instructions, and 8-bit products overflow in oneDNN without them; "
-            "use --dtype float32"
+            "--dtype int8: this CPU has no VNNI instructions, and without them 8-bit products of oneDNN overflow (x86) "
+            "or are slower than float32 (ARM); leave --dtype out"
         )
     if dtype == "nf4" and not can_run_nf4():
         raise UsageError("--dtype nf4 needs the package bitsandbytes: pip install 'm3cli[nf4]'")

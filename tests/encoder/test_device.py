@@ -83,8 +83,8 @@ def test_what_overflows_is_encoded_again_in_a_dtype_with_more_range() -> None:
     assert retry_dtypes("float32", "cuda") == ()
 
 
-@pytest.mark.parametrize("has", [{"avx512_vnni": True}, {"avx2": True}])
-def test_int8_needs_a_cpu_whose_products_do_not_overflow(has: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has", [{"avx512_vnni": True}, {"avx2": True}, {"i8mm": True}])
+def test_int8_needs_a_cpu_with_vnni(has: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)  # torch 2.6 has none
     if "avx512_vnni" in has and can_run_int8():
         assert resolve_dtype("int8", "cpu") == "int8"
