@@ -105,7 +105,8 @@ def _open_lock(path: Path) -> Iterator[int]:
     try:
         yield descriptor
     finally:
-        os.close(descriptor)
+        with suppress(OSError):  # an rclone mount that cannot rewrite a file says so here; the content is for messages
+            os.close(descriptor)
 
 
 def _take(descriptor: int, kind: int, *, path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -50,6 +51,21 @@ def another_process(root: Path, worker: int = 0, num_workers: int = 1, *extra: s
 def enter(root: Path, worker: int = 0, num_workers: int = 1) -> None:
     with open_run_folder(root, worker=worker, num_workers=num_workers):
         pass
+
+
+def test_a_mount_that_cannot_rewrite_a_file_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    close = os.close
+
+    def refuse(descriptor: int) -> None:  # as an rclone mount does for a file that was there before
+        name = Path(f"/proc/self/fd/{descriptor}").readlink()
+        close(descriptor)
+        if "lock" in name.name:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "close", refuse)
+    for _ in range(2):
+        with open_run_folder(tmp_path / "out") as folder, folder.lock.initialising():
+            pass
 
 
 def test_second_run_is_an_error_that_names_pid_and_host(tmp_path: Path) -> None:
