@@ -10,7 +10,7 @@ which pyarrow's `take` does not support, become large strings and large binaries
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -111,7 +111,8 @@ class _ParquetColumns:
         return self._file.iter_batches(row_groups=[group], columns=names, batch_size=size)  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a lost disk; the error of a read says more
+            self._file.close()
 
 
 def list_columns(schema: Any) -> Any:
@@ -483,7 +484,8 @@ class ArrowColumns:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):  # of a lost disk; the error of a read says more
+            self._file.close()
 
 
 def check_offsets(batch: Any) -> Any:

@@ -21,7 +21,7 @@ import sys
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISDIR
@@ -120,7 +120,8 @@ class ByteStream:
     def close(self) -> None:
         """Close the file; standard input stays open."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # of a lost disk; the error of a read says more
+                self._file.close()
 
 
 def read_head(source: Source, size: int, *, stdin: PeekableStream | None = None) -> bytes:

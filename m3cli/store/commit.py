@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -280,10 +280,11 @@ class StagedFile:
         self._muted = True
 
     def discard(self) -> None:
-        """Close and delete the file."""
+        """Close and delete the file; on a lost disk it stays, until the next run clears what is staged."""
         self.mute()
-        self.close()
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # that of the write says more
+            self.close()
+            self.path.unlink(missing_ok=True)
 
 
 def _hash_file(path: Path) -> xxhash.xxh3_128:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -212,3 +213,13 @@ def test_a_line_without_end_is_never_held_whole() -> None:
     for block in LineStream(Bomb(), offset=0, max_row_bytes=4 << 20).take(1):
         largest = max(largest, len(block.raw))
     assert largest <= 6 << 20
+
+
+def test_a_disk_that_is_lost_is_a_corpus_error(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_bytes(b"x" * 99)
+    (source,) = find_sources([str(tmp_path / "c.jsonl")])
+    with ByteStream(source) as stream:
+        assert stream._file is not None
+        os.close(stream._file.fileno())  # the file's own close fails then, as on a lost mount
+        with pytest.raises(CorpusError, match="Bad file descriptor"):
+            stream.read(10)

@@ -140,7 +140,13 @@ JOBS = {
     [
         (ValueError("odd\n  value"), "internal error: ValueError: odd value; run again with --debug", 1),
         (AssertionError(), "internal error: AssertionError; run again with --debug", 1),
-        (OSError(5, "Input/output error", "x"), "internal error: OSError: [Errno 5] Input/output error: 'x'; run ", 1),
+        (OSError(22, "Invalid argument", "x"), "internal error: OSError: [Errno 22] Invalid argument: 'x'; run ", 1),
+        (
+            OSError(5, "Input/output error", "x"),
+            "x cannot be reached: Input/output error; run the same",
+            6,
+        ),
+        (OSError(107, "Not connected"), "a disk cannot be reached: Not connected; run the same command again", 6),
         (RecursionError("x" * 999), "internal error: RecursionError: [...]; run again with --debug", 1),
         (KeyboardInterrupt(), "interrupted", 130),
         (CorpusError("a\x1b[31m.jsonl: bad"), "a\\x1b[31m.jsonl: bad", 4),

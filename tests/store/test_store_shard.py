@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 import tempfile  # noqa: TID251 - hypothesis needs a new folder for each example
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -225,6 +227,19 @@ def test_missing_rows_and_gaps_are_errors(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match="2 rows were planned, 1 appended"):
                 writer.finish()
         assert list((tmp_path / "out/_m3/tmp").rglob("*.parquet")) == []
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+def test_a_disk_that_is_lost_is_an_output_error(tmp_path: Path, format: str) -> None:  # noqa: A002
+    def fail(staged: Any, _: object) -> None:
+        os.close(staged._file.fileno())  # the file's own close fails then, as on a lost mount
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    with (
+        mock.patch("m3cli.store.commit.StagedFile._write_piece", fail),
+        pytest.raises(OutputError, match="Transport endpoint is not connected; run the same command again"),
+    ):
+        write_folder(tmp_path / "out", samples.make_form(format))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("format", ["parquet", "npy"])
