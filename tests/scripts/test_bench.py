@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import contender
 from benchmarks.contest import Group, Made
@@ -72,7 +73,9 @@ def test_the_bench_of_a_gpu_runs_on_a_cpu(parts: str, tiny_m3: Path, tmp_path: P
     bench("gpu", *files, *sizes, "--parts", parts, "--device", "cpu", "--work", tmp_path / "work")
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     if "correct" in parts:
-        assert "passed" in found["correct"]["tests"]
+        # A CUDA build of torch without a GPU skips the tests on fake tensors too.
+        assert ("passed" if torch.version.cuda is None else "skipped") in found["correct"]["tests"]
+        assert "failed" not in found["correct"]["tests"]
         assert found["correct"]["differing_files"] == []
         assert min(each["least_cosine"] for each in found["correct"]["parity"].values()) > 0.999
         kernels = found["probe"]
