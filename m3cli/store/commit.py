@@ -282,9 +282,9 @@ class StagedFile:
     def discard(self) -> None:
         """Close and delete the file; on a lost disk it stays, until the next run clears what is staged."""
         self.mute()
-        with suppress(OSError):  # that of the write says more
-            self.close()
-            self.path.unlink(missing_ok=True)
+        for step in (self.close, self.path.unlink):
+            with suppress(OSError):  # that of the write says more
+                step()
 
 
 def _hash_file(path: Path) -> xxhash.xxh3_128:
