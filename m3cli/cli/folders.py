@@ -204,7 +204,8 @@ def _machine_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
 
     lines = []
     for device in found["devices"]:
-        cores = f", {device['cores']} cores, {device['threads']} threads" if "cores" in device else ""
+        counts = [count_noun(device[f"{one}s"], one) for one in ("core", "thread") if f"{one}s" in device]
+        cores = "".join(f", {count}" for count in counts)
         dtypes = ", ".join(device["hardware_dtypes"])
         memory = format_bytes(device["memory_bytes"])
         lines.append((device["device"], f"{device['name']}{cores}, {memory}; in hardware: {dtypes}"))

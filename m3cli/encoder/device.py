@@ -12,15 +12,17 @@ copied.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import re
 import time
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -174,8 +176,33 @@ def auto_batch_tokens(device: str) -> int:
 
 
 def auto_threads() -> int:
-    """Return torch's default: the physical cores that it may use."""
-    return torch.get_num_threads()
+    """Return OMP_NUM_THREADS, or torch's default, the physical cores, as far as a container may use them.
+
+    More threads would wait: once they have used up the CPU time of a period, the kernel stops all of them.
+    """
+    threads: int = torch.get_num_threads()
+    limits = [] if os.environ.get("OMP_NUM_THREADS") else read_cpu_limits()
+    return min([threads, *map(math.ceil, limits)])
+
+
+def read_cpu_limits(root: Path = Path("/")) -> list[float]:
+    """Return the limits, in CPUs, of the control groups that the process is in (Linux, both versions)."""
+    limits = []
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            top = root / ("sys/fs/cgroup/cpu" if controllers else "sys/fs/cgroup")
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+            # A container may see the path that its host knows; its own files are at the top then.
+            for group in (path, *map(str, PurePath(path).parents)):
+                with suppress(OSError):
+                    texts = [(top / group.lstrip("/") / name).read_text(encoding="utf-8") for name in names]
+                    quota, period = " ".join(texts).split()
+                    if quota not in ("max", "-1"):
+                        limits.append(int(quota) / int(period))
+    return limits
 
 
 def set_threads(threads: int) -> None:

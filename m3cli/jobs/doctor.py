@@ -59,6 +59,7 @@ def examine(*, model: str | None = None, revision: str | None = None, device: st
 def examine_machine(device: str) -> dict[str, Any]:
     """Describe devices; measure the matmul rate of each dtype and the write rate of the current folder."""
     dtypes = [dtype for dtype in get_args(Dtype) if dtype in _MEASURED]
+    machine.set_threads(machine.auto_threads())  # as m3 encode
     return {
         "devices": list_devices(),
         "device": device,

@@ -47,7 +47,7 @@ def encode_texts(
 ) -> tuple[Embeddings, Chunks]:
     """Return the float32 embeddings of texts, and their rows in the same order.
 
-    A call uses all threads of torch, and sets them back. Calls from several threads take turns.
+    A call uses the threads of `auto_threads`, and leaves them to torch. Calls from several threads take turns.
 
     Raises:
         ModelError: a text cannot be encoded.

@@ -25,6 +25,7 @@ from m3cli.encoder.device import (
     MAX_PARALLEL,
     _allocate,
     auto_dtype,
+    auto_threads,
     cpu_has,
     fetch,
     is_emulated,
@@ -32,6 +33,7 @@ from m3cli.encoder.device import (
     measure_matmul,
     open_stream,
     plan_threads,
+    read_cpu_limits,
     resolve_device,
     resolve_dtype,
     retry_dtypes,
@@ -117,6 +119,55 @@ def test_on_a_cpu_outputs_are_not_copied() -> None:
     arrays = fetch({"dense_vecs": tensor}, open_stream(CPU)).wait()
     assert arrays["dense_vecs"].tolist() == tensor.tolist()
     assert arrays["dense_vecs"].ctypes.data == tensor.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("files", "limits"),
+    [
+        ({}, []),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, []),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, [1.5]),
+        (
+            {
+                "proc/self/cgroup": "0::/jobs.slice/night.service\n",
+                "sys/fs/cgroup/jobs.slice/cpu.max": "400000 100000\n",
+                "sys/fs/cgroup/jobs.slice/night.service/cpu.max": "max 100000\n",
+            },
+            [4.0],
+        ),
+        (  # Docker with version 1, where the path is that of the host
+            {
+                "proc/self/cgroup": "5:memory:/docker/1f\n4:cpu,cpuacct:/docker/1f\n0::/docker/1f\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "200000\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            [2.0],
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu:/\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            [],
+        ),
+    ],
+)
+def test_a_container_is_asked_for_its_cpus(files: dict[str, str], limits: list[float], tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert read_cpu_limits(tmp_path) == limits
+
+
+def test_threads_are_no_more_than_the_cpus_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    for limits, threads in (([], 64), ([3.5], 4), ([0.2, 8.0], 1), ([96.0], 64)):
+        monkeypatch.setattr("m3cli.encoder.device.read_cpu_limits", lambda limits=limits: limits)
+        assert auto_threads() == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    assert auto_threads() == 64, "what the user typed"
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch asks for a driver, or has the memory")
