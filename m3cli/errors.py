@@ -18,6 +18,7 @@ an exception.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from typing import ClassVar
@@ -71,6 +72,9 @@ def count_noun(count: int, one: str, many: str | None = None) -> str:
     """Return '1 shard', '2 shards', '1,000 queries'; `many` is `one` with an s unless it is given."""
     return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
+
+LOST = (errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNABORTED, errno.EHOSTDOWN)
+"of a mount that is away: its files are whole, which EIO does not say"
 
 UNREADABLE_DATE = (ValueError, OverflowError, KeyError)
 "what pyarrow raises for a date outside Python's years and for an unknown time zone (KeyError: older versions)"

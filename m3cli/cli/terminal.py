@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from m3cli import concurrency
 from m3cli.config import ProgressMode
-from m3cli.errors import EXIT_INTERRUPTED, M3Error, OutputError, escape_controls, escape_unprintable
+from m3cli.errors import EXIT_INTERRUPTED, LOST, M3Error, OutputError, escape_controls, escape_unprintable
 from m3cli.jobs.encode.lifecycle import Stop
 
 if TYPE_CHECKING:
@@ -138,17 +138,13 @@ class OneLine(logging.Formatter):
         return f"m3: {escape_unprintable(record.getMessage())}"
 
 
-_LOST = (errno.EIO, errno.ENOTCONN, errno.ESTALE)
-"of a disk or a mount that fails"
-
-
 def describe_end(error: BaseException) -> tuple[str, int]:
     """Return the words and the exit code of an error that ends a command."""
     if isinstance(error, M3Error):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", EXIT_INTERRUPTED
-    if isinstance(error, OSError) and error.errno in _LOST:
+    if isinstance(error, OSError) and error.errno in (errno.EIO, *LOST):
         words = f"{error.filename or 'a disk'} cannot be reached: {error.strerror}"
         return f"{words}; run the same command again once it is back", OutputError.exit_code
     words = textwrap.shorten(str(error), 300, placeholder="[...]")

@@ -28,7 +28,7 @@ import xxhash
 
 import m3cli
 from m3cli.config import RunConfig
-from m3cli.errors import DamageFound, ForeignFolder, OutputError
+from m3cli.errors import LOST, DamageFound, ForeignFolder, OutputError
 from m3cli.paths import exists, is_folder
 from m3cli.records import Between, DoneEntry, Manifest, ShardCounts
 from m3cli.store.layout import (
@@ -63,7 +63,15 @@ def read_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):
             raise OutputError(f"cannot read {path}: {error.strerror}; run m3 as a user who may read it") from error
+        raise_if_lost(error, path)
         raise DamageFound(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def raise_if_lost(error: Exception, path: Path) -> None:
+    """Raise OutputError if an error is of a mount that is away: nothing on it is damaged, nor to be removed."""
+    if isinstance(error, OSError) and error.errno in LOST:
+        reason = error.strerror or error
+        raise OutputError(f"cannot read {path}: {reason}; run the same command again once it is back") from error
 
 
 def dumps_with_checksum(document: dict[str, Any]) -> bytes:
@@ -414,6 +422,7 @@ def list_wrong_lengths(root: Path, entries: Iterable[DoneEntry]) -> Iterator[str
             try:
                 length = path.stat().st_size
             except OSError as error:
+                raise_if_lost(error, path)
                 missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
                 yield f"{path} is missing" if missing else f"{path} cannot be read: {error.strerror or error}"
                 continue
@@ -472,5 +481,6 @@ def reading(root: Path, index: int) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
+        raise_if_lost(error, root)
         reason = str(error).strip().partition("\n")[0]
         raise DamageFound(f"{root}: shard {index} cannot be read: {reason}; {name_repair(root)}") from error

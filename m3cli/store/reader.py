@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ def _iter_shard(
         file = _open_rows(folder.path, index)
         names = _choose_columns(file.schema_arrow, outputs=outputs, columns=columns)
         pages = DensePages(file, folder.path / rows_name(index)) if _DENSE in names else None
-    with file:
+    try:
         for group in range(file.num_row_groups):
             num_rows = file.metadata.row_group(group).num_rows
             if wanted is None or np.diff(np.searchsorted(wanted, [first_row, first_row + num_rows]))[0]:
@@ -195,6 +196,9 @@ def _iter_shard(
                     part = _to_arrays(folder.path, index, table, outputs=outputs, first_row=first_row, dense=dense)
                 yield part
             first_row += num_rows
+    finally:
+        with suppress(OSError):  # of a mount that is away; the error of a read says more
+            file.close()
 
 
 def _open_rows(root: Path, index: int) -> pq.ParquetFile:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from m3cli.store.commit import publish_json
 from m3cli.store.documents import entry_document, hash_file, read_errors
 from m3cli.store.folder import open_run_folder
 from m3cli.store.layout import MANIFEST_NAME, RUN_NAME, VECTOR_COLUMNS, done_name, rows_name, scales_name
+from m3cli.store.reader import iter_parts, open_folder
 from m3cli.store.verify.contents import Expected, check_contents, check_norms
 from m3cli.store.verify.ledger import Fault, check_files, find_strays, find_unknown, read_ledger, repair, shards_to_redo
 from m3cli.store.verify.rows import find_duplicate_ids
@@ -315,6 +318,21 @@ def test_unreadable_disk_is_damage_and_a_forbidden_file_is_not(tmp_path: Path) -
         raise OSError(5, "Input/output error")
     with pytest.raises(OutputError, match="run m3 as a user who may read it"), read_errors(tmp_path):
         raise OSError(13, "Permission denied")
+
+
+def test_a_mount_that_is_away_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "out")
+    lost = OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+    folder = open_folder(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", mock.Mock(side_effect=lost))
+        with pytest.raises(OutputError, match="is not connected; run the same command again"):
+            find_faults(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("m3cli.store.reader.pq.ParquetFile", mock.Mock(side_effect=lost))
+        with pytest.raises(OutputError, match="is not connected; run the same command again"):
+            list(iter_parts(folder))
+    assert find_faults(tmp_path / "out") == []
 
 
 def test_duplicate_ids_are_named(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from m3cli.store.documents import (
     find_misplaced,
     hash_file,
     parse_manifest,
+    raise_if_lost,
     read_entry,
     read_errors,
     read_run,
@@ -82,6 +83,7 @@ class ShardCheck:
         try:
             yield
         except UNREADABLE as error:
+            raise_if_lost(error, Path(name))
             self.add(name, f"cannot be read: {' '.join(str(error).split())}")
 
 
