@@ -182,27 +182,33 @@ def auto_threads() -> int:
     """
     threads: int = torch.get_num_threads()
     limits = [] if os.environ.get("OMP_NUM_THREADS") else read_cpu_limits()
-    return min([threads, *map(math.ceil, limits)])
+    return math.ceil(min([threads, *limits]))
 
 
+@cache
 def read_cpu_limits(root: Path = Path("/")) -> list[float]:
     """Return the limits, in CPUs, of the control groups that the process is in (Linux, both versions)."""
-    limits = []
-    with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
-                continue
-            top = root / ("sys/fs/cgroup/cpu" if controllers else "sys/fs/cgroup")
-            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    groups = []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        top = root / ("sys/fs/cgroup/cpu" if controllers else "sys/fs/cgroup")
+        if not controllers or "cpu" in controllers.split(","):
             # A container may see the path that its host knows; its own files are at the top then.
-            for group in (path, *map(str, PurePath(path).parents)):
-                with suppress(OSError):
-                    texts = [(top / group.lstrip("/") / name).read_text(encoding="utf-8") for name in names]
-                    quota, period = " ".join(texts).split()
-                    if quota not in ("max", "-1"):
-                        limits.append(int(quota) / int(period))
-    return limits
+            groups += [top / group.lstrip("/") for group in (path, *map(str, PurePath(path).parents))]
+    return [limit for group in groups if (limit := _read_cpu_limit(group)) is not None]
+
+
+def _read_cpu_limit(group: Path) -> float | None:
+    """Return the limit of one group: the CPU time in a period; `cpu.max` has both in version 2."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        with suppress(OSError):
+            texts = [(group / name).read_text(encoding="utf-8") for name in names]
+            quota, period = " ".join(texts).split()
+            return None if quota in ("max", "-1") else int(quota) / int(period)
+    return None
 
 
 def set_threads(threads: int) -> None:

@@ -141,11 +141,7 @@ JOBS = {
         (ValueError("odd\n  value"), "internal error: ValueError: odd value; run again with --debug", 1),
         (AssertionError(), "internal error: AssertionError; run again with --debug", 1),
         (OSError(22, "Invalid argument", "x"), "internal error: OSError: [Errno 22] Invalid argument: 'x'; run ", 1),
-        (
-            OSError(5, "Input/output error", "x"),
-            "x cannot be reached: Input/output error; run the same",
-            6,
-        ),
+        (OSError(5, "Input/output error", "x"), "x cannot be reached: Input/output error; run the same command", 6),
         (OSError(107, "Not connected"), "a disk cannot be reached: Not connected; run the same command again", 6),
         (RecursionError("x" * 999), "internal error: RecursionError: [...]; run again with --debug", 1),
         (KeyboardInterrupt(), "interrupted", 130),
