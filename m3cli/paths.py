@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 import stat
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from m3cli.errors import OutputError, UsageError
 
@@ -67,6 +68,12 @@ def is_stream(path: str | os.PathLike[str]) -> bool:
     if kind in _KINDS:
         raise OutputError(f"cannot write {os.fspath(path)}: it is a {_KINDS[kind]}; give the name of a file")
     return kind != stat.S_IFREG
+
+
+def close_read(file: Any) -> None:
+    """Close a file that was read; on a lost disk that fails, and the error of a read says more."""
+    with suppress(OSError):
+        file.close()
 
 
 def open_to_append(path: str | os.PathLike[str], *, wait: bool, create: bool = False) -> BinaryIO:

@@ -10,7 +10,7 @@ which pyarrow's `take` does not support, become large strings and large binaries
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from m3cli.corpus.remote import RemoteFile, is_remote
 from m3cli.corpus.rows import INVALID_UTF8, TOO_LONG, Fault, RawRow
 from m3cli.corpus.streams import corpus_errors
 from m3cli.errors import UNREADABLE_DATE, CorpusError, first_line
+from m3cli.paths import close_read
 from m3cli.records import Fields, Source
 
 BATCH_BYTES = 4 << 20
@@ -111,8 +112,7 @@ class _ParquetColumns:
         return self._file.iter_batches(row_groups=[group], columns=names, batch_size=size)  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        with suppress(OSError):  # of a lost disk; the error of a read says more
-            self._file.close()
+        close_read(self._file)
 
 
 def list_columns(schema: Any) -> Any:
@@ -484,8 +484,7 @@ class ArrowColumns:
 
     def close(self) -> None:
         """Close the file."""
-        with suppress(OSError):  # of a lost disk; the error of a read says more
-            self._file.close()
+        close_read(self._file)
 
 
 def check_offsets(batch: Any) -> Any:

@@ -21,7 +21,7 @@ import sys
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISDIR
@@ -34,6 +34,7 @@ from m3cli.corpus.files import list_text_files, version_of
 from m3cli.corpus.remote import RemoteFile, is_remote, read_version
 from m3cli.corpus.rows import INVALID_CSV, TOO_LONG, Fault, RawRow, Row, fault_decoding, name_cells
 from m3cli.errors import CorpusError
+from m3cli.paths import close_read
 from m3cli.records import Compression, Source
 
 BOM = b"\xef\xbb\xbf"
@@ -120,8 +121,7 @@ class ByteStream:
     def close(self) -> None:
         """Close the file; standard input stays open."""
         if self._file is not None:
-            with suppress(OSError):  # of a lost disk; the error of a read says more
-                self._file.close()
+            close_read(self._file)
 
 
 def read_head(source: Source, size: int, *, stdin: PeekableStream | None = None) -> bytes:

@@ -54,7 +54,7 @@ from m3cli.store.commit import (
     sync_file,
     sync_folder,
 )
-from m3cli.store.documents import hash_file, read_json
+from m3cli.store.documents import hash_file, list_wrong_lengths, name_check, read_json
 from m3cli.store.layout import MANIFEST_NAME, RESERVED_COLUMNS, TEXT_COLUMN
 from m3cli.store.lock import hold_alone
 from m3cli.store.reader import OutputFolder, describe, iter_parts, open_folder, read_shard
@@ -126,12 +126,8 @@ def open_finished(path: str) -> OutputFolder:
         raise Stopped(f"{path} is not finished: {len(folder.entries):,} shards are done; run its m3 encode again first")
     if not folder.entries:
         raise UsageError(f"{path} has no rows; encode a corpus that has some")
-    for record in (record for entry in folder.entries.values() for record in entry.files):
-        file = folder.path / record.name
-        length = file.stat().st_size if exists(file) else None
-        if length != record.length:
-            found = "missing" if length is None else f"{length:,} bytes long, expected {record.length:,}"
-            raise DamageFound(f"{file} is {found}; 'm3 check {path}' lists all damage")
+    for wrong in list_wrong_lengths(folder.path, folder.entries.values()):
+        raise DamageFound(f"{wrong}; {name_check(Path(path))}")
     return folder
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from m3cli.config import ALL_OUTPUTS, RunConfig
 from m3cli.errors import DamageFound, OutputError, UsageError, check_reachable
-from m3cli.paths import exists, is_folder
+from m3cli.paths import close_read, exists, is_folder
 from m3cli.records import DoneEntry, Embeddings, LexicalWeights, Manifest, Output, ShardCounts, TokenMatrices
 from m3cli.store.documents import (
     find_misplaced,
@@ -197,8 +196,7 @@ def _iter_shard(
                 yield part
             first_row += num_rows
     finally:
-        with suppress(OSError):  # of a mount that is away; the error of a read says more
-            file.close()
+        close_read(file)
 
 
 def _open_rows(root: Path, index: int) -> pq.ParquetFile:
