@@ -13,6 +13,7 @@ protocol (`parquet.thrift`: PageHeader).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class RowsFile:
         self._schema = row_schema(form)
         self._pending: list[pa.Table] = []
         self._pending_bytes = 0
-        self._writer = pq.ParquetWriter(staged, self._schema, **_column_options(form, self._schema))
+        self._writer = pq.ParquetWriter(staged, self._schema, **_column_options(form))
 
     def append(self, rows: pa.Table, embeddings: Embeddings) -> None:
         """Append the rows of a window."""
@@ -184,9 +185,10 @@ def _blobs(values: NDArray[Any], indptr: NDArray[np.int64], dtype: str) -> pa.Ar
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(indptr) - 1, buffers)
 
 
-def _column_options(form: RowForm, schema: pa.Schema) -> dict[str, Any]:
+@lru_cache(maxsize=8)  # ParquetFile.schema is a cycle of 28 KB, and the garbage collector runs seldom
+def _column_options(form: RowForm) -> dict[str, Any]:
     """Return compression, dictionary and statistics for each column, by Parquet's leaf names."""
-    empty = pa.BufferOutputStream()
+    schema, empty = row_schema(form), pa.BufferOutputStream()
     pq.write_table(schema.empty_table(), empty)
     leaves = pq.ParquetFile(pa.BufferReader(empty.getvalue())).schema
     paths = [leaves.column(leaf).path for leaf in range(len(leaves))]
@@ -257,12 +259,12 @@ class DensePages:
         kind = file.schema_arrow.field(VECTOR_COLUMNS["dense"]).type
         self._dim: int = kind.list_size
         self._dtype = np.dtype("<f2" if kind.value_type == pa.float16() else "<f4")
-        roots = [file.schema.column(position).path.split(".")[0] for position in range(len(file.schema))]
-        self._column_index = roots.index(VECTOR_COLUMNS["dense"])
 
     def read(self, group: int) -> NDArray[np.floating] | None:
         """Return the vectors [R, dim] of a row group; None if its pages are not plain values."""
-        column = self._metadata.row_group(group).column(self._column_index)
+        columns = self._metadata.row_group(group)
+        chunks = map(columns.column, range(columns.num_columns))
+        column = next(chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == VECTOR_COLUMNS["dense"])
         first, length = column.data_page_offset, column.total_compressed_size
         codec = None if column.compression == "UNCOMPRESSED" else pa.Codec(column.compression.lower())
         filled = 0

@@ -113,7 +113,7 @@ def test_shards_of_which_no_row_is_left(
         pytest.skip("faiss holds dense vectors only")
     unfit = Doc("long" * 20_000, "no key of an engine", weights=0)
     shards = [[Doc("a", "first")], [Doc("a", "again")], [unfit], [Doc("b", "second")], [Doc("b"), Doc("a")]]
-    folder = write_folder(tmp_path / "c.m3", shards, outputs=outputs.split(","))
+    folder = write_folder(tmp_path / "c.m3", shards, outputs=tuple(outputs.split(",")))
     done = export(folder, "--to", target, "--out", tmp_path / "out")
     assert done.returncode == 3, done.stderr
     summary = json.loads((tmp_path / "out/export.json").read_bytes())
