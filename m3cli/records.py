@@ -181,6 +181,14 @@ def concat_ranges(begins: NDArray[Any] | int, lengths: NDArray[Any]) -> tuple[ND
     return indptr, np.arange(indptr[-1]) + np.repeat(begins - indptr[:-1], lengths)
 
 
+def is_among(values: NDArray[Any], ascending: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return for [N] values whether each is among sorted ones, which np.isin would sort again at each call."""
+    places = np.searchsorted(ascending, values)
+    found = places < len(ascending)
+    found[found] = ascending[places[found]] == values[found]
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Rows that go through the model together, one after the other without padding. B rows, N tokens."""

@@ -41,7 +41,7 @@ from m3cli.exporters.rows import (
 from m3cli.jobs.encode.estimate import check_disk_space
 from m3cli.paths import exists, is_folder
 from m3cli.progress import FileMeter
-from m3cli.records import FileRecord, Output
+from m3cli.records import FileRecord, Output, is_among
 from m3cli.requests import ExportRequest, TransferRequest
 from m3cli.store.commit import (
     PIECE,
@@ -212,7 +212,7 @@ def find_repeats(folder: OutputFolder) -> Repeats:
     repeats: dict[int, list[int]] = {}
     for piece in iter_parts(folder, outputs=(), columns=KEY_COLUMNS):
         found = hash_keys(piece.rows)
-        for place in np.flatnonzero(np.isin(found, several)).tolist():
+        for place in np.flatnonzero(is_among(found, several)).tolist():
             if (key := int(found[place])) in seen:
                 repeats.setdefault(piece.shard, []).append(int(piece.embeddings.rows[place]))
             seen.add(key)

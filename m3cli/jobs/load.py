@@ -41,6 +41,7 @@ from m3cli.jobs.encode.increment import MAY_DIFFER
 from m3cli.jobs.encode.lifecycle import Stop
 from m3cli.jobs.export import Repeats, drop_repeats, find_repeats, make_shape, open_finished, read_parts
 from m3cli.progress import FileMeter
+from m3cli.records import is_among
 from m3cli.requests import LoadRequest
 from m3cli.store.commit import publish_outside
 from m3cli.store.layout import TEXT_COLUMN, hashes_name
@@ -277,7 +278,7 @@ class Changes:
     def write_removed_ids(self) -> Iterator[str]:
         """Yield the keys that are in the old folder only."""
         for piece in iter_parts(self.old, outputs=(), columns=KEY_COLUMNS):
-            places = np.flatnonzero(np.isin(hash_keys(piece.rows), self.gone))
+            places = np.flatnonzero(is_among(hash_keys(piece.rows), self.gone))
             if len(places):
                 keys = list_keys(piece.rows)
                 yield from (keys[place] for place in places.tolist())

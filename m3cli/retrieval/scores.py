@@ -267,7 +267,7 @@ class TopRows:
     def __init__(self, num_queries: int, *, limit: int, threshold: float = -np.inf) -> None:
         self.thresholds: Scores = np.full(num_queries, threshold, np.float32)
         "[Q] lower bound of useful scores"
-        self._limit = limit
+        self.limit = limit
         self._enough = max(num_queries * limit, _MIN_WAITING)
         self._held: list[tuple[Rows, Rows, Rows, Scores]] = []
         self._waiting = 0
@@ -289,10 +289,22 @@ class TopRows:
 
     def _merge(self) -> None:
         empty = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
-        ranked = rank_rows(*map(np.concatenate, zip(empty, *self._held, strict=True)), limit=self._limit)
-        last = np.flatnonzero(ranked.rank == self._limit - 1)
+        ranked = rank_rows(*map(np.concatenate, zip(empty, *self._held, strict=True)), limit=self.limit)
+        last = np.flatnonzero(ranked.rank == self.limit - 1)
         self.thresholds[ranked.query[last]] = ranked.score[last]
         self._held, self._waiting = [(ranked.query, ranked.row, ranked.key, ranked.score)], 0
+
+
+def list_best(score: Scores, key: Rows, *, limit: int, threshold: float) -> Rows:
+    """Return the numbers of all rows of a query that can be among its `limit` best keys, of [R] scores and keys."""
+    rows = np.flatnonzero(score > threshold)
+    count, score = limit, score[rows]
+    while count < len(rows):
+        best: Rows = rows[score >= np.partition(score, -count)[-count]]
+        if len(np.unique(key[best])) >= limit:
+            return best
+        count *= 4
+    return rows
 
 
 def rank_rows(query: Rows, row: Rows, key: Rows, score: Scores, *, limit: int) -> Ranked:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from m3cli.errors import DamageFound, UsageError
-from m3cli.records import Chunks, Document, DoneEntry, Embeddings, Origins, Output
+from m3cli.records import Chunks, Document, DoneEntry, Embeddings, Origins, Output, is_among
 from m3cli.store.documents import name_repair, reading
 from m3cli.store.layout import TEXT_COLUMN, hashes_name
 from m3cli.store.reader import OutputFolder, ShardArrays, iter_parts, read_shard
@@ -108,7 +108,7 @@ def find_rows(folder: OutputFolder, keys: Rows, *, chunks: bool) -> tuple[Rows, 
     distinct = np.unique(keys)
     for part in iter_blocks(folder, outputs=(), chunks=chunks):
         part_keys = part.find_keys(np.arange(len(part.positions)))
-        hits = np.isin(part_keys, distinct) & (part.positions >= 0)
+        hits = is_among(part_keys, distinct) & (part.positions >= 0)
         found.append((part.positions[hits], part_keys[hits]))
     positions, owners = zip(*found, strict=True)
     return np.concatenate(positions), np.concatenate(owners)

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3cli.retrieval.scores import TopRows, number_runs
+from m3cli.retrieval.scores import TopRows, list_best, number_runs
 
 
 def best_of(scores: np.ndarray, keys: np.ndarray, *, limit: int, threshold: float) -> list[tuple[int, int]]:
@@ -49,6 +49,32 @@ def test_what_is_kept_is_what_sorting_gives(
         assert result == best_of(scores[number], keys, limit=limit, threshold=threshold)
         assert np.array_equal(ranked.score[part], scores[number][ranked.row[part]])
     assert ranked.rank.tolist() == number_runs(ranked.query).tolist()
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(0, 200),
+    documents=st.integers(1, 100),
+    limit=st.integers(1, 12),
+    threshold=st.sampled_from([-np.inf, 0.0]),
+)
+def test_offering_the_best_rows_of_a_query_is_offering_all(
+    seed: int, rows: int, documents: int, limit: int, threshold: float
+) -> None:
+    random = np.random.default_rng(seed)
+    scores = random.integers(-2, random.integers(2, 50), rows).astype(np.float32)
+    keys = random.integers(0, documents, rows)
+    best = list_best(scores, keys, limit=limit, threshold=threshold)
+    top = TopRows(1, limit=limit, threshold=threshold)
+    top.offer(np.zeros(len(best), np.int64), best, keys[best], scores[best])
+    ranked = top.finish()
+    result = list(zip(ranked.row.tolist(), ranked.key.tolist(), strict=True))
+    assert result == best_of(scores, keys, limit=limit, threshold=threshold)
+
+
+def test_the_best_rows_of_a_query_are_few() -> None:
+    scores = np.arange(10_000, dtype=np.float32)
+    assert list_best(scores, np.arange(10_000), limit=10, threshold=0.0).tolist() == list(range(9_990, 10_000))
 
 
 def test_thresholds_rise_once_a_list_is_full() -> None:

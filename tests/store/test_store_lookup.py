@@ -1,16 +1,18 @@
-"""Texts of documents, joined from their chunks."""
+"""Texts of documents, joined from their chunks, and keys that are looked up."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from m3cli.errors import UsageError
+from m3cli.records import is_among
 from m3cli.store.lookup import _Document, iter_passages
 from m3cli.store.reader import open_folder
 from tests.conftest import Completed
@@ -22,6 +24,12 @@ ROWS = [
     {"_id": "a", "text": "another with the same id"},
     {"_id": "c", "text": "not wanted"},
 ]
+
+
+@given(*[st.lists(st.integers(-5, 5) | st.integers(-(2**63), 2**63 - 1))] * 2)
+def test_values_are_looked_up_among_sorted_ones(values: list[int], others: list[int]) -> None:
+    found = is_among(np.array(values, np.int64), np.sort(np.array(others, np.int64)))
+    assert found.tolist() == [value in others for value in values]
 
 
 @given(st.text(min_size=1), st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), max_size=12))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from m3cli.config import REQUIRED_OUTPUT, EncodeRequest, RunConfig, list_field_options, list_non_defaults
 from m3cli.encoder.embeddings import join_chunks, select_chunks, select_rows
 from m3cli.errors import ForeignFolder
-from m3cli.records import Chunks, Document, DoneEntry, Embeddings, Origins, ShardText, Source
+from m3cli.records import Chunks, Document, DoneEntry, Embeddings, Origins, ShardText, Source, is_among
 from m3cli.store.commit import publish_outside
 from m3cli.store.folder import RunFolder
 from m3cli.store.layout import RowForm
@@ -178,11 +178,11 @@ class PreviousFolder:
             hashes: of the ids of the new folder, by shard.
             listing: the file to list them in; None: they are counted only.
         """
-        there = np.unique(np.concatenate([np.empty(0, np.int64), *hashes.values()]))
+        there = np.sort(np.concatenate([np.empty(0, np.int64), *hashes.values()]))
         gone = 0
         with nullcontext() if listing is None else publish_outside(Path(listing).absolute()) as file:
             for ids, hashed in iter_ids(self._folder.path, self._folder.entries):
-                for place in np.flatnonzero(~np.isin(hashed, there)).tolist():
+                for place in np.flatnonzero(~is_among(hashed, there)).tolist():
                     gone += 1
                     if file is not None:
                         file.write(orjson.dumps({"id": ids[place].as_py()}, option=orjson.OPT_APPEND_NEWLINE))

@@ -26,7 +26,7 @@ from m3cli.jobs.search.vectors import Found
 from m3cli.progress import Progress
 from m3cli.records import QueryHits
 from m3cli.requests import SearchRequest
-from m3cli.retrieval.scores import Ranked, Rows, TopRows
+from m3cli.retrieval.scores import Ranked, Rows, TopRows, list_best
 from m3cli.store.lookup import iter_texts
 from m3cli.store.reader import OutputFolder, iter_ids
 
@@ -213,9 +213,9 @@ class Bm25Index:
         for number, found in enumerate(self._terms(queries)):
             known = [self._numbers[term] for term in found if term in self._numbers]
             if known:
-                scores = index.get_scores_from_ids(known)
-                rows = np.flatnonzero(scores > top.thresholds[number])
-                top.offer(np.full(len(rows), number), positions[rows], keys[rows], scores[rows].astype(np.float32))
+                scores = index.get_scores_from_ids(known).astype(np.float32, copy=False)
+                rows = list_best(scores, keys, limit=top.limit, threshold=top.thresholds[number])
+                top.offer(np.full(len(rows), number), positions[rows], keys[rows], scores[rows])
 
     def _build(self) -> Any:
         bm25s = import_bm25s()
