@@ -300,7 +300,7 @@ def find_changes(old: OutputFolder, new: OutputFolder, kept: Sequence[str]) -> C
         count=int(same.sum()),
         old=old,
         old_count=len(before.keys),
-        gone=np.setdiff1d(before.keys, after.keys),
+        gone=before.keys[~is_among(before.keys, after.keys)],
     )
 
 
